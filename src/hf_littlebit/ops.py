@@ -1,0 +1,73 @@
+"""The layer as a torch.library operator, so that torch.compile, fake tensors and autograd see one opaque node.
+
+    hf_littlebit::linear(x, u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) -> y
+    hf_littlebit::linear_grad(grad, u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, ranks) -> grad_x
+
+Parts as in kernels/packing.py. The gradient is that of x and of the bias; it runs through the same packed parts, with no
+dense copy. Scales and bits are constants here: they are trained as a latent layer (linear.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import littlebit_linear, littlebit_linear_grad
+
+__all__ = ["linear"]
+
+_PARTS = "Tensor u, Tensor? u_tail, Tensor? v, Tensor? v_tail, Tensor scale_out, Tensor scale_rank, Tensor scale_in"
+_LIBRARY = torch.library.Library("hf_littlebit", "FRAGMENT")  # lives as long as the module: dropping it unregisters
+
+
+def linear(x: Tensor, parts: Sequence[Tensor | None], bias: Tensor | None, ranks: list[int]) -> Tensor:
+    """x [..., in_features] -> [..., out_features] in x's dtype (fp32, bf16, fp16), accumulated in fp32.
+
+    `parts` are u, u_tail, v, v_tail, scale_out, scale_rank and scale_in, None where a part has no rows.
+    """
+    return torch.ops.hf_littlebit.linear(x, *parts, bias, ranks)
+
+
+def _linear_fake(x: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], u.shape[-1])
+
+
+def _linear_grad_fake(grad: Tensor, u: Tensor, u_tail: Any, v: Any, v_tail: Any, h: Any, l: Any, g: Tensor, ranks: Any):  # noqa: E741
+    return grad.new_empty(*grad.shape[:-1], g.shape[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *parts, bias, ranks = inputs
+    if any(needed for needed in ctx.needs_input_grad[1:8]):
+        raise RuntimeError(
+            "the scales of a packed LittleBit layer ask for a gradient, but they are constants; "
+            "freeze them (requires_grad_(False)), or train a model loaded with LittleBitConfig(..., format='latent')"
+        )
+    ctx.save_for_backward(*parts)
+    ctx.ranks = ranks
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.hf_littlebit.linear_grad(grad, *ctx.saved_tensors, ctx.ranks)
+    if ctx.needs_input_grad[8]:
+        grad_bias = grad.flatten(0, -2).float().sum(dim=0).to(ctx.bias_dtype)
+    return grad_x, *(None,) * 7, grad_bias, None
+
+
+def _register() -> None:
+    _LIBRARY.define(f"linear(Tensor x, {_PARTS}, Tensor? bias, int[] ranks) -> Tensor")
+    _LIBRARY.define(f"linear_grad(Tensor grad, {_PARTS}, int[] ranks) -> Tensor")
+    _LIBRARY.impl("linear", littlebit_linear, "CompositeExplicitAutograd")
+    _LIBRARY.impl("linear_grad", littlebit_linear_grad, "CompositeExplicitAutograd")
+    torch.library.register_fake("hf_littlebit::linear", _linear_fake, lib=_LIBRARY)
+    torch.library.register_fake("hf_littlebit::linear_grad", _linear_grad_fake, lib=_LIBRARY)
+    torch.library.register_autograd("hf_littlebit::linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+
+_register()

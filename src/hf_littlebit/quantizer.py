@@ -1,0 +1,215 @@
+"""The quantizer that transformers calls while it loads a model: it swaps modules, and everything else is elsewhere.
+
+    dense checkpoint    linear layers become empty LittleBit layers on meta, each weight is factorized as it is read
+                        (conversion.py), and the model that comes back is packed, or latent with format="latent"
+    quantized one       the same layers on meta; the files' headers are checked (checkpoint.py) and the parts read as they are
+
+Registered under "littlebit" by importing `hf_littlebit`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+
+from . import compat
+from .card import upload_with_card
+from .checkpoint import refuse_quantized, verify
+from .config import FORMAT_VERSION, LittleBitConfig
+from .conversion import LittleBitConversion
+from .experts import LittleBitExperts
+from .linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
+from .plan import Plan, WeightPlan, plan_model
+
+__all__ = ["LittleBitHfQuantizer", "replace_modules"]
+
+logger = logging.getLogger("hf_littlebit")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def replace_modules(model: nn.Module, plan: Plan, config: LittleBitConfig, placeholders: bool) -> None:
+    """Swap the planned modules of `model` for empty LittleBit ones on meta.
+
+    With `placeholders` each keeps its dense weight on meta under the name of U, so that a dense checkpoint finds it.
+    """
+    latent = config.format == "latent"
+    scale_dtype = getattr(torch, config.scale_dtype)
+    for name, weights in plan.by_module().items():
+        old = model.get_submodule(name)
+        new: FactorModule
+        if isinstance(old, nn.Linear):
+            bias_dtype = None if old.bias is None else old.bias.dtype
+            kind = LatentLittleBitLinear if latent else LittleBitLinear
+            bias = old.bias is not None
+            new = kind(old.in_features, old.out_features, weights[0].ranks, bias, "meta", bias_dtype, scale_dtype)
+        else:
+            new = LittleBitExperts(
+                old, {weight.weight: weight.ranks for weight in weights}, latent, "meta", scale_dtype
+            )
+        if placeholders:
+            for weight in weights:
+                dense = getattr(old, weight.weight).detach().to("meta")
+                new.register_parameter(weight.weight, nn.Parameter(dense, requires_grad=False))
+        model.set_submodule(name, new.train(old.training))
+
+
+class LittleBitHfQuantizer(HfQuantizer):
+    """See the module's text. One instance serves one `from_pretrained` and stays with its model."""
+
+    quantization_config: LittleBitConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: LittleBitConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.plan: Plan | None = None
+        self._pending: dict[str, WeightPlan] = {}
+        self._conversion: LittleBitConversion | None = None
+
+    # -- before loading ---------------------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what would fail only after work was done."""
+        config = self.quantization_config
+        if config.dequantize and not self.pre_quantized:
+            raise ValueError(
+                "dequantize=True is for loading a saved LittleBit model as a dense one; this checkpoint is dense already. "
+                "To see the effect of quantization, load without it and call model.dequantize()"
+            )
+        if config.svd_device is not None:
+            try:
+                torch.empty(0, device=config.svd_device)
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"svd_device is {config.svd_device!r}, which this machine does not offer ({reason}); use 'cpu' or None"
+                ) from None
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Leave a tenth of each device for the dense weight in work and its factorization."""
+        if self.pre_quantized:
+            return max_memory
+        return {key: int(value * 0.9) if isinstance(value, int | float) else value for key, value in max_memory.items()}
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self._pending
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per element, for the device map: a dense placeholder counts as the packed U that takes its place."""
+        if param_name in self._pending:
+            plan = self._pending[param_name]
+            size = 4 * sum(plan.ranks) if self.quantization_config.format == "latent" else sum(plan.ranks) / 8
+            return size / plan.in_features
+        return super().param_element_size(model, param_name, param)
+
+    def get_quantize_ops(self) -> LittleBitConversion:
+        assert self._conversion is not None
+        return self._conversion
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        self.plan = plan_model(model, config)
+        replace_modules(model, self.plan, config, placeholders=not self.pre_quantized)
+        files = kwargs.get("checkpoint_files")
+        if self.pre_quantized:
+            if files:
+                verify(model, self.plan, config, files)
+            return
+        refuse_quantized(files or ())
+        for message in self.plan.warnings():
+            logger.warning("%s", message)
+        self._pending = {weight.name: weight for weight in self.plan.weights}
+        # A weight that goes to disk is written as soon as it is converted, so no worker can fill it in later.
+        device_map = kwargs.get("device_map")
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        to_disk = any(
+            place not in (None, "cpu", "cuda", "xpu", "mps") and not isinstance(place, int) for place in places
+        )
+        self._conversion = LittleBitConversion(self._pending, config, 1 if to_disk else config.workers, to_disk)
+        source = model.config.name_or_path
+        if config.base_model is None and HUB_ID.fullmatch(source) and not os.path.isdir(source):
+            config.base_model = source
+
+    # -- after loading ----------------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._conversion is not None:
+            self._conversion.finish(model)
+            self._conversion = None
+            self._pending = {}
+            self.pre_quantized = True
+        _check_scales(model)
+        if self.quantization_config.dequantize:
+            self._dequantize(model, dtype=model.dtype)
+            return model
+        if self.quantization_config.format == "packed":
+            for module in _factor_modules(model).values():
+                for name, parameter in module.named_parameters(recurse=False):
+                    parameter.requires_grad_(name == "bias")
+        # Saved under the names they have: the file's names would be turned back to an older layout otherwise, and a
+        # trainer that restores a checkpoint by name would miss them.
+        model._weight_conversions = []
+        model._upload_modified_files = partial(upload_with_card, model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.quantization_config.format == "latent"
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        return None, {"quant_method": "littlebit", "format_version": str(FORMAT_VERSION)}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        dtype = compat.resolve_dtype(dtype)
+        for name, module in _factor_modules(model).items():
+            if any(value.is_meta for value in module.parameters(recurse=False)):
+                raise ValueError(
+                    f"{name} is offloaded, so the model cannot be dequantized in place; load it with device_map='cpu'"
+                )
+            model.set_submodule(name, _dense_module(module, dtype))
+        # Back to an ordinary model: saved and shared as its own class does.
+        for attribute in ("_weight_conversions", "_upload_modified_files"):
+            model.__dict__.pop(attribute, None)
+        return model
+
+
+def _factor_modules(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactorModule)}
+
+
+def _dense_module(module: Any, dtype: torch.dtype) -> nn.Module:
+    if isinstance(module, LittleBitExperts):
+        return module.dense_module(dtype)
+    with torch.device("meta"):
+        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
+    dense.weight = nn.Parameter(module.dense(dtype))
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.detach().to(dtype))
+    return dense.train(module.training)
+
+
+def _check_scales(model: nn.Module) -> None:
+    """A damaged file can hold anything: a scale that is no number is reported here rather than found in the output."""
+    for name, module in _factor_modules(model).items():
+        for part, value in module.named_parameters(recurse=False):
+            if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{name}.{part} holds NaN or Inf; the checkpoint is damaged: download or save it again"
+                )

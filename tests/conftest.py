@@ -1,0 +1,102 @@
+"""Fixtures: the two real models, small random models of every covered family, and helpers that load them quantized."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig
+
+import hf_littlebit  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+# family -> (model class, config options). Two layers each, wide enough for factors at a few bits per weight.
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", {}),
+    "llama_tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "llama_bias": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "opt": ("OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "phi3": ("Phi3ForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "gemma2": ("Gemma2ForCausalLM", {}),
+    "gemma3": ("Gemma3ForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {}),
+    "bert": ("BertForMaskedLM", {}),
+    "mixtral": ("MixtralForCausalLM", MOE),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**MOE, "decoder_sparse_step": 1, "norm_topk_prob": True}),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def stories() -> str:
+    """stories260K: a real Llama of 0.26 M parameters."""
+    return str(ROOT / "tests" / "models" / "stories260K")
+
+
+@pytest.fixture(scope="session")
+def pycode() -> str:
+    """pycode-13m: a real Llama of 13 M parameters, the one that `make demo` uses."""
+    return str(ROOT / "examples" / "models" / "pycode-13m")
+
+
+def build(family: str) -> torch.nn.Module:
+    """A random model of `family`, seeded."""
+    name, options = FAMILIES[family]
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(**{**SMALL, **options})
+    torch.manual_seed(0)
+    return model_class(config).eval()
+
+
+@pytest.fixture(scope="session")
+def family_dir(tmp_path_factory):
+    """name of a family -> folder of a saved random dense model of it (made once)."""
+    made: dict[str, str] = {}
+
+    def make(family: str) -> str:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            build(family).save_pretrained(folder)
+            made[family] = str(folder)
+        return made[family]
+
+    return make
+
+
+def load(folder: str, **options):
+    """The model in `folder`, of the class its config names."""
+    config = AutoConfig.from_pretrained(folder)
+    return getattr(transformers, config.architectures[0]).from_pretrained(folder, **options)
+
+
+def logits(model, tokens=None) -> torch.Tensor:
+    """The model's logits on a fixed batch of tokens."""
+    tokens = torch.arange(3, 27).reshape(2, 12) if tokens is None else tokens
+    with torch.no_grad():
+        return model(input_ids=tokens).logits

@@ -1,0 +1,153 @@
+"""Damaged, foreign and changed checkpoints are refused, each with a message that says what is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import load
+from safetensors.torch import load_file, save_file
+
+from hf_littlebit import LittleBitConfig
+
+
+@pytest.fixture(scope="module")
+def packed(family_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    load(family_dir("llama_bias"), quantization_config=LittleBitConfig(2.5, init="dual_svid")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(packed, tmp_path):
+    return shutil.copytree(packed, tmp_path / "copy")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    data["quantization_config"].update(changes)
+    path.write_text(json.dumps(data))
+
+
+def edit_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+NAME = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 3000, -1])
+def test_truncated_files(copy, keep):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load(copy)
+
+
+def test_every_flipped_header_byte_is_noticed_or_harmless(copy):
+    """Flip bits all over the header: the load raises, or the model is the same."""
+    path = copy / "model.safetensors"
+    data = path.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    reference = load(copy).state_dict()
+    raised = 0
+    for position in range(0, size, size // 60):
+        changed = bytearray(data)
+        changed[position] ^= 1 << (position % 7)
+        path.write_bytes(changed)
+        try:
+            state = load(copy).state_dict()
+        except (ValueError, OSError):
+            raised += 1
+        else:
+            assert all(torch.equal(value, state[name]) for name, value in reference.items()), position
+    assert raised > 40
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{NAME}.v"), rf"1 tensor\(s\) are missing .*{NAME}\.v"),
+        (lambda t: t.pop("model.norm.weight"), r"missing .*model\.norm\.weight"),
+        (lambda t: t.pop(f"{NAME}.bias"), r"missing .*bias"),
+        (lambda t: t.update({f"{NAME}.v": t[f"{NAME}.v"][:-1].clone()}), rf"{NAME}\.v is I32 .* implies I32"),
+        (lambda t: t.update({f"{NAME}.v": t[f"{NAME}.v"].float()}), rf"{NAME}\.v is F32 .* implies I32"),
+        (lambda t: t.update({f"{NAME}.scale_in": t[f"{NAME}.scale_in"].half()}), "is F16 .* implies BF16"),
+        (lambda t: t[f"{NAME}.scale_in"].fill_(torch.nan), rf"{NAME}\.scale_in holds NaN or Inf"),
+    ],
+)
+def test_changed_tensors(copy, change, message):
+    edit_tensors(copy, change)
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bpw": 1.5}, "implies"),
+        ({"residual": False}, "implies"),
+        ({"format": "latent"}, "implies F32"),
+        ({"format_version": 99}, "upgrade with: pip install -U hf-littlebit"),
+        ({"bpw": None}, "bpw is missing"),
+        ({"init": "magic"}, "init is 'magic'"),
+        ({"modules_to_not_convert": ["down_proj"]}, "config leaves that layer dense"),
+        ({"surprise": 1}, "unknown LittleBitConfig option 'surprise'"),
+    ],
+)
+def test_changed_configs(copy, changes, message):
+    edit_config(copy, **changes)
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+def test_foreign_checkpoints(family_dir, tmp_path):
+    folder = shutil.copytree(family_dir("llama"), tmp_path / "foreign")
+    data = json.loads((folder / "config.json").read_text())
+    for quantization in ({"quant_method": "littlebit", "bpw": 2.5}, {"quant_method": "littlebit", "eff_bit": 0.1}):
+        (folder / "config.json").write_text(json.dumps({**data, "quantization_config": quantization}))
+        with pytest.raises(ValueError, match=r"implies|unknown LittleBitConfig option 'eff_bit'"):
+            load(folder)
+    tensors = {f"{n}.U_packed": torch.zeros(3, 3, dtype=torch.int32) for n in ("model.layers.0.mlp.up_proj", "b")}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(
+        json.dumps({**data, "quantization_config": {"quant_method": "littlebit", "bpw": 2.5}})
+    )
+    with pytest.raises(ValueError, match="another program wrote it"):
+        load(folder)
+
+
+def test_an_already_quantized_checkpoint_is_not_quantized_again(family_dir, tmp_path):
+    folder = shutil.copytree(family_dir("llama"), tmp_path / "foreign")
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(tensors):
+        if "mlp" in name:
+            tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"mlp.* is I8 .* quantized already"):
+        load(folder, quantization_config=LittleBitConfig(2.5, init="dual_svid"))
+
+
+def test_a_missing_shard(packed, tmp_path):
+    load(packed).save_pretrained(tmp_path, max_shard_size="20KB")
+    next(iter(sorted(tmp_path.glob("*-00002-*.safetensors")))).unlink()
+    with pytest.raises((ValueError, OSError), match=r"00002"):
+        load(tmp_path)
+
+
+def test_without_the_plugin_transformers_refuses(packed):
+    """In a fresh interpreter that never imports hf_littlebit."""
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        f"try: AutoModelForCausalLM.from_pretrained({str(packed)!r})\n"
+        "except RuntimeError as error: print('REFUSED', error)\n"
+        "print('hf_littlebit' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "REFUSED" in done.stdout and "False" in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,145 @@
+"""The two layers: forward, gradients, pack and unpack, compile; and the operator that they share."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_littlebit import LatentLittleBitLinear, LittleBitLinear
+from hf_littlebit.factorize import factorize
+from hf_littlebit.linear import latent_parts, pack_parts
+from hf_littlebit.sign import ALPHA, latent_sign
+
+SIZES = [(48, 64, (16,)), (33, 70, (16, 8)), (96, 40, (40, 40))]
+
+
+def pair(out_features, in_features, ranks, bias=True):
+    """A packed layer and its latent twin from the same random weight."""
+    torch.manual_seed(out_features)
+    paths = factorize(torch.randn(out_features, in_features), ranks, "dual_svid")
+    packed = LittleBitLinear(in_features, out_features, ranks, bias, device="meta")
+    packed.fill("weight", pack_parts(paths, torch.bfloat16))
+    latent = LatentLittleBitLinear(in_features, out_features, ranks, bias, device="meta")
+    latent.fill("weight", latent_parts(paths))
+    if bias:
+        packed.bias = latent.bias = nn.Parameter(torch.randn(out_features))
+    return packed, latent
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_forward_equals_the_dense_weight_it_stands_for(size):
+    packed, latent = pair(*size)
+    x = torch.randn(5, size[1])
+    expected = nn.functional.linear(x, packed.dense(), packed.bias)
+    torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latent(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latent.dense(), packed.dense(), rtol=0, atol=0)
+    assert isinstance(packed, nn.Linear) and packed.weight.dtype == torch.int32 and not packed.weight.requires_grad
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pack_and_unpack_are_exact(size):
+    packed, latent = pair(*size)
+    for other in (latent.pack(), packed.unpack().pack(), packed.unpack().pack().unpack().pack()):
+        assert other.state_dict().keys() == packed.state_dict().keys()
+        for name, value in packed.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]) and value.dtype == other.state_dict()[name].dtype, name
+    twin = packed.unpack()
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in twin.parameters())
+    assert torch.equal(twin(torch.eye(size[1])), latent(torch.eye(size[1])))
+
+
+def test_zero_latents_count_as_plus_one():
+    _, latent = pair(48, 64, (16,))
+    with torch.no_grad():
+        latent.weight.zero_()
+        latent.v.fill_(-0.0)
+    assert torch.equal(latent.pack().weight_tail, torch.zeros(2, 48, dtype=torch.uint8))
+    assert torch.equal(latent.pack().v, torch.zeros(2, 16, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradient_of_x_and_bias(size):
+    packed, _ = pair(*size)
+    x = torch.randn(2, 3, size[1], requires_grad=True)
+    packed(x).square().sum().backward()
+    y = x.detach().clone().requires_grad_()
+    bias = packed.bias.detach().clone().requires_grad_()
+    nn.functional.linear(y, packed.dense(), bias).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(packed.bias.grad, bias.grad, rtol=1e-4, atol=1e-3)
+    assert packed.scale_in.grad is None
+
+
+def test_scales_of_a_packed_layer_refuse_a_gradient():
+    packed, _ = pair(48, 64, (16,))
+    packed.scale_in.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="format='latent'"):
+        packed(torch.randn(2, 64)).sum().backward()
+
+
+def test_latent_gradients_reach_every_part():
+    _, latent = pair(33, 70, (16, 8))
+    latent(torch.randn(4, 70)).square().sum().backward()
+    for name, value in latent.named_parameters():
+        assert value.grad is not None and value.grad.abs().sum() > 0, name
+
+
+def test_sign_gradients_follow_their_formulas():
+    x = torch.tensor([-2.0, -0.01, -0.0, 0.0, 0.003, 0.7, 1.5], requires_grad=True)
+    weight = torch.arange(1.0, 8.0)
+    for gradient, expected in (
+        ("smooth", ALPHA * (1 - torch.tanh(ALPHA * x.detach()) ** 2)),
+        ("ste", (x.detach().abs() < 1).float()),
+    ):
+        y = latent_sign(x, gradient)
+        assert y.tolist() == [-1, -1, 1, 1, 1, 1, 1]
+        (grad,) = torch.autograd.grad((y * weight).sum(), x)
+        torch.testing.assert_close(grad, expected * weight)
+    with pytest.raises(ValueError, match="smooth, ste"):
+        latent_sign(x, "tanh")
+
+
+@pytest.mark.parametrize("tokens", [(0, 64), (64,), (1, 1, 64)])
+def test_shapes_of_x(tokens):
+    packed, latent = pair(48, 64, (16,))
+    x = torch.randn(*tokens)
+    assert packed(x).shape == latent(x).shape == (*tokens[:-1], 48)
+
+
+def test_autocast_gives_the_autocast_dtype():
+    packed, latent = pair(48, 64, (16,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert packed(torch.randn(2, 64)).dtype == latent(torch.randn(2, 64)).dtype == torch.bfloat16
+
+
+def test_operator_contract():
+    packed, _ = pair(33, 70, (16, 8))
+    parts = [
+        getattr(packed, name)
+        for name in ("weight", "weight_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
+    ]
+    x = torch.randn(3, 70, requires_grad=True)
+    arguments = (x, *parts, packed.bias.detach(), [16, 8])
+    torch.library.opcheck(torch.ops.hf_littlebit.linear, arguments)
+    torch.library.opcheck(torch.ops.hf_littlebit.linear_grad, (torch.randn(3, 33), *parts, [16, 8]))
+
+
+def test_compile_without_graph_breaks():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = pair(48, 64, (16,))[0], pair(64, 48, (16, 8))[0]
+
+        def forward(self, x):
+            return x + self.two(torch.relu(self.one(x)))
+
+    block = Block()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (2, 5):
+        x = torch.randn(tokens, 64, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        out, expected = compiled(x), block(y)
+        torch.testing.assert_close(out, expected)
+        out.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)

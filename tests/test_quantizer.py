@@ -1,0 +1,328 @@
+"""From dense to packed and back, for every covered model family and every way of loading."""
+
+import copy
+import gc
+import json
+import os
+import warnings
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, build, load, logits
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
+from hf_littlebit.experts import LittleBitExperts
+from hf_littlebit.plan import plan_model
+
+
+def config(**options):
+    return LittleBitConfig(**{"bpw": 2.5, "init": "dual_svid", **options})
+
+
+def equal_states(a, b):
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype, name
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_and_reload_is_bit_equal(family, family_dir, tmp_path):
+    model = load(family_dir(family), quantization_config=config())
+    plan = plan_model(model, model.config.quantization_config)
+    linears = [m for m in model.modules() if isinstance(m, LittleBitLinear)]
+    experts = [m for m in model.modules() if isinstance(m, LittleBitExperts)]
+    assert len(linears) + 2 * len(experts) == len(plan.weights) > 0
+    dense = build(family)
+    count = sum(type(m) is nn.Linear for m in dense.modules())
+    head = sum(type(m) is nn.Linear for m in model.modules())
+    assert len(linears) + head == count and head <= 2  # the output head (BERT: its last module too)
+    before = logits(model)
+    assert torch.isfinite(before).all()
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    equal_states(model, again)
+    assert torch.equal(before, logits(again))
+    assert not any(p.is_meta for p in again.parameters())
+    assert again.config.quantization_config.bpw == 2.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dequantize_gives_a_dense_model(family, family_dir, tmp_path):
+    model = load(family_dir(family), quantization_config=config())
+    before = logits(model)
+    dense = model.dequantize()
+    assert not any(isinstance(m, LittleBitLinear | LittleBitExperts) for m in dense.modules())
+    torch.testing.assert_close(logits(dense), before, rtol=1e-4, atol=1e-4)
+    dense.save_pretrained(tmp_path)
+    plain = load(tmp_path)
+    assert not getattr(plain.config, "quantization_config", None)
+    torch.testing.assert_close(logits(plain), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama_bias", "mixtral"])
+def test_latent_round_trip_and_pack(family, family_dir, tmp_path):
+    model = load(family_dir(family), quantization_config=config(format="latent"))
+    assert model.hf_quantizer.is_qat_trainable
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, dtype=torch.bfloat16)
+    for name, value in again.named_parameters():
+        if isinstance(again.get_submodule(name.rpartition(".")[0]), LatentLittleBitLinear | LittleBitExperts):
+            assert name.endswith("bias") or (value.dtype == torch.float32 and value.requires_grad), name
+    equal_states(model, load(tmp_path))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LatentLittleBitLinear | LittleBitExperts):
+            packed = module.pack()
+            model.set_submodule(name, packed)
+            repacked = packed.unpack().pack()
+            equal_states(packed, repacked)
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+def test_real_model_keeps_most_of_its_knowledge(stories):
+    """64-wide layers are too small for few bits; at four the text is still far from the 6.2 nats of chance."""
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    labels = tokenizer(text, return_tensors="pt").input_ids
+    losses = {}
+    for init in ("dual_svid", "admm"):
+        options = LittleBitConfig(bpw=4.0, init=init)
+        model = AutoModelForCausalLM.from_pretrained(stories, quantization_config=options)
+        losses[init] = model(labels, labels=labels).loss.item()
+    assert losses["admm"] < losses["dual_svid"] and losses["admm"] < 3.0, losses
+    out = model.generate(labels[:, :8], max_new_tokens=20, do_sample=False)
+    assert out.shape[1] > 8 and tokenizer.decode(out[0], skip_special_tokens=True).startswith("Once upon")
+
+
+def test_file_holds_what_the_formula_says(family_dir, tmp_path):
+    model = load(family_dir("llama"), quantization_config=config(init="joint_itq", residual=True))
+    model.save_pretrained(tmp_path)
+    header = load_file(tmp_path / "model.safetensors")
+    plan = plan_model(model, model.config.quantization_config)
+    for weight in plan.weights:
+        size = sum(v.numel() * v.element_size() for k, v in header.items() if k.startswith(weight.module + "."))
+        m, n, ranks = weight.out_features, weight.in_features, weight.ranks
+        assert 8 * size == weight.bits == sum(r * (m + n + 16) + 16 * (m + n) for r in ranks)
+    assert {v.dtype for k, v in header.items() if "scale_" in k} == {torch.bfloat16}
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata()["quant_method"] == "littlebit"
+
+
+def test_sharded_and_shard_sizes(family_dir, tmp_path):
+    model = load(family_dir("llama"), quantization_config=config())
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    equal_states(model, load(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mixtral"])
+@pytest.mark.parametrize("placement", ["cpu", "auto", "disk", "split"])
+def test_device_maps(family, placement, family_dir, tmp_path):
+    reference = load(family_dir(family), quantization_config=config())
+    expected = logits(reference)
+    reference.save_pretrained(tmp_path / "packed")
+    if placement == "split":
+        names = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+        device_map = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
+    else:
+        device_map = {"": "disk"} if placement == "disk" else placement
+    for folder, options in ((family_dir(family), {"quantization_config": config()}), (tmp_path / "packed", {})):
+        offload = tmp_path / f"offload{len(options)}"
+        model = load(folder, device_map=device_map, offload_folder=offload, **options)
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+        model.save_pretrained(tmp_path / "again")
+        equal_states(load(tmp_path / "again"), reference)
+
+
+def test_workers_give_the_same_model(family_dir):
+    equal_states(
+        load(family_dir("mixtral"), quantization_config=config(init="admm", steps=5)),
+        load(family_dir("mixtral"), quantization_config=config(init="admm", steps=5, workers=3)),
+    )
+
+
+def test_no_dense_weights_are_made_on_reload(family_dir, tmp_path, monkeypatch):
+    model = load(family_dir("llama"), quantization_config=config())
+    model.save_pretrained(tmp_path)
+    sizes = []
+    monkeypatch.setattr("hf_littlebit.conversion.factor_weight", lambda *a: sizes.append(a))
+    again = load(tmp_path)
+    largest = max(p.numel() * p.element_size() for n, p in again.named_parameters() if "layers" in n)
+    assert not sizes and largest < 96 * 64 * 2  # the smallest bf16 dense matrix of the mlp
+
+
+def test_head_embeddings_and_named_modules_stay_dense(family_dir):
+    options = config(modules_to_not_convert=["down_proj", r"model\.layers\.0\.self_attn\..*"])
+    model = load(family_dir("llama"), quantization_config=options)
+    kinds = {name: type(m) for name, m in model.named_modules()}
+    assert kinds["lm_head"] is nn.Linear and isinstance(model.get_input_embeddings(), nn.Embedding)
+    assert kinds["model.layers.1.mlp.down_proj"] is nn.Linear
+    assert kinds["model.layers.0.self_attn.q_proj"] is nn.Linear
+    assert kinds["model.layers.1.self_attn.q_proj"] is LittleBitLinear
+
+
+def test_module_config_and_kv_factor(family_dir, tmp_path):
+    options = config(
+        bpw=2.0, residual=False, kv_factor=2.0, module_config={"*.1.mlp.*": {"bpw": 3.5, "residual": True}}
+    )
+    model = load(family_dir("llama"), quantization_config=options)
+    first, second = (layer.mlp.gate_proj.ranks for layer in model.model.layers)
+    assert len(first) == 1 and len(second) == 2
+    plain = load(family_dir("llama"), quantization_config=config(bpw=2.0, residual=False))
+    attention, other = model.model.layers[0].self_attn, plain.model.layers[0].self_attn
+    assert attention.k_proj.ranks[0] > other.k_proj.ranks[0] and attention.q_proj.ranks == other.q_proj.ranks
+    model.save_pretrained(tmp_path)
+    equal_states(model, load(tmp_path))
+
+
+def test_casts_keep_scales_and_move_the_rest(family_dir):
+    model = load(family_dir("llama_bias"), quantization_config=config())
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.scale_in.clone()
+    model.to(torch.bfloat16)
+    assert layer.scale_in.dtype == torch.bfloat16 and torch.equal(before, layer.scale_in)
+    assert layer.bias.dtype == torch.bfloat16 and layer.weight.dtype == torch.int32
+    model.to(torch.float16)
+    assert layer.scale_in.dtype == torch.bfloat16 and layer.bias.dtype == torch.float16
+    assert logits(model).dtype == torch.float16
+
+
+def test_dtype_on_load(family_dir, tmp_path):
+    model = load(family_dir("llama"), quantization_config=config(scale_dtype="float16"), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and model.model.layers[0].mlp.up_proj.scale_out.dtype == torch.float16
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    equal_states(model, again)
+    assert again.config.dtype == torch.bfloat16
+
+
+def test_footprint_deepcopy_and_dtype(family_dir):
+    dense = load(family_dir("llama"))
+    model = load(family_dir("llama"), quantization_config=config(bpw=1.5))
+    assert model.get_memory_footprint() < dense.get_memory_footprint()
+    twin = copy.deepcopy(model)
+    equal_states(model, twin)
+    assert torch.equal(logits(model), logits(twin))
+    assert twin._upload_modified_files.args[0] is twin
+
+
+def test_loading_options_on_a_saved_model(family_dir, tmp_path):
+    model = load(family_dir("llama"), quantization_config=config())
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dense = load(tmp_path, quantization_config=LittleBitConfig(bpw=0.1, dequantize=True))
+    assert not any(isinstance(m, LittleBitLinear) for m in dense.modules())
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-4, atol=1e-4)
+    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert saved["quant_method"] == "littlebit" and "svd_device" not in saved and "dequantize" not in saved
+
+
+def test_a_base_model_and_a_headed_model_share_a_checkpoint(family_dir, tmp_path):
+    model = load(family_dir("llama"), quantization_config=config())
+    model.save_pretrained(tmp_path)
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    equal_states(base, model.model)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert type(classifier.score) is nn.Linear
+    equal_states(classifier.model, model.model)
+
+
+def test_errors_before_and_during_conversion(family_dir, tmp_path):
+    dense = build("llama")
+    dense.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    dense.save_pretrained(tmp_path / "nan")
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
+            load(tmp_path / "nan", quantization_config=config(workers=workers))
+    state = build("llama").state_dict()
+    del state["model.layers.0.self_attn.q_proj.weight"]
+    build("llama").save_pretrained(tmp_path / "gap", state_dict=state)
+    with pytest.raises(ValueError, match=r"no weights for 1 of .*layers\.0\.self_attn\.q_proj"):
+        load(tmp_path / "gap", quantization_config=config())
+    with pytest.raises(ValueError, match="svd_device is 'cuda:99'"):
+        load(family_dir("llama"), quantization_config=config(svd_device="cuda:99"))
+    with pytest.raises(ValueError, match="dequantize=True"):
+        load(family_dir("llama"), quantization_config=config(dequantize=True))
+    with pytest.raises(ValueError, match="no layer that LittleBit can replace"):
+        load(family_dir("llama"), quantization_config=config(modules_to_not_convert=[".*"]))
+
+
+def test_warnings_name_the_layers(family_dir, caplog):
+    with caplog.at_level("WARNING", "hf_littlebit"):
+        load(family_dir("llama"), quantization_config=config(bpw=0.5, residual=True))
+    assert "too small for the bits asked" in caplog.text and "residual=False" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", "hf_littlebit"):
+        load(family_dir("llama"), quantization_config=config(bpw=8.0, residual=False))
+    assert "stop below the bits asked" in caplog.text and "residual=True" in caplog.text
+
+
+def test_uncovered_experts_stay_dense_and_are_counted(tmp_path, caplog):
+    options = transformers.GptOssConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=64, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GptOssForCausalLM(options).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_littlebit"):
+        model = load(tmp_path, quantization_config=config())
+    assert "1 module(s)" in caplog.text and "transposed experts" in caplog.text
+    assert isinstance(model.model.layers[0].self_attn.q_proj, LittleBitLinear)
+    assert model.model.layers[0].mlp.experts.down_proj.ndim == 3
+
+
+def test_memory_grows_by_one_layer_at_a_time(tmp_path):
+    """While a model is read, no more than one dense weight of it is alive beside the packed parts."""
+    from hf_littlebit import conversion
+
+    dense = build("llama")
+    dense.save_pretrained(tmp_path)
+    weights = {tuple(p.shape) for n, p in dense.named_parameters() if "proj" in n}
+    del dense
+    alive = []
+    original = conversion.factor_weight
+
+    def spy(weight, *rest):
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta]
+        found = {t.data_ptr() for t in tensors if t.is_floating_point() and tuple(t.shape) in weights}
+        alive.append(len(found))
+        return original(weight, *rest)
+
+    conversion.factor_weight = spy
+    try:
+        load(tmp_path, quantization_config=config())
+    finally:
+        conversion.factor_weight = original
+    assert len(alive) == 14 and max(alive) <= 1
+
+
+def test_adapters_by_peft(family_dir, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load(family_dir("llama"), quantization_config=config())
+    model.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    tokens = torch.arange(3, 27).reshape(2, 12)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    before = adapted(tokens, labels=tokens).loss
+    before.backward()
+    grads = [p.grad for n, p in adapted.named_parameters() if "lora_B" in n]
+    assert len(grads) == 14 and all(g.abs().sum() > 0 for g in grads)
+    optimizer.step()
+    after = adapted(tokens, labels=tokens).loss
+    assert after < before
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert os.path.getsize(tmp_path / "adapter" / "adapter_model.safetensors") > 0
+    again = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(again(tokens, labels=tokens).loss, after, rtol=1e-6, atol=1e-6)
+    with pytest.raises(Exception):  # noqa: B017  (peft's own type varies)
+        again.merge_adapter()
