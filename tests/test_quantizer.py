@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -128,6 +129,8 @@ def test_device_maps(family, placement, family_dir, tmp_path):
     reference = load(family_dir(family), quantization_config=config())
     expected = logits(reference)
     reference.save_pretrained(tmp_path / "packed")
+    if placement == "disk" and version("accelerate") < "1.15":
+        pytest.skip("accelerate before 1.15 refuses to put a whole model on disk")
     if placement == "split":
         names = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
         device_map = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}

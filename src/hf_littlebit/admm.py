@@ -8,7 +8,7 @@ F - Z. A step fixes the other side as X (its Z with unit columns) and solves
     Z = signs(F + D) * rank-one(|F + D|)
     D = D + F - Z
 
-Sources: double binary factorization (arXiv 2505.11076, section 3); LB-ADMM of NanoQuant (arXiv 2602.06694, section 3).
+Sources: double binary factorization (arXiv 2505.11076); LB-ADMM of NanoQuant (arXiv 2602.06694).
 
 What makes it cheap: unit columns turn X into U diag(left / |left|), so X^T X has a unit diagonal and `right` never
 enters it; Z and D are both functions of P = F + D, so three [m, r] buffers a side hold everything and a step allocates

@@ -3,7 +3,7 @@
 Three initialisers. Each runs on the weight's device in fp32 and repeats exactly for the same seed; path p + 1 factors
 what the first p left over.
 
-- dual_svid: LittleBit (arXiv 2506.13771, section 3.2). Signs of a truncated SVD, scales from a rank-one fit of its
+- dual_svid: LittleBit (arXiv 2506.13771, "Dual-SVID"). Signs of a truncated SVD, scales from a rank-one fit of its
   magnitudes.
 - joint_itq: LittleBit-2 (arXiv 2603.00042). The same after a rotation of the rank space that brings both factors near
   their signs.
@@ -17,8 +17,8 @@ core, at equal bits per weight:
 
     init        paths   1.0 bpw       0.55 bpw
     dual_svid     2     .470    1 s   .580    1 s
-    joint_itq     2     .324   13 s   .498    5 s
-    admm          1     .198   47 s   .351   20 s     (400 steps .195, .348; two paths .231, .431)
+    joint_itq     2     .324   12 s   .498    5 s
+    admm          1     .198   50 s   .351   20 s     (400 steps .195, .348; two paths .231, .431)
 
 One path of ADMM beats two of anything: a second path repairs a weak initialiser, and pays for its own h and g.
 """

@@ -4,7 +4,7 @@ Two algorithms, chosen from the shape and the rank by timing both on a Gaussian 
 worst case; `examples/bench_factorize.py` prints the comparison.
 
 - Block Krylov: the space spanned by Y, (MM^T)Y, ..., (MM^T)^5 Y for a random block Y of r + 16 columns, then an
-  exact SVD inside it (Musco & Musco, arXiv 1504.05477, algorithm 2). Error within 0.1 % of the exact one on the flat
+  exact SVD inside it (Musco & Musco, arXiv 1504.05477). Error within 0.1 % of the exact one on the flat
   spectrum, within 0.01 % on a decaying one.
 - Gram: eigenvectors of MM^T, of the smaller side. Exact at any rank; in fp64 when the rank reaches singular values
   that squaring would drown.
@@ -16,6 +16,7 @@ and 2 s at 256. Krylov wins while its basis is small beside the matrix: KRYLOV_S
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,23 +30,49 @@ GRAM_FLOOR = 1e-5  # smallest eigenvalue, as a share of the first, that fp32 res
 NEGLIGIBLE = 1e-6  # singular values under this share of the first are rounding noise in fp32, and become exact zeros
 
 
+class _Precision:
+    """The matmul precision of this process, raised to full fp32 while any thread is inside `exact_fp32`."""
+
+    lock = threading.Lock()
+    inside = 0
+    before: list[str] = []  # noqa: RUF012  (one process, one setting)
+
+    @staticmethod
+    def backends() -> list[Any]:
+        # Per backend, because the global getter raises once a caller has set any backend on its own.
+        return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+
+    @classmethod
+    def enter(cls) -> None:
+        with cls.lock:
+            if not cls.inside:
+                cls.before = [backend.fp32_precision for backend in cls.backends()]
+                for backend in cls.backends():
+                    backend.fp32_precision = "ieee"
+            cls.inside += 1
+
+    @classmethod
+    def leave(cls) -> None:
+        with cls.lock:
+            cls.inside -= 1
+            if not cls.inside:
+                for backend, precision in zip(cls.backends(), cls.before, strict=True):
+                    backend.fp32_precision = precision
+
+
 @contextlib.contextmanager
 def exact_fp32(device: torch.device) -> Iterator[None]:
     """Compute without autograd, autocast and TF32 on `device`, whatever the caller has switched on; restore it after.
 
-    TF32 keeps 10 bits: normal equations squared in it lose the small directions that a solve then divides by.
+    TF32 keeps 10 bits: normal equations squared in it lose the small directions that a solve then divides by. The
+    setting is one per process, so several threads may be inside at once: the last to leave restores it.
     """
-    # Per backend, because the global getter raises once a caller has set any backend on its own.
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
+    _Precision.enter()
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        _Precision.leave()
 
 
 def random_normal(rows: int, cols: int, seed: int, device: torch.device) -> Tensor:
