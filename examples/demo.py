@@ -1,0 +1,124 @@
+"""Quantize the bundled model at several bit widths with each initialiser, reload, evaluate, plot and generate.
+
+    python examples/demo.py [--bpw 1.0 0.55 0.3] [--init dual_svid joint_itq admm] [--out demo-output]
+
+Every row of the table is a full round trip: `from_pretrained` with a `LittleBitConfig`, `save_pretrained`, and the
+saved model loaded again and evaluated. Writes rate_distortion.png, results.json and the last packed model to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+import transformers
+from tabulate import tabulate
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_littlebit import LittleBitConfig, LittleBitLinear, perplexity, size_report
+from hf_littlebit.factorize import INITS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+COLUMNS = ["init", "bpw asked", "bpw real", "file MB", "ratio", "perplexity", "weight error", "seconds"]
+STYLES = {"dual_svid": ("o", "#999999"), "joint_itq": ("s", "#3b7dd8"), "admm": ("D", "#d1495b")}
+PROMPT = "def read_lines(path):\n"
+
+
+def weight_error(model: torch.nn.Module, dense: torch.nn.Module) -> float:
+    """Mean over the replaced layers of |W - W_hat|^2 / |W|^2 (Frobenius norms)."""
+    errors = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LittleBitLinear):
+            weight = dense.get_submodule(name).weight.float()
+            errors.append(((weight - layer.dense()).square().sum() / weight.square().sum()).item())
+    return sum(errors) / len(errors)
+
+
+def round_trip(args: argparse.Namespace, dense, tokenizer, text: str, init: str, bpw: float) -> list:
+    """One row of the table."""
+    folder = args.out / f"{args.model.name}-{init}-{bpw:g}"
+    start = time.perf_counter()
+    quantized = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=LittleBitConfig(bpw, init=init))
+    seconds = time.perf_counter() - start
+    quantized.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    report = size_report(folder)
+    score = perplexity(model, tokenizer, text, max_blocks=args.blocks)
+    error = weight_error(model, dense)
+    return [init, bpw, report.bpw, report.file_bytes / 1e6, report.ratio, score.perplexity, error, seconds]
+
+
+def plot(rows: list[list], dense_perplexity: float, file: Path) -> None:
+    """Perplexity and weight error against the real bits per weight, a line per initialiser."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for init, (marker, colour) in STYLES.items():
+        mine = sorted(row for row in rows if row[0] == init)
+        for axis, column in zip(axes, (5, 6), strict=True):
+            axis.plot([r[2] for r in mine], [r[column] for r in mine], marker=marker, color=colour, label=init)
+    axes[0].axhline(dense_perplexity, linestyle="--", color="black", linewidth=1, label="dense, 16 bits")
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel("perplexity (log scale)")
+    axes[1].set_ylabel("relative squared weight error")
+    axes[1].set_ylim(0, 1)
+    for axis in axes:
+        axis.set_xlabel("bits per replaced weight, as stored")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle("pycode-13m, quantized without training")
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=HERE / "models" / "pycode-13m", help="folder of the dense model")
+    parser.add_argument("--text", type=Path, default=HERE / "data" / "pycode_eval.txt", help="text to evaluate on")
+    parser.add_argument("--bpw", type=float, nargs="+", default=[0.3, 0.55, 1.0], help="bits per weight to try")
+    parser.add_argument("--init", nargs="+", default=list(INITS), choices=INITS, help="initialisers to try")
+    parser.add_argument("--blocks", type=int, default=64, help="windows of 512 tokens to evaluate on")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for all results")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    text = args.text.read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    dense = AutoModelForCausalLM.from_pretrained(args.model)
+    size = (args.model / "model.safetensors").stat().st_size / 1e6
+    reference = perplexity(dense, tokenizer, text, max_blocks=args.blocks).perplexity
+    rows = [round_trip(args, dense, tokenizer, text, init, bpw) for init in args.init for bpw in args.bpw]
+    table = [["dense", 16, 16, size, 1, reference, 0, ""], *rows]
+    formats = ("", "g", ".3f", ".2f", ".1f", ".1f", ".3f", ".1f")
+    print()
+    print(tabulate(table, COLUMNS, tablefmt="github", floatfmt=formats))
+    plot(rows, reference, args.out / "rate_distortion.png")
+    results = {
+        "columns": COLUMNS,
+        "rows": table,
+        "blocks": args.blocks,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    best = min(rows, key=lambda row: row[5])
+    folder = args.out / f"{args.model.name}-{best[0]}-{best[1]:g}"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = tokenizer(PROMPT, return_tensors="pt")
+    out = model.generate(**tokens, max_new_tokens=60, do_sample=False, repetition_penalty=1.1)
+    print(f"\n{best[0]} at {best[1]:g} bits, untrained, continues:\n\n{tokenizer.decode(out[0])}\n")
+    print(f"Plot: {args.out / 'rate_distortion.png'}   Packed models: {args.out}/   Load one:")
+    print(f"  python -c \"import hf_littlebit, transformers as t; print(t.AutoModelForCausalLM.from_pretrained('{folder}'))\"")
+
+
+if __name__ == "__main__":
+    main()
