@@ -206,6 +206,43 @@ def test_dtype_on_load(family_dir, tmp_path):
     assert again.config.dtype == torch.bfloat16
 
 
+def test_a_parameter_cast_does_not_reach_the_file(family_dir, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load(family_dir("llama"), quantization_config=config(), dtype=torch.bfloat16)
+    before = logits(model)
+    model.save_pretrained(tmp_path / "before")
+    prepared = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    prepared.save_pretrained(tmp_path / "after")
+    again = load(tmp_path / "after")
+    assert again.model.layers[0].mlp.up_proj.scale_in.dtype == torch.bfloat16
+    for name, value in load(tmp_path / "before").state_dict().items():
+        if "proj" in name:
+            assert torch.equal(again.state_dict()[name], value), name
+    torch.testing.assert_close(logits(again).float(), before.float(), rtol=0.05, atol=0.02)
+
+
+def test_config_as_a_plain_dict(family_dir):
+    options = {"quant_method": "littlebit", "bpw": 2.5, "init": "dual_svid"}
+    equal_states(
+        load(family_dir("llama"), quantization_config=options), load(family_dir("llama"), quantization_config=config())
+    )
+
+
+def test_modules_that_must_stay_in_fp32_are_left_alone(tmp_path):
+    """T5 keeps the second feed-forward matrix in fp32, and its code reads that matrix's dtype."""
+    options = transformers.T5Config(
+        d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, vocab_size=64, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    transformers.T5ForConditionalGeneration(options).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=config(), dtype=torch.float16)
+    feed_forward = model.encoder.block[0].layer[1].DenseReluDense
+    assert type(feed_forward.wo) is nn.Linear and feed_forward.wo.weight.dtype == torch.float32
+    assert isinstance(feed_forward.wi, LittleBitLinear)
+    tokens = torch.arange(3, 27).reshape(2, 12)
+    assert model(input_ids=tokens, decoder_input_ids=tokens).logits.isfinite().all()
+
+
 def test_footprint_deepcopy_and_dtype(family_dir):
     dense = load(family_dir("llama"))
     model = load(family_dir("llama"), quantization_config=config(bpw=1.5))

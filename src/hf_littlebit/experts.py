@@ -79,19 +79,19 @@ class LittleBitExperts(FactorModule):
         device: Any = None,
         scale_dtype: torch.dtype = torch.bfloat16,
     ):
-        super().__init__()
+        super().__init__(scale_dtype)
         self.sizes, reason = expert_sizes(source)
         if reason:
             raise ValueError(f"{type(source).__name__}: {reason}; leave it dense with modules_to_not_convert")
         # What the source's gate reads (limits, slopes, flags) is kept under the same names; activation modules with it.
         for key, value in source.__dict__.items():
-            if not key.startswith("_") and key != "training":
+            if not key.startswith("_") and key not in ("training", "part_dtypes"):
                 setattr(self, key, value)
         for key, child in source.named_children():
             self.add_module(key, child)
         self.source_class = type(source)
         self.path_ranks = {weight: list(rank) for weight, rank in ranks.items()}
-        self.scale_dtype, self.latent = scale_dtype, latent
+        self.latent = latent
         self.sign_gradient, self.alpha = "smooth", ALPHA
         declare = self.declare_latent if latent else self.declare_packed
         for weight, (count, out_features, in_features) in self.sizes.items():

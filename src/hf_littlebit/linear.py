@@ -109,6 +109,11 @@ class FactorModule(nn.Module):
     """A module that holds the parts of one or more weights as parameters and keeps their dtypes whatever it is cast to."""
 
     scale_dtype: torch.dtype
+    part_dtypes: dict[str, torch.dtype]  # of the declared parts, by parameter name
+
+    def __init__(self, scale_dtype: torch.dtype):
+        nn.Module.__init__(self)
+        self.scale_dtype, self.part_dtypes = scale_dtype, {}
 
     def declare(
         self, weight: str, part: str, shape: Sequence[int], dtype: torch.dtype, device: Any, train: bool
@@ -117,6 +122,7 @@ class FactorModule(nn.Module):
         value = nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device=device), requires_grad=train)
         value._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw random bits for it
         self.register_parameter(part_name(weight, part), value)
+        self.part_dtypes[part_name(weight, part)] = dtype
 
     def declare_packed(
         self, weight: str, size: tuple[int, int], ranks: Sequence[int], device: Any, lead: tuple[int, ...] = ()
@@ -156,7 +162,7 @@ class FactorModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # A cast of the model (`.to(torch.float16)`, `.float()`) must not touch the stored scales and latents: only their
         # device follows. The bias is an ordinary parameter.
-        kept = {id(value) for name, value in self._parameters.items() if value is not None and name != "bias"}
+        kept = {id(self._parameters[name]) for name in self.part_dtypes}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -165,6 +171,14 @@ class FactorModule(nn.Module):
             return moved
 
         return super()._apply(keep_dtype, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Some libraries cast parameters one by one (peft prepares a model for training so); the file holds 16 bits.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, dtype in self.part_dtypes.items():
+            value = destination.get(prefix + name)
+            if value is not None and value.dtype != dtype and value.is_floating_point() == dtype.is_floating_point:
+                destination[prefix + name] = value.to(dtype)
 
 
 def autocast_input(x: Tensor) -> Tensor:
@@ -195,9 +209,8 @@ class LittleBitLinear(FactorModule, nn.Linear):
         dtype: torch.dtype | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
     ):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self.ranks, self.scale_dtype = list(ranks), scale_dtype
+        FactorModule.__init__(self, scale_dtype)
+        self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
         self.declare_packed("weight", (out_features, in_features), ranks, device)
         self.register_parameter("bias", _bias(out_features, bias, device, dtype))
 
@@ -239,9 +252,8 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
         dtype: torch.dtype | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
     ):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self.ranks, self.scale_dtype = list(ranks), scale_dtype
+        FactorModule.__init__(self, scale_dtype)
+        self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
         self.sign_gradient, self.alpha = "smooth", ALPHA
         self.declare_latent("weight", (out_features, in_features), ranks, device)
         self.register_parameter("bias", _bias(out_features, bias, device, dtype))
