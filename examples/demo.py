@@ -117,7 +117,9 @@ def main() -> None:
     out = model.generate(**tokens, max_new_tokens=60, do_sample=False, repetition_penalty=1.1)
     print(f"\n{best[0]} at {best[1]:g} bits, untrained, continues:\n\n{tokenizer.decode(out[0])}\n")
     print(f"Plot: {args.out / 'rate_distortion.png'}   Packed models: {args.out}/   Load one:")
-    print(f"  python -c \"import hf_littlebit, transformers as t; print(t.AutoModelForCausalLM.from_pretrained('{folder}'))\"")
+    print(
+        f"  python -c \"import hf_littlebit, transformers as t; print(t.AutoModelForCausalLM.from_pretrained('{folder}'))\""
+    )
 
 
 if __name__ == "__main__":

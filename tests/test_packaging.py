@@ -71,7 +71,11 @@ def test_running_another_program_with_the_plugin(tmp_path):
     )
     done = run(sys.executable, "-m", "hf_littlebit", "other", "--flag", "x", cwd=tmp_path)
     assert done.stdout.split("\n")[0] == "__main__ ['--flag', 'x'] True", done.stderr
-    for arguments, status, text in (([], 2, ""), (["--help"], 0, "python -m hf_littlebit"), (["no_such"], 1, "no_such")):
+    for arguments, status, text in (
+        ([], 2, ""),
+        (["--help"], 0, "python -m hf_littlebit"),
+        (["no_such"], 1, "no_such"),
+    ):
         done = run(sys.executable, "-m", "hf_littlebit", *arguments, cwd=tmp_path)
         assert done.returncode == status and text in done.stdout + done.stderr and "Traceback" not in done.stderr
 

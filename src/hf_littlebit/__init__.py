@@ -9,9 +9,10 @@ quantizes while it loads, and `from_pretrained` of a saved packed model reads it
 
 from . import compat
 from .config import LittleBitConfig
-from .evaluate import perplexity, size_report
+from .evaluate import perplexity
 from .linear import LatentLittleBitLinear, LittleBitLinear
 from .quantizer import LittleBitHfQuantizer
+from .size import size_report
 
 __version__ = "0.1.0"
 __all__ = [

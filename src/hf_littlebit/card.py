@@ -14,19 +14,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from tabulate import tabulate
 
 from .config import LittleBitConfig
 from .size import SizeReport, format_bytes, size_report
-from .source import HUB_ID, find_source, quantization_of, weight_files
+from .source import HUB_ID, find_source, quantization_of
 
-__all__ = ["merge", "model_card", "repository_card", "upload_with_card"]
+__all__ = ["merge", "model_card", "push_folder", "upload_with_card"]
 
 PAPER = "https://huggingface.co/papers/2506.13771"
 TAGS = ("littlebit", "quantized", "sub-1-bit", "binary")
 AUTOMATIC = "has been automatically generated"  # in the card that transformers writes
+# What `push_folder` uploads besides the weight files: configs, tokenizer, chat template, licence.
+UPLOADED = (".json", ".jinja", ".model", ".txt")
+LEGAL = ("LICENSE", "LICENCE", "NOTICE")
+NOT_UPLOADED = ("trainer_state.json",)
 SLOT = "[More Information Needed]"  # in huggingface_hub's template, wherever nothing was filled in
 MARK = re.compile(r"<!-- written by hf-littlebit, (\w+) -->")
 # Ending of the architecture's name -> task on the Hub, where it follows.
@@ -111,14 +116,6 @@ def _checksum(text: str) -> str:
     return f"{zlib.crc32(' '.join(text.split()).encode()):08x}"
 
 
-def repository_card(repo_id: str, token: Any = None) -> ModelCard | None:
-    """The card that is on the Hub already, or None."""
-    try:
-        return ModelCard.load(repo_id, token=token)
-    except EntryNotFoundError:
-        return None
-
-
 def upload_with_card(model: Any, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
     """transformers' `_upload_modified_files`, after README.md in `working_dir` was replaced by our card or completed.
 
@@ -126,10 +123,52 @@ def upload_with_card(model: Any, working_dir: str | os.PathLike[str], repo_id: s
     """
     folder = os.fspath(working_dir)
     path = os.path.join(folder, "README.md")
-    size = sum(os.path.getsize(file) for file in weight_files(folder))
-    ours = model_card(model, repo_id, report=replace(size_report(model), file_bytes=size))
+    weights = [os.path.join(folder, file) for file in os.listdir(folder) if file.endswith(".safetensors")]
+    size = sum(os.path.getsize(file) for file in weights)
+    ours = model_card(model, repo_id, report=replace(size_report(model), file_bytes=size or None))
     merge(ModelCard.load(path) if os.path.isfile(path) else None, ours).save(path)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+
+
+def push_folder(folder: str, repo_id: str, private: bool | None = None, token: Any = None) -> CommitInfo:
+    """Upload the packed model saved in `folder`: its weight files, configs, tokenizer and licence, and a card.
+
+    The card is README.md of the folder, else of the repository, else ours, completed as in `merge`. The folder's files
+    are checked against its config first, from their headers; no weights are loaded, and no other files are uploaded.
+
+    Raises:
+        ValueError: if the folder does not hold a complete packed model, or `repo_id` cannot be one.
+        OSError: if the Hub refuses or cannot be reached.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder} is not a folder; give one that `littlebit quantize` or save_pretrained wrote")
+    validate_repo_id(repo_id)
+    source = find_source(folder)
+    if source.quantization is None or source.quantization.format != "packed":
+        what = "a dense model" if source.quantization is None else "a latent model, for training"
+        raise ValueError(f"{folder} holds {what}; only packed models are pushed: quantize it first, or save it packed")
+    report = size_report(source)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    path = os.path.join(folder, "README.md")
+    found = ModelCard.load(path) if os.path.isfile(path) else _repository_card(repo_id, token)
+    card = merge(found, model_card(source, repo_id, report=report))
+    names = sorted({*map(os.path.basename, source.files), *_side_files(folder)})
+    operations = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names]
+    operations.append(CommitOperationAdd("README.md", str(card).encode()))
+    return api.create_commit(repo_id, operations, commit_message="Upload model quantized with hf-littlebit")
+
+
+def _side_files(folder: str) -> list[str]:
+    names = [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)) and name[0] != "."]
+    return [n for n in names if n not in NOT_UPLOADED and (n.endswith(UPLOADED) or n.startswith(LEGAL))]
+
+
+def _repository_card(repo_id: str, token: Any) -> ModelCard | None:
+    try:
+        return ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError:
+        return None
 
 
 def _base_model(config: LittleBitConfig) -> str | None:

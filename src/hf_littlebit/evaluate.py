@@ -21,9 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .size import size_report
-
-__all__ = ["Perplexity", "perplexity", "size_report"]
+__all__ = ["Perplexity", "perplexity"]
 
 MAX_LENGTH = 2048  # of the default window; the papers' choice for WikiText-2
 CHUNK = 2**24  # logits in fp32 at a time, 64 MiB
