@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 .PHONY: demo test lint clean
 
 $(VENV)/.installed: pyproject.toml setup.cfg
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hf-littlebit needs Python 3.10 or later; run: make PYTHON=python3.12 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf-littlebit needs Python 3.11 or later; run: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet $(TORCH)
