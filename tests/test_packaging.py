@@ -58,8 +58,6 @@ def test_wheel_works_away_from_the_source(wheel, stories, tmp_path):
 
 
 def test_version_is_one():
-    import tomllib
-
     import hf_littlebit
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == hf_littlebit.__version__
