@@ -1,0 +1,158 @@
+"""A whole model changed in place between its three forms: dense, latent (trainable) and packed.
+
+    latent_model    dense -> latent     factorizes layer by layer; each dense weight is freed as soon as it is factored
+    pack_model      latent -> packed    exact: the packed model's logits are the latent model's in evaluation mode
+    unpack_model    packed -> latent    exact; to go on training
+
+`from_pretrained` makes the same models while it loads (quantizer.py); these are for models that are in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .card import upload_with_card
+from .config import LittleBitConfig
+from .conversion import factor_weight
+from .experts import LittleBitExperts
+from .linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
+from .plan import Plan, plan_model
+from .quantizer import HUB_ID, LittleBitHfQuantizer, replace_modules
+from .source import quantization_of
+
+__all__ = ["factor_modules", "is_latent", "latent_model", "pack_model", "unpack_model"]
+
+logger = logging.getLogger("hf_littlebit")
+
+
+def factor_modules(model: nn.Module) -> dict[str, Any]:
+    """{name: module} of all LittleBit layers, latent or packed."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactorModule)}
+
+
+def is_latent(module: FactorModule) -> bool:
+    """True for a layer on latents, False for a packed one."""
+    return module.latent if isinstance(module, LittleBitExperts) else isinstance(module, LatentLittleBitLinear)
+
+
+def latent_model(model: Any, config: LittleBitConfig, device: Any = None, progress: bool = True) -> Any:
+    """Factorize the layers of a dense `model` in place, one after the other, into latent ones; returns it.
+
+    Args:
+        config: as for `from_pretrained`; its `format` does not matter.
+        device: that factorizes, if neither `config.svd_device` nor the weight's own is to.
+
+    Raises:
+        ValueError: for a model that is quantized, offloaded or partitioned, and for weights that cannot be factorized.
+    """
+    quantized = quantization_of(model.config)
+    if quantized is not None or factor_modules(model):
+        raise ValueError("the model has LittleBit layers already; only a dense model can be factorized")
+    config = _with_format(config, "latent")
+    config.svd_device = config.svd_device or (None if device is None else str(device))
+    source = getattr(model.config, "name_or_path", "") or ""
+    if config.base_model is None and HUB_ID.fullmatch(source) and not os.path.isdir(source):
+        config.base_model = source
+    plan = plan_model(model, config)
+    _check_in_memory(model, plan)
+    for message in plan.warnings():
+        logger.warning("%s", message)
+    with torch.no_grad(), tqdm(total=len(plan.weights), desc="factorizing", unit="layer", disable=not progress) as bar:
+        for name, weights in plan.by_module().items():
+            dense = model.get_submodule(name)
+            parts = {}
+            for weight in weights:
+                parts |= factor_weight(getattr(dense, weight.weight).detach(), weight, config)
+                bar.update()
+            replace_modules(model, Plan(weights), config, placeholders=False)
+            latent = model.get_submodule(name)
+            if getattr(dense, "bias", None) is not None:
+                latent.bias = dense.bias
+            for weight in weights:
+                latent.fill(weight.weight, _of(weight, parts))
+            del dense
+    _mark(model, config)
+    return model
+
+
+def pack_model(model: Any) -> Any:
+    """Pack every latent layer of `model` in place, one after the other; returns the model, ready to save and share.
+
+    Raises:
+        ValueError: if it has no latent layers, or if they are partitioned over devices.
+    """
+    config = quantization_of(model.config)
+    modules = {name: module for name, module in factor_modules(model).items() if is_latent(module)}
+    if config is None or not modules:
+        raise ValueError("the model has no latent LittleBit layers, so there is nothing to pack")
+    with torch.no_grad():
+        for name, module in modules.items():
+            twin = module.pack()
+            for part, parameter in twin.named_parameters(recurse=False):
+                parameter.requires_grad_(part == "bias" and parameter.requires_grad)
+            model.set_submodule(name, twin)
+    _mark(model, _with_format(config, "packed"))
+    return model
+
+
+def unpack_model(model: Any) -> Any:
+    """Turn every packed layer of `model` into a latent one in place; returns the model, ready for more training.
+
+    The signs and scales stay. Latents are ±0.02, because a packed model remembers no magnitudes.
+
+    Raises:
+        ValueError: if it has no packed layers.
+    """
+    config = quantization_of(model.config)
+    modules = {name: module for name, module in factor_modules(model).items() if not is_latent(module)}
+    if config is None or not modules:
+        raise ValueError("the model has no packed LittleBit layers, so there is nothing to unpack")
+    with torch.no_grad():
+        for name, module in modules.items():
+            model.set_submodule(name, module.unpack())
+    _mark(model, _with_format(config, "latent"))
+    return model
+
+
+def _of(weight: Any, parts: dict[str, Any]) -> dict[str, Any]:
+    return {kind: parts[f"{weight.module}.{part_name(weight.weight, kind)}"] for kind in LATENT_PARTS}
+
+
+def _with_format(config: LittleBitConfig, format: str) -> LittleBitConfig:
+    config = copy.deepcopy(config)
+    config.format = format
+    return config
+
+
+def _mark(model: Any, config: LittleBitConfig) -> None:
+    """Make `model` one that `from_pretrained` could have returned: saved, shared and checked as such."""
+    model.config.quantization_config = config
+    model.hf_quantizer = LittleBitHfQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    # Saved under the names they have; see quantizer.py.
+    model._weight_conversions = []
+    model._upload_modified_files = partial(upload_with_card, model)
+
+
+def _check_in_memory(model: nn.Module, plan: Plan) -> None:
+    for weight in plan.weights:
+        value = model.get_parameter(weight.name)
+        if hasattr(value, "ds_id"):
+            raise ValueError(
+                "DeepSpeed ZeRO-3 has partitioned the model already, so its layers cannot be factorized; load it with "
+                "from_pretrained(..., quantization_config=LittleBitConfig(..., format='latent')), or before TrainingArguments"
+            )
+        if value.is_meta:
+            raise ValueError(
+                f"{weight.name} is offloaded, so it cannot be factorized in place; load the model with device_map='cpu'"
+            )
+
