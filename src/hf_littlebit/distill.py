@@ -134,7 +134,7 @@ class Distillation:
         if hidden_weight < 0:
             raise ValueError(f"hidden_weight is {hidden_weight}; it must be 0 (off) or more")
         # In a list: a Module as an attribute of something that a model holds could end up in its state dict.
-        self._teacher = [teacher]
+        self._teacher: list[Any] = [teacher]
         self.hidden_weight = 0.0 if isinstance(teacher, TopKTeacher) else hidden_weight
         self.active = False
         self.calls = 0
@@ -155,13 +155,14 @@ class Distillation:
                 f"{type(model).__name__} is an encoder-decoder model, which distillation does not cover; "
                 "train it without a teacher"
             )
-        original = model.forward
-        self._shifted = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss  # type: ignore[call-overload]
+        # As a plain function, so that a deep copy of the model calls its own layers.
+        original = getattr(model.forward, "__func__", None) or functools.partial(_call, model.forward)
+        self._shifted = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
 
-        @functools.wraps(getattr(original, "__func__", original))
+        @functools.wraps(getattr(model.forward, "__func__", model.forward))
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
             if not (self.active and module.training):
-                return original(*args, **kwargs)
+                return original(module, *args, **kwargs)
             return self._forward(module, original, args, kwargs)
 
         model.forward = types.MethodType(forward, model)
@@ -190,7 +191,10 @@ class Distillation:
         return sums
 
     def _forward(self, module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = inspect.signature(original).bind_partial(*args).arguments | kwargs if args else dict(kwargs)
+        inputs = dict(kwargs)
+        if args:
+            inputs |= inspect.signature(type(module).forward).bind_partial(module, *args).arguments
+            inputs.pop("self")
         labels, shifted = inputs.pop("labels", None), self._shifted
         if inputs.get("shift_labels") is not None:
             labels, shifted = inputs.pop("shift_labels"), False
@@ -203,7 +207,7 @@ class Distillation:
         count = inputs.pop("num_items_in_batch", None)
         keep_states = inputs.pop("output_hidden_states", None)
         inputs["return_dict"] = True
-        student = original(**inputs, output_hidden_states=bool(keep_states or self.hidden_weight))
+        student = original(module, **inputs, output_hidden_states=bool(keep_states or self.hidden_weight))
         loss = self._loss(module, student, inputs, labels, shifted, count)
         # A mixture of experts that was asked for its router's own loss keeps it.
         if student.get("aux_loss") is not None:
@@ -213,7 +217,9 @@ class Distillation:
 
     # The teacher is no part of what is compiled: it may be offloaded, quantized, or a file.
     @torch.compiler.disable
-    def _loss(self, module: Any, student: Any, inputs: dict[str, Any], labels: Tensor, shifted: bool, count: Any) -> Any:
+    def _loss(
+        self, module: Any, student: Any, inputs: dict[str, Any], labels: Tensor, shifted: bool, count: Any
+    ) -> Any:
         if student.logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"the logits are {list(student.logits.shape)} and the labels {list(labels.shape)}; distillation compares "
@@ -257,6 +263,11 @@ class Distillation:
                 "both need the same tokenizer and vocabulary size"
             )
         return out.logits, out.get("hidden_states")
+
+
+def _call(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+    """A forward that was put on the instance and does not take it as an argument."""
+    return forward(*args, **kwargs)
 
 
 def _input_device(teacher: Any, default: torch.device) -> torch.device:

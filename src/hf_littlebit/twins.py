@@ -68,7 +68,7 @@ def latent_model(model: Any, config: LittleBitConfig, device: Any = None, progre
     with torch.no_grad(), tqdm(total=len(plan.weights), desc="factorizing", unit="layer", disable=not progress) as bar:
         for name, weights in plan.by_module().items():
             dense = model.get_submodule(name)
-            parts = {}
+            parts: dict[str, torch.Tensor] = {}
             for weight in weights:
                 parts |= factor_weight(getattr(dense, weight.weight).detach(), weight, config)
                 bar.update()
@@ -155,4 +155,3 @@ def _check_in_memory(model: nn.Module, plan: Plan) -> None:
             raise ValueError(
                 f"{weight.name} is offloaded, so it cannot be factorized in place; load the model with device_map='cpu'"
             )
-

@@ -1,0 +1,91 @@
+"""LittleBitTrainer: for those who want more than the callback in an ordinary Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from .config import LittleBitConfig
+from .topk import TopKTeacher
+from .training import REBUILT, LittleBitCallback, latents_and_scales
+from .twins import factor_modules, is_latent, unpack_model
+
+__all__ = ["LittleBitTrainer"]
+
+
+class LittleBitTrainer(Trainer):
+    """A Trainer with a LittleBitCallback of its own, a learning rate each for latents and scales, no weight decay on them,
+    and a packed model as a starting point.
+
+    Args:
+        config, teacher: as for LittleBitCallback, which may be given among `callbacks` instead.
+        latent_learning_rate, scale_learning_rate: of U and V, and of h, l and g; `args.learning_rate`, which the other
+            parameters (embeddings, norms, biases, head) have, if None. All follow the same schedule.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
+        config: LittleBitConfig | None = None,
+        teacher: nn.Module | TopKTeacher | str | None = None,
+        latent_learning_rate: float | None = None,
+        scale_learning_rate: float | None = None,
+        callbacks: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ):
+        if model is None or kwargs.get("model_init") is not None:
+            raise ValueError(REBUILT if kwargs.get("model_init") is not None else "give the model to train")
+        for name, rate in (("latent", latent_learning_rate), ("scale", scale_learning_rate)):
+            if rate is not None and not rate >= 0:
+                raise ValueError(f"{name}_learning_rate is {rate}; it must be 0 or more")
+        callbacks = list(callbacks or [])
+        if not any(isinstance(callback, LittleBitCallback) for callback in callbacks):
+            callbacks.append(LittleBitCallback(config, teacher))
+        elif config is not None or teacher is not None:
+            raise ValueError(
+                "config and teacher are given both to the Trainer and in its LittleBitCallback; give them once"
+            )
+        self.latent_learning_rate, self.scale_learning_rate = latent_learning_rate, scale_learning_rate
+        modules = factor_modules(model).values()
+        if modules and not any(is_latent(module) for module in modules):
+            unpack_model(model)
+        super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of `args.optim`, with groups for latents, scales, and the rest with and without weight decay."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        if {"params", "model", "optimizer_dict"} & set(options):
+            raise ValueError(
+                f"optim {self.args.optim!s} makes its own parameter groups; use adamw_torch or another plain one"
+            )
+        latents, scales = latents_and_scales(model)
+        known = {id(value) for value in (*latents, *scales)}
+        decayed = set(self.get_decay_parameter_names(model))
+        rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+        groups = [
+            {"params": latents, "lr": self._rate(self.latent_learning_rate), "weight_decay": 0.0},
+            {"params": scales, "lr": self._rate(self.scale_learning_rate), "weight_decay": 0.0},
+            {"params": [p for n, p in rest if n in decayed], "weight_decay": self.args.weight_decay},
+            {"params": [p for n, p in rest if n not in decayed], "weight_decay": 0.0},
+        ]
+        self.optimizer = kind([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def _rate(self, rate: float | None) -> float:
+        return self.args.learning_rate if rate is None else rate
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; a model that was packed by an earlier call is refused before a checkpoint is read into it."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LittleBitCallback) and callback.finished:
+                callback.on_train_begin(self.args, self.state, self.control, model=self.model)
+        return super().train(*args, **kwargs)

@@ -1,0 +1,354 @@
+"""Quantization-aware training with transformers' Trainer.
+
+    trainer = Trainer(model=dense, args=args, train_dataset=data,
+                      callbacks=[LittleBitCallback(LittleBitConfig(bpw=0.3), teacher=teacher)])
+    trainer.train()
+    trainer.save_model(out)      # packed
+
+What happens when, and why there:
+
+    on_init_end     dense layers become latent ones, and the model's forward gets the teacher's loss: before Trainer builds
+                    the optimizer, wraps the model and reads a checkpoint, so that all three see the latents
+    during train()  an ordinary training: checkpoints hold the fp32 latents and resume exactly
+    on_train_end    after the best checkpoint was loaded, the model is packed in place
+
+Sources: LittleBit (arXiv 2506.13771), section 3.3, for the loss and the sign's gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+import transformers.trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .config import LittleBitConfig
+from .distill import HIDDEN_WEIGHT, Distillation
+from .experts import LittleBitExperts
+from .flips import SignFlips
+from .linear import LATENT_PARTS, part_name
+from .plan import plan_model
+from .sign import ALPHA, SIGN_GRADIENTS
+from .topk import TopKTeacher
+from .twins import factor_modules, is_latent, latent_model, pack_model
+
+__all__ = ["LittleBitCallback", "latents_and_scales"]
+
+_CALLBACKS: weakref.WeakKeyDictionary[nn.Module, LittleBitCallback] = weakref.WeakKeyDictionary()
+
+
+class LittleBitCallback(TrainerCallback):
+    """Makes an ordinary `Trainer` train a LittleBit model. One instance serves one Trainer.
+
+    The model may be dense, or latent: loaded with `LittleBitConfig(format="latent")` (as any checkpoint of such a
+    training is), or made from a packed one with `unpack_model`.
+
+    Args:
+        config: how to factorize a dense model; may be left out for a latent one.
+        teacher: what the model learns to imitate: a model with the same vocabulary, a TopKTeacher, or "self" for the dense
+            model itself, of which a frozen copy is kept. None: plain cross-entropy on the labels.
+        hidden_weight: of the error of hidden states against that of the logits, per token (distill.py).
+        sign_gradient: "smooth" (tanh, the paper's) or "ste". alpha: steepness of the former.
+        pack: pack the model when training ends. False leaves it latent.
+
+    Raises:
+        ValueError: here, when the Trainer is made, or when training starts, for everything that would silently do something
+            else than asked. The message says what to do.
+    """
+
+    def __init__(
+        self,
+        config: LittleBitConfig | None = None,
+        teacher: nn.Module | TopKTeacher | str | None = None,
+        *,
+        hidden_weight: float = HIDDEN_WEIGHT,
+        sign_gradient: str = "smooth",
+        alpha: float = ALPHA,
+        pack: bool = True,
+    ):
+        if isinstance(teacher, str) and teacher != "self":
+            raise ValueError(f"teacher is {teacher!r}; give a loaded model, a TopKTeacher, 'self' or None")
+        if sign_gradient not in SIGN_GRADIENTS:
+            raise ValueError(f"sign_gradient is {sign_gradient!r}; choose one of {', '.join(SIGN_GRADIENTS)}")
+        if not alpha > 0:
+            raise ValueError(f"alpha is {alpha}; it must be above 0 (the paper's is {ALPHA:g})")
+        self.config, self.teacher = config, teacher
+        self.hidden_weight, self.sign_gradient, self.alpha, self.pack = hidden_weight, sign_gradient, alpha, pack
+        self.distillation: Distillation | None = None
+        self.flips: SignFlips | None = None
+        self._model: Any = None
+        self.finished = False
+        # Reporters (tensorboard, wandb ...) run before a user's callbacks; only a default callback runs before them.
+        if _Logs not in transformers.trainer.DEFAULT_CALLBACKS:
+            transformers.trainer.DEFAULT_CALLBACKS.append(_Logs)  # type: ignore[arg-type]
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Convert `model` and prepare its loss."""
+        if self._model is not None:
+            raise ValueError("this LittleBitCallback belongs to another Trainer already; make a new one for each")
+        self._check_arguments(args, model)
+        modules = factor_modules(model)
+        teacher = self._teacher(model, bool(modules))
+        if modules:
+            self._check_latent(model, modules)
+        else:
+            if self.config is None:
+                raise ValueError(
+                    "the model is dense; say how to factorize it: LittleBitCallback(LittleBitConfig(bpw=...))"
+                )
+            accelerator = args.device if args.device.type != "cpu" else None
+            latent_model(model, self.config, accelerator, progress=not args.disable_tqdm)
+        for module in factor_modules(model).values():
+            module.sign_gradient, module.alpha = self.sign_gradient, self.alpha
+        if teacher is not None:
+            self.distillation = Distillation(teacher, self.hidden_weight)
+            self.distillation.attach(model)
+        self._model = model
+        _CALLBACKS[model] = self
+        self.flips = SignFlips(latents_and_scales(model)[0])
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check what is about to be trained, and switch distillation on."""
+        model = _unwrapped(model)
+        if self.finished:
+            raise ValueError(
+                "this Trainer has trained and packed its model already. To go on, make a new Trainer with a new "
+                "LittleBitCallback: from unpack_model(model), or from a latent checkpoint"
+            )
+        if not isinstance(model, type(self._model)) or not factor_modules(model):
+            raise ValueError(REBUILT)
+        latents, scales = latents_and_scales(model)
+        if _is_sharded(latents):
+            # Trainer gathers a sharded model's state and hands it to save_pretrained, which drops it for quantized models.
+            model.hf_quantizer = None
+            self.flips = SignFlips(latents)  # of the shards; the first signs were those of the whole
+        elif model is not self._model:
+            raise ValueError(REBUILT)
+        else:
+            _check_optimizer(optimizer, latents, scales)
+            if self.flips is not None:
+                self.flips.mark()
+        if self.distillation is not None:
+            self.distillation.place(args.device)
+            self.distillation.active = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse to train on without the teacher."""
+        if self.distillation is not None and not self.distillation.calls:
+            raise ValueError(
+                "a training step was made without the model's own forward, so there was no distillation; a Trainer whose "
+                "compute_loss does not call model(**inputs) cannot use LittleBitCallback"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the teacher away and pack the model."""
+        self.finished = True
+        model, self.flips = self._model, None
+        if self.distillation is not None:
+            self.distillation.detach(model)
+        if not self.pack or _is_sharded(latents_and_scales(model)[0]):
+            return
+        pack_model(model)
+        model.register_load_state_dict_pre_hook(_refuse_latents)
+
+    def logs(self) -> dict[str, float]:
+        """Means over the tokens since the last call: `kd_loss`, `hidden_loss` (unweighted), and the shares of flipped
+        signs, `flipped_since_start` and `flipped_since_log`. Every process of a distributed training must call it."""
+        values: dict[str, float] = {}
+        sums = None if self.distillation is None else self.distillation.take()
+        if sums is not None:
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(sums)
+            total, hidden, tokens = sums.tolist()
+            values["kd_loss"] = total / max(tokens, 1.0)
+            if self.distillation is not None and self.distillation.hidden_weight:
+                values["hidden_loss"] = hidden / max(tokens, 1.0)
+        if self.flips is not None and not _is_partitioned(self._model):
+            values["flipped_since_start"], values["flipped_since_log"] = self.flips.fractions()
+        return values
+
+    def _check_arguments(self, args: TrainingArguments, model: Any) -> None:
+        if model is None:
+            raise ValueError("the Trainer has no model to convert")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would train by DataParallel, which copies the model in every step; "
+                "start with `torchrun --nproc_per_node=N` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
+            )
+        if self.teacher is not None and args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}: Trainer would take the labels from the model and "
+                "no distillation would happen. Set it to 0; the teacher's distribution is the smooth target"
+            )
+        if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "the model has PEFT adapters, which train without LittleBitCallback; the callback trains the bits themselves"
+            )
+
+    def _teacher(self, model: Any, converted: bool) -> Any:
+        teacher = self.teacher
+        if teacher == "self":
+            if converted:
+                raise ValueError(
+                    "teacher is 'self', but the model is no longer dense; load the dense model as a teacher"
+                )
+            if self.config is None:
+                raise ValueError(
+                    "the model is dense; say how to factorize it: LittleBitCallback(LittleBitConfig(bpw=...))"
+                )
+            # The weights that are about to leave the model are handed over, not copied.
+            kept = {
+                id(value): value
+                for value in (model.get_parameter(w.name) for w in plan_model(model, self.config).weights)
+            }
+            return copy.deepcopy(model, dict(kept))
+        if isinstance(teacher, nn.Module):
+            mine = {id(value) for value in model.parameters()}
+            if any(id(value) in mine for value in teacher.parameters()):
+                raise ValueError(
+                    "teacher and model share parameters, so the teacher would change with the model; load the teacher on "
+                    "its own, or say teacher='self'"
+                )
+        return teacher
+
+    def _check_latent(self, model: Any, modules: dict[str, Any]) -> None:
+        packed = [name for name, module in modules.items() if not is_latent(module)]
+        if packed:
+            raise ValueError(f"{packed[0]} is packed, so its bits cannot be trained; call unpack_model(model) first")
+        if self.config is None:
+            return
+        planned = {weight.name: list(weight.ranks) for weight in plan_model(model, self.config).weights}
+        actual = {
+            f"{name}.{weight}": list(ranks)
+            for name, module in modules.items()
+            for weight, ranks in _ranks(module).items()
+        }
+        for name in sorted(planned.keys() | actual.keys()):
+            if planned.get(name) != actual.get(name):
+                raise ValueError(
+                    f"the model is factorized already, and {name} has ranks {actual.get(name)}, but the config of the "
+                    f"callback (bpw {self.config.bpw:g}) asks for {planned.get(name)}; leave the callback's config out"
+                )
+
+
+class _Logs(TrainerCallback):
+    """Puts a LittleBitCallback's figures among Trainer's own, before any reporter reads them."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        callback = None if model is None else _CALLBACKS.get(_unwrapped(model))
+        if callback is None or logs is None or "loss" not in logs:
+            return
+        values = callback.logs()
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+
+def latents_and_scales(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable latents (U, V) and scales (h, l, g) of all latent layers of `model`."""
+    latents: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
+    for module in factor_modules(_unwrapped(model)).values():
+        if is_latent(module):
+            for weight in _ranks(module):
+                for part in LATENT_PARTS:
+                    value = getattr(module, part_name(weight, part))
+                    if value.requires_grad:
+                        (latents if part in ("u", "v") else scales).append(value)
+    return latents, scales
+
+
+REBUILT = (
+    "the model to train is not the one that LittleBitCallback converted: model_init (and hyperparameter search) makes a new "
+    "one in train(). Give `model=`, or convert inside model_init with latent_model(model, config) and leave the callback out"
+)
+
+
+def _ranks(module: Any) -> dict[str, list[int]]:
+    return module.path_ranks if isinstance(module, LittleBitExperts) else {"weight": list(module.ranks)}
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's and distributed wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in (
+            "DistributedDataParallel",
+            "FullyShardedDataParallel",
+            "DeepSpeedEngine",
+        ):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def _is_sharded(latents: Sequence[Tensor]) -> bool:
+    """True where a process holds only a part of each parameter (FSDP2, ZeRO-3)."""
+    return any(isinstance(value, DTensor) or hasattr(value, "ds_id") for value in latents)
+
+
+def _is_partitioned(model: nn.Module) -> bool:
+    """True under ZeRO-3, whose parameters are empty between uses."""
+    return any(hasattr(value, "ds_id") for value in model.parameters())
+
+
+def _check_optimizer(optimizer: Any, latents: list[nn.Parameter], scales: list[nn.Parameter]) -> None:
+    groups = getattr(optimizer, "param_groups", [])
+    known = {id(value) for value in (*latents, *scales)}
+    if not known:
+        raise ValueError(
+            "all latents and scales are frozen, so there is nothing to train; set requires_grad_(True) on them"
+        )
+    found = {
+        id(value): group.get("weight_decay", 0.0) for group in groups for value in group["params"] if id(value) in known
+    }
+    if not found:
+        # DeepSpeed trains flattened copies; an optimizer made by hand before the Trainer has the dead dense weights.
+        if type(optimizer).__name__.startswith("DeepSpeed"):
+            return
+        raise ValueError(
+            "the optimizer holds none of the latents: it was made before the model was converted. Leave `optimizers=` out, or "
+            "convert first with latent_model(model, config)"
+        )
+    if any(found.values()):
+        raise ValueError(
+            f"weight decay {max(found.values()):g} would pull latents and scales to zero, where signs are noise; use "
+            "LittleBitTrainer, which decays the other parameters only, or weight_decay=0"
+        )
+
+
+def _refuse_latents(module: Any, state: dict[str, Tensor], *args: Any) -> None:
+    """Before a state dict is loaded into a model that was packed at the end of its training."""
+    for name, layer in factor_modules(module).items():
+        value = state.get(f"{name}.{next(iter(_ranks(layer)))}")
+        if value is not None and value.is_floating_point() and not is_latent(layer):
+            raise ValueError(
+                "a latent checkpoint cannot be loaded into this model, which was packed when its training ended; make a new "
+                "Trainer to resume"
+            )
