@@ -9,7 +9,8 @@ from conftest import build, load
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_littlebit import LittleBitConfig, perplexity, size_report
-from hf_littlebit.source import Source, empty_model, find_source
+from hf_littlebit.skeleton import empty_model
+from hf_littlebit.source import Source, find_source
 
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 12
 
@@ -231,7 +232,9 @@ def test_file_unlike_its_config(family_dir, tmp_path):
         size_report(remote)
     remote.header = {name: entry for name, entry in whole.header.items() if "layers.1" not in name}
     remote.quantization = whole.quantization
-    with pytest.raises(ValueError, match=r"layers\.1\..* is missing; the checkpoint is incomplete"):
+    with pytest.raises(
+        ValueError, match=r"missing from model\.safetensors, e\.g\. model\.layers\.1\..*the checkpoint is incomplete"
+    ):
         size_report(remote)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):

@@ -208,7 +208,8 @@ def _value(key: str, value: str, text: str) -> Any:
 def run_quantize(args: argparse.Namespace) -> int:
     """`littlebit quantize`."""
     from .size import size_report
-    from .source import find_source, model_class
+    from .skeleton import model_class
+    from .source import find_source
 
     config = _config(args, svd_device=args.device, workers=args.workers)
     out = args.out
@@ -326,7 +327,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) of `args.model` on `args.device`."""
     import torch
 
-    from .source import find_source, model_class
+    from .skeleton import model_class
+    from .source import find_source
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -30,6 +30,7 @@ __all__ = [
     "bpw_of",
     "exact_rank",
     "layer_ranks",
+    "matches",
 ]
 
 FORMAT_VERSION = 1
@@ -222,11 +223,11 @@ class LittleBitConfig(QuantizationConfigMixin):
         """The options that a module may override, with their global values."""
         return {option: getattr(self, option) for option in LAYER_OPTIONS}
 
-    def for_module(self, name: str) -> LayerConfig:
-        """The options that hold for the module called `name`."""
+    def for_module(self, name: str, *aliases: str) -> LayerConfig:
+        """The options that hold for the module called `name`, or by one of `aliases`."""
         options = self.layer_options()
         for pattern, overrides in (self.module_config or {}).items():
-            if _matches(pattern, name):
+            if any(matches(pattern, each) for each in (name, *aliases)):
                 options.update(overrides)
         kv_factor = options.pop("kv_factor")
         factor = kv_factor if name.rpartition(".")[2] in KV_NAMES else 1.0
@@ -247,7 +248,8 @@ class LittleBitConfig(QuantizationConfigMixin):
         return {k: v for k, v in self.to_dict().items() if k in always or v != default.get(k)}
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """True if a `module_config` pattern is for the module called `name`."""
     if any(sign in pattern for sign in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.endswith("." + pattern)

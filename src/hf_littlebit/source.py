@@ -1,10 +1,8 @@
 """What a user's word for a model stands for: a folder, a config.json or a Hub id, read without loading any weight.
 
-    folder        config.json and, if the model was saved quantized, the headers of its safetensors files
-    config.json   the config alone
-    org/name      the same two things from the Hub: one small download, and range requests for the headers
-
-`model_class` and `empty_model` turn a config into the class that its checkpoint was saved from and a model on meta.
+folder        config.json and, if the model was saved quantized, the headers of its safetensors files
+config.json   the config alone
+org/name      the same two things from the Hub: one small download, and range requests for the headers
 """
 
 from __future__ import annotations
@@ -15,17 +13,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import transformers
 from huggingface_hub import HfApi
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, PretrainedConfig
 
 from .checkpoint import Header, read_headers
 from .config import LittleBitConfig
 
-__all__ = ["HUB_ID", "Source", "empty_model", "find_source", "model_class", "quantization_of"]
+__all__ = ["HUB_ID", "Source", "find_source", "quantization_of"]
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WEIGHTS = "model.safetensors"
@@ -124,20 +118,3 @@ def _read_hub(source: Source) -> None:
     }
     listed = api.get_paths_info(source.name, list(metadata.files_metadata))
     source.file_bytes = sum(entry.size for entry in listed if hasattr(entry, "size"))
-
-
-def model_class(config: PretrainedConfig) -> Any:
-    """The class to load a checkpoint of `config` with: the one it was saved from, else a causal LM or bare model."""
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
-
-
-def empty_model(config: PretrainedConfig) -> nn.Module:
-    """The dense model of `config` on meta: all modules, shapes and tied weights, no memory."""
-    kind = model_class(config)
-    with torch.device("meta"):
-        if kind in (AutoModelForCausalLM, AutoModel):
-            return kind.from_config(config, trust_remote_code=False)
-        return kind._from_config(config)
