@@ -4,19 +4,21 @@ import copy
 import gc
 import json
 import os
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, build, load, logits
+from conftest import FAMILIES, SMALL, build, load, logits
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
+from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear, conversion
 from hf_littlebit.experts import LittleBitExperts
 from hf_littlebit.plan import plan_model
 
@@ -151,6 +153,31 @@ def test_workers_give_the_same_model(family_dir):
     )
 
 
+def test_workers_leave_the_number_of_threads_alone(family_dir):
+    def in_a_new_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    torch.set_num_threads(4)
+    try:
+        load(family_dir("llama"), quantization_config=config(workers=2))
+        assert torch.get_num_threads() == in_a_new_thread() == 4
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("place", ["disk", torch.device("cpu"), "cpu"])
+def test_only_the_disk_takes_workers_away(place, family_dir, tmp_path, monkeypatch, caplog):
+    threads = set()
+    original = conversion.factor_weight
+    monkeypatch.setattr(conversion, "factor_weight", lambda *a: threads.add(threading.get_ident()) or original(*a))
+    names = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = {**dict.fromkeys(names, "cpu"), "model.layers.1": place}
+    load(family_dir("llama"), quantization_config=config(workers=3), device_map=device_map, offload_folder=tmp_path)
+    own = threading.get_ident() in threads
+    assert (own, "workers=3 is reduced to 1" in caplog.text) == ((True, True) if place == "disk" else (False, False))
+
+
 def test_no_dense_weights_are_made_on_reload(family_dir, tmp_path, monkeypatch):
     model = load(family_dir("llama"), quantization_config=config())
     model.save_pretrained(tmp_path)
@@ -183,6 +210,33 @@ def test_module_config_and_kv_factor(family_dir, tmp_path):
     assert attention.k_proj.ranks[0] > other.k_proj.ranks[0] and attention.q_proj.ranks == other.q_proj.ranks
     model.save_pretrained(tmp_path)
     equal_states(model, load(tmp_path))
+
+
+def test_options_know_a_module_by_its_name_in_any_class(family_dir, tmp_path):
+    """A pattern is written for the model with a head; the base model calls the same layer by another name."""
+    options = config(bpw=2.0, residual=False, module_config={"model.layers.1.mlp.*": {"bpw": 3.5}})
+    model = load(family_dir("llama"), quantization_config=options)
+    model.save_pretrained(tmp_path)
+    equal_states(transformers.AutoModel.from_pretrained(tmp_path), model.model)
+    base = transformers.AutoModel.from_pretrained(family_dir("llama"), quantization_config=options)
+    assert base.layers[1].mlp.up_proj.ranks == model.model.layers[1].mlp.up_proj.ranks
+    assert base.layers[0].mlp.up_proj.ranks != base.layers[1].mlp.up_proj.ranks
+
+
+def test_expert_weights_answer_to_their_own_names(family_dir, tmp_path):
+    options = config(bpw=2.0, residual=False, module_config={"*.experts.down_proj": {"bpw": 3.0}})
+    model = load(family_dir("mixtral"), quantization_config=options)
+    ranks = model.model.layers[0].mlp.experts.path_ranks
+    plain = load(family_dir("mixtral"), quantization_config=config(bpw=2.0, residual=False))
+    assert ranks["gate_up_proj"] == plain.model.layers[0].mlp.experts.path_ranks["gate_up_proj"]
+    assert ranks["down_proj"] > plain.model.layers[0].mlp.experts.path_ranks["down_proj"]
+    model.save_pretrained(tmp_path)
+    equal_states(model, load(tmp_path))
+    options = config(modules_to_not_convert=["layers.0.mlp.experts.down_proj"])
+    layers = load(family_dir("mixtral"), quantization_config=options).model.layers
+    assert not isinstance(layers[0].mlp.experts, LittleBitExperts) and isinstance(
+        layers[1].mlp.experts, LittleBitExperts
+    )
 
 
 def test_casts_keep_scales_and_move_the_rest(family_dir):
@@ -228,6 +282,19 @@ def test_config_as_a_plain_dict(family_dir):
     )
 
 
+def test_scales_that_do_not_fit_float16(tmp_path, family_dir):
+    for size, name in ((1e8, "large"), (1e-9, "small")):
+        model = build("llama")
+        model.model.layers[1].mlp.up_proj.weight.data *= size
+        model.save_pretrained(tmp_path / name)
+        for form in ("packed", "latent"):
+            with pytest.raises(
+                ValueError, match=r'layers\.1\.mlp\.up_proj.*do not fit float16.*scale_dtype="bfloat16"'
+            ):
+                load(tmp_path / name, quantization_config=config(scale_dtype="float16", format=form))
+        load(tmp_path / name, quantization_config=config())
+
+
 def test_modules_that_must_stay_in_fp32_are_left_alone(tmp_path):
     """T5 keeps the second feed-forward matrix in fp32, and its code reads that matrix's dtype."""
     options = transformers.T5Config(
@@ -240,7 +307,12 @@ def test_modules_that_must_stay_in_fp32_are_left_alone(tmp_path):
     assert type(feed_forward.wo) is nn.Linear and feed_forward.wo.weight.dtype == torch.float32
     assert isinstance(feed_forward.wi, LittleBitLinear)
     tokens = torch.arange(3, 27).reshape(2, 12)
-    assert model(input_ids=tokens, decoder_input_ids=tokens).logits.isfinite().all()
+    before = model(input_ids=tokens, decoder_input_ids=tokens).logits
+    assert before.isfinite().all()
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    equal_states(model, again)
+    assert torch.equal(again(input_ids=tokens, decoder_input_ids=tokens).logits, before)
 
 
 def test_footprint_deepcopy_and_dtype(family_dir):
@@ -275,6 +347,33 @@ def test_a_base_model_and_a_headed_model_share_a_checkpoint(family_dir, tmp_path
     equal_states(classifier.model, model.model)
 
 
+def test_modules_that_only_the_new_class_has_are_new(family_dir, tmp_path):
+    """A masked-language BERT has no pooler; the classifier on top of it gets a new one, dense, beside its new head."""
+    model = load(family_dir("bert"), quantization_config=config())
+    model.save_pretrained(tmp_path)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert type(classifier.bert.pooler.dense) is nn.Linear and classifier.bert.pooler.dense.weight.isfinite().all()
+    equal_states(classifier.bert.encoder, model.bert.encoder)
+
+
+def test_dequantize_to_a_dtype(family_dir):
+    model = load(family_dir("llama"), quantization_config=config())
+    expected = logits(model)
+    dense = model.dequantize(dtype=torch.bfloat16)
+    assert {p.dtype for p in dense.parameters()} == {torch.bfloat16} and dense.config.dtype == torch.bfloat16
+    torch.testing.assert_close(logits(dense).float(), expected, rtol=0.1, atol=0.05)
+
+
+def test_an_offloaded_model_is_not_half_dequantized(family_dir, tmp_path):
+    load(family_dir("llama"), quantization_config=config()).save_pretrained(tmp_path)
+    names = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
+    model = load(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
+    with pytest.raises(ValueError, match=r"layers\.1.* is offloaded"):
+        model.dequantize()
+    assert isinstance(model.model.layers[0].mlp.up_proj, LittleBitLinear)
+
+
 def test_errors_before_and_during_conversion(family_dir, tmp_path):
     dense = build("llama")
     dense.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
@@ -305,6 +404,19 @@ def test_warnings_name_the_layers(family_dir, caplog):
     assert "stop below the bits asked" in caplog.text and "residual=True" in caplog.text
 
 
+def test_options_without_effect_are_reported(family_dir, caplog):
+    options = config(
+        kv_factor=4.0,
+        modules_to_not_convert=["o_proj", "w2"],
+        module_config={"*.up_proj": {"bpw": 3.0}, "*.mlp.down_proj": {"bpw": 3.0}},
+    )
+    with caplog.at_level("WARNING", "hf_littlebit"):
+        load(family_dir("phi3"), quantization_config=options)
+    for option in ("modules_to_not_convert entry 'w2'", "module_config entry '*.up_proj'", "kv_factor=4"):
+        assert f"{option}" in caplog.text
+    assert "o_proj" not in caplog.text and "down_proj" not in caplog.text
+
+
 def test_uncovered_experts_stay_dense_and_are_counted(tmp_path, caplog):
     options = transformers.GptOssConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
@@ -319,10 +431,55 @@ def test_uncovered_experts_stay_dense_and_are_counted(tmp_path, caplog):
     assert model.model.layers[0].mlp.experts.down_proj.ndim == 3
 
 
+@pytest.mark.parametrize("kind", ["JetMoe", "Falcon"])
+def test_matrices_of_uncovered_modules_are_counted(kind, tmp_path, caplog):
+    """3-D experts under other names, and linear layers with a forward of their own."""
+    options = {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2} if kind == "JetMoe" else {}
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SMALL.items() if key != "head_dim"}
+    options = getattr(transformers, f"{kind}Config")(**{**sizes, **options})
+    getattr(transformers, f"{kind}ForCausalLM")(options).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_littlebit"):
+        if kind == "JetMoe":
+            load(tmp_path, quantization_config=config())
+        else:
+            with pytest.raises(
+                ValueError, match=r"no layer that LittleBit can replace.*FalconLinear's forward is its own"
+            ):
+                load(tmp_path, quantization_config=config())
+    assert kind == "Falcon" or "JetMoeParallelExperts is not covered" in caplog.text
+
+
+def test_what_the_device_map_counts_with(family_dir):
+    """While a dense model is read, sizes are those of the packed model to come, and a tenth of each device is left."""
+    from accelerate.utils import compute_module_sizes
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    model = build("mixtral")
+    quantizer = AutoHfQuantizer.from_config(config(bpw=3.0), pre_quantized=False)
+    quantizer.preprocess_model(model.to("meta"), device_map=None)
+    sizes = sum(
+        p.numel() * quantizer.param_element_size(model, name, p)
+        for name, p in model.named_parameters()
+        if "self_attn" in name or "experts" in name
+    )
+    packed = load(family_dir("mixtral"), quantization_config=config(bpw=3.0))
+    expected = sum(
+        size for name, size in compute_module_sizes(packed).items() if name.endswith(("self_attn", "experts"))
+    )
+    assert sizes == expected
+    assert quantizer.adjust_max_memory({0: 1000, "cpu": "1GB"}) == {0: 900, "cpu": "1GB"}
+    quantizer.pre_quantized = True
+    assert quantizer.adjust_max_memory({0: 1000}) == {0: 1000}
+
+
+def test_mixtures_of_experts_are_not_compiled_by_generate(family_dir):
+    assert load(family_dir("llama"), quantization_config=config()).hf_quantizer.is_compileable
+    assert not load(family_dir("mixtral"), quantization_config=config()).hf_quantizer.is_compileable
+
+
 def test_memory_grows_by_one_layer_at_a_time(tmp_path):
     """While a model is read, no more than one dense weight of it is alive beside the packed parts."""
-    from hf_littlebit import conversion
-
     dense = build("llama")
     dense.save_pretrained(tmp_path)
     weights = {tuple(p.shape) for n, p in dense.named_parameters() if "proj" in n}
@@ -366,3 +523,12 @@ def test_adapters_by_peft(family_dir, tmp_path):
     torch.testing.assert_close(again(tokens, labels=tokens).loss, after, rtol=1e-6, atol=1e-6)
     with pytest.raises(Exception):  # noqa: B017  (peft's own type varies)
         again.merge_adapter()
+
+
+def test_adapters_beside_packed_experts(family_dir):
+    peft = pytest.importorskip("peft")
+    model = load(family_dir("mixtral"), quantization_config=config())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    tokens = torch.arange(3, 27).reshape(2, 12)
+    adapted(tokens, labels=tokens).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)

@@ -135,8 +135,8 @@ def plan_model(model: nn.Module, config: LittleBitConfig, stored: Collection[str
             )
         raise ValueError(
             f"{type(model).__name__} has no layer that LittleBit can replace: it looks for torch.nn.Linear layers other than "
-            "the output head whose packed form is smaller than 16 bits per weight (GPT-2 style Conv1D layers are not covered); "
-            f"excluded by name: {', '.join(config.modules_to_not_convert or ()) or 'none'}"
+            f"the output head whose packed form is smaller than 16 bits per weight. Found: {'; '.join(plan.dense) or 'none'}. "
+            f"Excluded by name: {', '.join(config.modules_to_not_convert or ()) or 'none'}"
         )
     plan.unused = walk.unused()
     return plan

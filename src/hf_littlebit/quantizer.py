@@ -25,6 +25,7 @@ from .checkpoint import read_headers, refuse_missing, refuse_quantized, verify
 from .config import FORMAT_VERSION, LittleBitConfig
 from .conversion import LittleBitConversion, part_shapes
 from .experts import LittleBitExperts
+from .kernels.packing import factor_shape
 from .linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from .plan import Plan, WeightPlan, plan_model
 
@@ -107,8 +108,9 @@ class LittleBitHfQuantizer(HfQuantizer):
         """Bytes per element, for the device map: a dense placeholder counts as the packed U that takes its place."""
         if param_name in self._pending:
             plan = self._pending[param_name]
-            size = 4 * sum(plan.ranks) if self.quantization_config.format == "latent" else sum(plan.ranks) / 8
-            return size / plan.in_features
+            latent = self.quantization_config.format == "latent"
+            per_output = 4 * sum(plan.ranks) if latent else sum(4 * factor_shape(rank)[0] for rank in plan.ranks)
+            return per_output / plan.in_features
         return super().param_element_size(model, param_name, param)
 
     def get_quantize_ops(self) -> LittleBitConversion:
