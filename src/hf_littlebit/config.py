@@ -110,7 +110,8 @@ class LittleBitConfig(QuantizationConfigMixin):
             pattern with `*`, `?` or `[` is matched against the whole name; any other must be the name or its dotted end.
             Later entries win. Options: bpw, init, residual, kv_factor.
         format (`str`): "packed" (bits; inference, adapters) or "latent" (fp32 latents; quantization-aware training).
-        seed (`int`): of the initialiser's random numbers; each layer derives its own from it and its name.
+        seed (`int`): of the initialiser's random numbers; each layer derives its own from it and its name. Factors repeat
+            bit for bit with the same seed, machine and number of threads (`workers` share the threads among them).
         steps (`int`, *optional*): ADMM steps or Joint-ITQ iterations; None for the initialiser's default.
         refit_rounds (`int`, *optional*): rounds of the closed-form scale refit; None for the initialiser's default.
         scale_dtype (`str`): "bfloat16" (any range) or "float16" (finer), of the stored scales.
