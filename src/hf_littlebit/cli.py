@@ -183,7 +183,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def run_push(args: argparse.Namespace) -> int:
     """`littlebit push`."""
-    from .card import push_folder
+    from .upload import push_folder
 
     print(push_folder(args.folder, args.repo, private=args.private or None).commit_url)
     return 0
