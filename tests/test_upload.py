@@ -222,6 +222,7 @@ class HubStub(BaseHTTPRequestHandler):
 
 def test_push_and_info_through_the_protocol(folder, tmp_path):
     packed = str(folder)
+    (folder / "notes.txt").write_text("mine")
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubStub)
     server.files, server.read, server.created = {}, [], None
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -249,7 +250,8 @@ sys.exit(codes != (0, 0))
     assert result.returncode == 0, result.stderr
     pushed, _, shown = result.stdout.partition("\n")
     assert pushed == f"{server.url}/me/tiny/commit/1" and "private" in str(server.created)
-    assert set(server.files) == {*os.listdir(packed), "README.md"}
+    assert set(server.files) == {*os.listdir(packed), "README.md"} - {"notes.txt"}
+    assert "not uploaded, since it is no file of a saved model: notes.txt" in result.stderr.splitlines()
     assert server.files["model.safetensors"] == Path(packed, "model.safetensors").read_bytes()
     assert b'from_pretrained("me/tiny")' in server.files["README.md"]
     assert shown == size_report(packed).table() + "\n"
