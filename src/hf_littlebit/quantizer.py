@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from functools import partial
 from typing import Any
 
@@ -28,11 +27,11 @@ from .experts import LittleBitExperts
 from .kernels.packing import factor_shape
 from .linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from .plan import Plan, WeightPlan, plan_model
+from .source import HUB_ID
 
 __all__ = ["LittleBitHfQuantizer", "replace_modules"]
 
 logger = logging.getLogger("hf_littlebit")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def replace_modules(model: nn.Module, plan: Plan, config: LittleBitConfig, placeholders: bool) -> None:

@@ -5,7 +5,7 @@ loading anything. Bits per weight are bits in the file over weights replaced. Wh
 head, norms, biases) is counted as stored, or at 16 bits in a prediction.
 
 Units are decimal, 1 GB = 10^9 bytes, as in table 3 of the paper (LittleBit, arXiv 2506.13771). Its figures are 3 to
-5 % higher than these, for two reasons: they add to the dense and the quantized model alike about 0.1 % of the dense one (13 MB
+6 % above these, for two reasons: they add to the dense and the quantized model alike about 0.1 % of the dense one (13 MB
 for Llama2-7B) that is in no parameter of the model, and they do not floor ranks to a multiple of 8 (up to 1 %).
 """
 
