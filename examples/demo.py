@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -46,7 +47,8 @@ def round_trip(args: argparse.Namespace, dense, tokenizer, text: str, init: str,
     """One row of the table."""
     folder = args.out / f"{args.model.name}-{init}-{bpw:g}"
     start = time.perf_counter()
-    quantized = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=LittleBitConfig(bpw, init=init))
+    config = LittleBitConfig(bpw, init=init, workers=args.workers)
+    quantized = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=config)
     seconds = time.perf_counter() - start
     quantized.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -84,8 +86,11 @@ def main() -> None:
     parser.add_argument("--bpw", type=float, nargs="+", default=[0.3, 0.55, 1.0], help="bits per weight to try")
     parser.add_argument("--init", nargs="+", default=list(INITS), choices=INITS, help="initialisers to try")
     parser.add_argument("--blocks", type=int, default=64, help="windows of 512 tokens to evaluate on")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="layers factorized at the same time")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for all results")
     args = parser.parse_args()
+    # One thread for each layer: bits then do not depend on the number of cores, and no thread waits for another.
+    torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
 
     text = args.text.read_text(encoding="utf-8")
@@ -106,6 +111,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
+        "workers": args.workers,
         "machine": platform.processor() or platform.machine(),
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

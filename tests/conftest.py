@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-import hf_littlebit  # noqa: F401
+from hf_littlebit import LittleBitConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,3 +100,17 @@ def logits(model, tokens=None) -> torch.Tensor:
     tokens = torch.arange(3, 27).reshape(2, 12) if tokens is None else tokens
     with torch.no_grad():
         return model(input_ids=tokens).logits
+
+
+def config(**options) -> LittleBitConfig:
+    """Quick factors at enough bits for small layers."""
+    return LittleBitConfig(**{"bpw": 2.5, "init": "dual_svid", **options})
+
+
+def equal_states(a, b) -> None:
+    """Assert that two models hold the same tensors, bit for bit."""
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype, name
+        assert torch.equal(value, second[name]), name

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import load
+from conftest import load, logits
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_littlebit import LittleBitConfig
 
@@ -97,7 +98,6 @@ def test_changed_tensors(copy, change, message):
         ({"format_version": 99}, "upgrade with: pip install -U hf-littlebit"),
         ({"bpw": None}, "bpw is missing"),
         ({"init": "magic"}, "init is 'magic'"),
-        ({"modules_to_not_convert": ["down_proj"]}, "config leaves that layer dense"),
         ({"surprise": 1}, "unknown LittleBitConfig option 'surprise'"),
     ],
 )
@@ -107,12 +107,57 @@ def test_changed_configs(copy, changes, message):
         load(copy)
 
 
+def test_the_file_says_what_is_packed(copy):
+    """Which layers were replaced follows from the file, not from names that a later version may match otherwise."""
+    reference = load(copy).state_dict()
+    edit_config(copy, modules_to_not_convert=["down_proj"])
+    state = load(copy).state_dict()
+    assert state.keys() == reference.keys() and all(torch.equal(state[name], reference[name]) for name in state)
+
+
+def test_layers_without_scales_are_not_taken_for_dense_ones(copy):
+    edit_tensors(copy, lambda t: [t.pop(f"{NAME}.{part}") for part in ("scale_in", "scale_out", "scale_rank")])
+    with pytest.raises(ValueError, match=rf"{NAME}\.weight is packed .* parts that belong to it are missing"):
+        load(copy)
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", "model.embed_tokens.weight", f"{NAME}.scale_rank"])
+def test_missing_tensors_are_noticed_by_every_class(copy, missing):
+    edit_tensors(copy, lambda t: t.pop(missing))
+    for kind in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+        with pytest.raises(ValueError, match=r"missing"):
+            kind.from_pretrained(copy)
+    data = json.loads((copy / "config.json").read_text())
+    del data["architectures"]
+    (copy / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"missing"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", f"{NAME}.weight", f"{NAME}.scale_rank"])
+def test_missing_tensors_are_noticed_in_a_state_dict(packed, missing):
+    model = load(packed)
+    state = model.state_dict()
+    again = type(model).from_pretrained(None, config=AutoConfig.from_pretrained(packed), state_dict=state)
+    assert torch.equal(logits(again), logits(model))
+    del state[missing]
+    with pytest.raises(ValueError, match=rf"1 tensor\(s\) are missing .*{missing}"):
+        type(model).from_pretrained(None, config=AutoConfig.from_pretrained(packed), state_dict=state)
+
+
+def test_missing_tensors_of_a_dense_checkpoint(family_dir, tmp_path):
+    folder = shutil.copytree(family_dir("llama"), tmp_path / "dense")
+    edit_tensors(folder, lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"missing .*model\.norm\.weight"):
+        load(folder, quantization_config=LittleBitConfig(2.5, init="dual_svid"))
+
+
 def test_foreign_checkpoints(family_dir, tmp_path):
     folder = shutil.copytree(family_dir("llama"), tmp_path / "foreign")
     data = json.loads((folder / "config.json").read_text())
     for quantization in ({"quant_method": "littlebit", "bpw": 2.5}, {"quant_method": "littlebit", "eff_bit": 0.1}):
         (folder / "config.json").write_text(json.dumps({**data, "quantization_config": quantization}))
-        with pytest.raises(ValueError, match=r"implies|unknown LittleBitConfig option 'eff_bit'"):
+        with pytest.raises(ValueError, match=r"another program wrote it|unknown LittleBitConfig option 'eff_bit'"):
             load(folder)
     tensors = {f"{n}.U_packed": torch.zeros(3, 3, dtype=torch.int32) for n in ("model.layers.0.mlp.up_proj", "b")}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

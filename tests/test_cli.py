@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 from hf_littlebit import LittleBitConfig, cli, size_report
-from hf_littlebit.cli import build_parser, main
+from hf_littlebit.cli import main
 
 FAST = ["--bpw", "4", "--init", "dual_svid"]
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 12
@@ -60,27 +61,9 @@ def test_quantize_saves_all_that_the_model_needs(packed, stories, capfd):
 
 
 def test_all_options_reach_the_config(stories, tmp_path):
-    options = [
-        "--init",
-        "joint_itq",
-        "--residual",
-        "on",
-        "--kv-factor",
-        "2",
-        "--skip",
-        "o_proj",
-        "gate_proj",
-        "--seed",
-        "7",
-    ]
-    options += [
-        "--module",
-        "down_proj:bpw=6,init=dual_svid,residual=off",
-        "--module",
-        "*.1.*:kv_factor=1.5",
-        "--steps",
-        "3",
-    ]
+    options = ["--init", "joint_itq", "--residual", "on", "--kv-factor", "2", "--skip", "o_proj", "gate_proj"]
+    options += ["--seed", "7", "--steps", "3"]
+    options += ["--module", "down_proj:bpw=6,init=dual_svid,residual=off", "--module", "*.1.*:kv_factor=1.5"]
     out = tmp_path / "new" / "model"
     code = main(
         ["quantize", stories, "--bpw", "5", *options, "--format", "latent", "--workers", "2", "--out", str(out)]
@@ -216,6 +199,79 @@ def test_one_line_errors(arguments, code, words, stories, packed, text, family_d
     assert not (tmp_path / "out").exists()
 
 
+ODD = {
+    "list": ({"quantization_config": ["littlebit"]}, "quantization_config is ['littlebit']"),
+    "text": ({"quantization_config": "littlebit"}, "quantization_config is 'littlebit'"),
+    "architecture": ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'"),
+    "number": ({"architectures": 5}, "architectures is 5"),
+    "type": ({"model_type": "nope"}, "model type `nope`"),
+    "no type": ({"model_type": ...}, "`model_type`"),
+    "size": ({"hidden_size": "wide"}, "describes no model"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_config_ends_in_one_line(name, stories, text, tmp_path, capfd):
+    changes, words = ODD[name]
+    folder = shutil.copytree(stories, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    for command in (
+        ["info", folder],
+        ["info", folder / "config.json", "--bpw", "4"],
+        ["eval", folder, "--text", text],
+        ["generate", folder, "--prompt", "a"],
+        ["quantize", folder, *FAST, "--out", tmp_path / "out" / "deep"],
+        ["push", folder, "me/model"],
+    ):
+        code, line = fails(command, capfd)
+        assert code == 2 and words in line, command
+    assert not (tmp_path / "out").exists()
+
+
+def test_null_quantization_is_a_dense_model(stories, text, tmp_path, capfd):
+    folder = shutil.copytree(stories, tmp_path / "null")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": None, "architectures": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["quantize", str(folder), *FAST, "--out", str(tmp_path / "out")]) == 0
+    assert main(["info", str(folder), *FAST]) == 0
+    assert main(["eval", str(folder), "--text", text, "--length", "64", "--max-blocks", "1"]) == 0
+
+
+def test_failure_leaves_no_empty_folders(stories, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    for out in ("a/b/c", "old/b/c", tmp_path / "absolute" / "c"):
+        # Refused by the initialiser's own check, after the folder was made.
+        code, line = fails(["quantize", stories, *FAST, "--device", "abacus", "--out", out], capfd)
+        assert code == 2 and "abacus" in line
+    assert os.listdir(tmp_path) == ["old"] and not os.listdir(tmp_path / "old")
+
+    def broken(model, folder):
+        (Path(folder) / "half").write_text("")
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", broken)
+    assert main(["quantize", stories, *FAST, "--out", "old/b/c"]) == 1
+    assert capfd.readouterr().err.endswith("littlebit: error: old/b/c: No space left on device\n")
+    assert (tmp_path / "old" / "b" / "c" / "half").exists()
+    (tmp_path / "file").write_text("")
+    code, line = fails(["quantize", stories, *FAST, "--out", "file/sub"], capfd)
+    assert code == 1 and "file/sub: Not a directory" in line
+
+
+def test_variant_of_a_packed_model(packed, text, tmp_path, capfd):
+    AutoModelForCausalLM.from_pretrained(packed).save_pretrained(tmp_path, variant="v2")
+    shutil.copy(os.path.join(packed, "tokenizer.json"), tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    capfd.readouterr()
+    found = []
+    for model in (packed, tmp_path):
+        assert main(["eval", str(model), "--text", text, "--length", "64", "--max-blocks", "2", "--json"]) == 0
+        found.append(json.loads(capfd.readouterr().out))
+    assert found[0] == found[1]
+
+
 def test_damaged_file_is_named(packed, tmp_path, text, capfd):
     for name in os.listdir(packed):
         (tmp_path / name).write_bytes(Path(packed, name).read_bytes())
@@ -254,12 +310,6 @@ def test_reader_that_leaves(stories):
     result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     os.close(write)
     assert result.returncode == 141 and result.stderr == ""
-
-
-def test_help_names_every_option():
-    text = build_parser().format_help()
-    for command in ("quantize", "info", "eval", "generate", "push"):
-        assert f"littlebit {command}" in text
 
 
 # -- optimum --------------------------------------------------------------------------------------------------

@@ -4,10 +4,14 @@ import json
 import math
 
 import pytest
+import torch
+from conftest import load, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from hf_littlebit import LittleBitConfig
+from hf_littlebit import LittleBitConfig, size_report
 from hf_littlebit.config import FORMAT_VERSION, bits_of, bpw_of, exact_rank, layer_ranks
 
 
@@ -98,7 +102,14 @@ BAD = [
     ({"format": "gguf"}, "packed, latent"), ({"seed": -1}, "seed is -1"), ({"seed": 1.5}, "seed is 1.5"),
     ({"steps": 0}, "steps is 0"), ({"refit_rounds": -1}, "refit_rounds is -1"), ({"workers": 0}, "workers is 0"),
     ({"scale_dtype": "float32"}, "bfloat16, float16"), ({"svd_device": 0}, "svd_device is 0"), ({"dequantize": 1}, "dequantize"),
-    ({"modules_to_not_convert": "lm_head"}, "must be a list"), ({"modules_to_not_convert": [""]}, "must be a list"),
+    ({"modules_to_not_convert": "lm_head"}, "must be a list"), ({"modules_to_not_convert": {"lm_head"}}, "must be a list"),
+    ({"modules_to_not_convert": [""]}, "holds ''"), ({"modules_to_not_convert": ["a", 1]}, "holds 1; every entry"),
+    ({"modules_to_not_convert": ["["]}, r"holds '\[', which is no valid regular expression \(unterminated"),
+    ({"modules_to_not_convert": ["ok", "*.down_proj"]}, r"write '\.\*' where"), ({"modules_to_not_convert": ["a)(b"]}, "no valid"),
+    ({"modules_to_not_convert": ["(?i)a"]}, "global flags"), ({"modules_to_not_convert": ["a{99999999999}"]}, "too large"),
+    ({"modules_to_not_convert": ["(" * 9999]}, "no valid regular expression"), ({"module_config": {"": {"bpw": 1}}}, "must map"),
+    ({"module_config": {3: {"bpw": 1}}}, "must map"), ({"module_config": {"a": {3: 1}}}, "unknown option 3"),
+    ({"init": ["admm"]}, "choose one of"),
     ({"module_config": ["a"]}, "must be a dict"), ({"module_config": {"a": 1}}, "must map"), ({"module_config": {"a": {}}}, "must"),
     ({"module_config": {"a": {"bpw": 99}}}, r"module_config\['a'\]: bpw is 99"),
     ({"module_config": {"a": {"rank": 9}}}, "unknown option 'rank'"), ({"rank": 64}, "unknown LittleBitConfig option 'rank'"),
@@ -131,5 +142,48 @@ def test_any_junk_is_refused_or_stands_for_a_config(options):
     except ValueError as error:
         assert str(error)
         return
+    if config.bpw is None:
+        assert config.dequantize
+        return
     assert LittleBitConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     assert config.for_module("a.k_proj").ranks(64, 128)
+
+
+@given(st.one_of(st.text(max_size=8), st.text("[](){}!*?+-^$,1ak._\\&~|", max_size=12)))
+@settings(max_examples=400, deadline=None)
+@pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
+def test_any_text_is_a_pattern_or_is_refused_when_it_is_given(name):
+    """Nothing raw comes out later, when the names of modules are matched."""
+    try:
+        skipping = LittleBitConfig(0.5, modules_to_not_convert=[name])
+    except ValueError as error:
+        assert "modules_to_not_convert holds" in str(error)
+    else:
+        should_convert_module("model.layers.0.k_proj", skipping.modules_to_not_convert)
+    if name:
+        LittleBitConfig(0.5, module_config={name: {"bpw": 1.0}}).for_module("model.layers.0.k_proj")
+
+
+def test_only_dequantize_excuses_bpw(family_dir):
+    config = LittleBitConfig(dequantize=True)
+    assert "LittleBitConfig" in repr(config) and config.get_loading_attributes()["dequantize"]
+    for options in ({"dequantize": False}, {"svd_device": "cpu"}, {"workers": 2}):
+        with pytest.raises(ValueError, match="bpw is missing"):
+            LittleBitConfig(**options)
+    with pytest.raises(ValueError, match="init is 'svd'"):
+        LittleBitConfig(dequantize=True, init="svd")
+    with pytest.raises(ValueError, match="bpw is missing; say how many"):
+        config.for_module("a.k_proj")
+    with pytest.raises(ValueError, match="this checkpoint is dense already"):
+        load(family_dir("llama"), quantization_config=config)
+    with pytest.raises(ValueError, match="bpw is missing"):
+        size_report(family_dir("llama"), config)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_dequantize_alone_loads_a_saved_model_as_a_dense_one(family_dir, tmp_path):
+    saved = load(family_dir("llama"), quantization_config=LittleBitConfig(4.0, init="dual_svid"))
+    saved.save_pretrained(tmp_path)
+    dense = load(tmp_path, quantization_config=LittleBitConfig(dequantize=True))
+    assert {type(module) for module in dense.model.layers.modules() if hasattr(module, "in_features")} == {nn.Linear}
+    torch.testing.assert_close(logits(dense), logits(saved), rtol=1e-3, atol=1e-3)

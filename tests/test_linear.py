@@ -143,3 +143,12 @@ def test_compile_without_graph_breaks():
         out.sum().backward()
         expected.sum().backward()
         torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40)])
+def test_outputs_can_be_changed_in_place(shape):
+    """As those of nn.Linear can (Llama 4 does): autograd refuses that for a view that an operator returned."""
+    layer, _ = pair(24, 40, (8,))
+    x = torch.randn(shape, requires_grad=True)
+    layer(x).add_(1).sum().backward()
+    assert x.grad.shape == x.shape and x.grad.abs().sum() > 0

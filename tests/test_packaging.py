@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_littlebit.__main__ import main as run_with_plugin
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -70,13 +72,63 @@ def test_running_another_program_with_the_plugin(tmp_path):
     )
     done = run(sys.executable, "-m", "hf_littlebit", "other", "--flag", "x", cwd=tmp_path)
     assert done.stdout.split("\n")[0] == "__main__ ['--flag', 'x'] True", done.stderr
-    for arguments, status, text in (
-        ([], 2, ""),
-        (["--help"], 0, "python -m hf_littlebit"),
-        (["no_such"], 1, "no_such"),
+    done = run(sys.executable, "-m", "hf_littlebit", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("python -m hf_littlebit MODULE")
+
+
+def test_what_cannot_be_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "program.py").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for arguments, words in (
+        ([], "no module to run"),
+        ([""], "no module to run"),
+        (["json"], "'json' is a package that cannot be run"),
+        (["transformers"], "'transformers' is a package that cannot be run"),
+        (["empty"], "'empty' is a package"),
+        (["sys"], "'sys' is built in"),
+        (["no_such"], "no module named 'no_such'"),
+        (["no_such.part"], "no module named 'no_such.part'"),
+        (["json.no_such"], "no module named 'json.no_such'"),
+        (["program.part"], "no module named 'program.part'"),
+        (["program.py"], "'program.py' is no module's name"),
+        (["./program"], "is no module's name"),
+        ([".program"], "is no module's name"),
+        (["__main__"], "is no module's name"),
+        (["-c"], "is no module's name"),
     ):
-        done = run(sys.executable, "-m", "hf_littlebit", *arguments, cwd=tmp_path)
-        assert done.returncode == status and text in done.stdout + done.stderr and "Traceback" not in done.stderr
+        monkeypatch.setattr(sys, "argv", ["hf_littlebit", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            run_with_plugin()
+        out, err = capsys.readouterr()
+        assert exit.value.code == 2 and out == "", arguments
+        assert err.startswith("hf_littlebit: error: ") and words in err and err.count("\n") == 1, arguments
+    done = run(sys.executable, "-m", "hf_littlebit", "json", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a package that cannot" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "content, kind",
+    [
+        ("import no_such_dependency", ModuleNotFoundError),
+        ("raise ValueError('mine')", ValueError),
+        ("1 +", SyntaxError),
+    ],
+)
+@pytest.mark.parametrize("file", ["program.py", "package/__main__.py", "package/__init__.py"])
+def test_a_program_keeps_its_own_errors(tmp_path, monkeypatch, content, kind, file):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / file).write_text(content)
+    for name in ("program", "package", "package.__main__"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["hf_littlebit", file.split("/")[0].removesuffix(".py")])
+    with pytest.raises(kind) as error:
+        run_with_plugin()
+    where = error.value.filename if kind is SyntaxError else str(error.traceback[-1].path)
+    assert where == str(tmp_path / file)
 
 
 def test_registering_twice_changes_nothing():

@@ -1,4 +1,4 @@
-"""The model card of a quantized model, and the upload that carries it.
+"""The model card of a quantized model, and the hook by which push_to_hub takes it along (upload.py pushes folders).
 
 transformers writes an automatic, nearly empty card when it pushes a model whose repository has none. Ours takes its place:
 what the model is, its sizes as the file has them, how to load it, what to expect. A card that a person wrote keeps its
@@ -14,24 +14,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard, ModelCardData
 from tabulate import tabulate
 
 from .config import LittleBitConfig
 from .size import SizeReport, format_bytes, size_report
 from .source import HUB_ID, find_source, quantization_of
 
-__all__ = ["merge", "model_card", "push_folder", "upload_with_card"]
+__all__ = ["merge", "model_card", "upload_with_card"]
 
 PAPER = "https://huggingface.co/papers/2506.13771"
 TAGS = ("littlebit", "quantized", "sub-1-bit", "binary")
 AUTOMATIC = "has been automatically generated"  # in the card that transformers writes
-# What `push_folder` uploads besides the weight files: configs, tokenizer, chat template, licence.
-UPLOADED = (".json", ".jinja", ".model", ".txt")
-LEGAL = ("LICENSE", "LICENCE", "NOTICE")
-NOT_UPLOADED = ("trainer_state.json",)
 SLOT = "[More Information Needed]"  # in huggingface_hub's template, wherever nothing was filled in
 MARK = re.compile(r"<!-- written by hf-littlebit, (\w+) -->")
 # Ending of the architecture's name -> task on the Hub, where it follows.
@@ -76,7 +70,8 @@ def model_card(
         base_model_relation="quantized" if _base_model(config) else None,
         pipeline_tag=_task(report.architecture),
     )
-    body = _body(report, config, repo_id, evaluation)
+    variant = getattr(source, "variant", None)
+    body = _body(report, config, repo_id, evaluation, variant)
     # So that a later push can tell our text, whose figures it renews, from one that was edited.
     mark = f"<!-- written by hf-littlebit, {_checksum(body)} -->"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n{mark}\n")
@@ -130,47 +125,6 @@ def upload_with_card(model: Any, working_dir: str | os.PathLike[str], repo_id: s
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
-def push_folder(folder: str, repo_id: str, private: bool | None = None, token: Any = None) -> CommitInfo:
-    """Upload the packed model saved in `folder`: its weight files, configs, tokenizer and licence, and a card.
-
-    The card is README.md of the folder, else of the repository, else ours, completed as in `merge`. The folder's files
-    are checked against its config first, from their headers; no weights are loaded, and no other files are uploaded.
-
-    Raises:
-        ValueError: if the folder does not hold a complete packed model, or `repo_id` cannot be one.
-        OSError: if the Hub refuses or cannot be reached.
-    """
-    if not os.path.isdir(folder):
-        raise ValueError(f"{folder} is not a folder; give one that `littlebit quantize` or save_pretrained wrote")
-    validate_repo_id(repo_id)
-    source = find_source(folder)
-    if source.quantization is None or source.quantization.format != "packed":
-        what = "a dense model" if source.quantization is None else "a latent model, for training"
-        raise ValueError(f"{folder} holds {what}; only packed models are pushed: quantize it first, or save it packed")
-    report = size_report(source)
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    path = os.path.join(folder, "README.md")
-    found = ModelCard.load(path) if os.path.isfile(path) else _repository_card(repo_id, token)
-    card = merge(found, model_card(source, repo_id, report=report))
-    names = sorted({*map(os.path.basename, source.files), *_side_files(folder)})
-    operations = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names]
-    operations.append(CommitOperationAdd("README.md", str(card).encode()))
-    return api.create_commit(repo_id, operations, commit_message="Upload model quantized with hf-littlebit")
-
-
-def _side_files(folder: str) -> list[str]:
-    names = [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)) and name[0] != "."]
-    return [n for n in names if n not in NOT_UPLOADED and (n.endswith(UPLOADED) or n.startswith(LEGAL))]
-
-
-def _repository_card(repo_id: str, token: Any) -> ModelCard | None:
-    try:
-        return ModelCard.load(repo_id, token=token)
-    except EntryNotFoundError:
-        return None
-
-
 def _base_model(config: LittleBitConfig) -> str | None:
     name = config.base_model
     return name if name and HUB_ID.fullmatch(name) and not os.path.exists(name) else None
@@ -181,7 +135,11 @@ def _task(architecture: str) -> str | None:
 
 
 def _body(
-    report: SizeReport, config: LittleBitConfig, repo_id: str | None, evaluation: Mapping[str, float | str] | None
+    report: SizeReport,
+    config: LittleBitConfig,
+    repo_id: str | None,
+    evaluation: Mapping[str, float | str] | None,
+    variant: str | None,
 ) -> str:
     base, name = _base_model(config), repo_id or "PATH_OR_REPOSITORY"
     of = f"of [{base}](https://huggingface.co/{base}) " if base else ""
@@ -203,7 +161,7 @@ def _body(
         "## Size",
         tabulate(_size_rows(report), ["", "this model"], "github", disable_numparse=True),
         "## Use",
-        _usage(kind, name),
+        _usage(kind, name, variant),
         "Without the plugin, transformers refuses this checkpoint with an error about tensor shapes.",
     ]
     if evaluation:
@@ -237,7 +195,8 @@ def _size_rows(report: SizeReport) -> list[tuple[str, str]]:
     ]
 
 
-def _usage(kind: str, name: str) -> str:
+def _usage(kind: str, name: str, variant: str | None) -> str:
+    which = f', variant="{variant}"' if variant else ""
     lines = [
         "```bash",
         "pip install hf-littlebit",
@@ -247,7 +206,7 @@ def _usage(kind: str, name: str) -> str:
         "import hf_littlebit  # registers the method with transformers",
         f"from transformers import AutoTokenizer, {kind}",
         "",
-        f'model = {kind}.from_pretrained("{name}")',
+        f'model = {kind}.from_pretrained("{name}"{which})',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "```",
     ]

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from .config import LittleBitConfig
 from .conversion import part_shapes
-from .plan import Plan
+from .linear import FactorModule
+from .plan import Plan, aliases
+from .skeleton import empty_model, saved_class
 
-__all__ = ["Header", "read_headers", "refuse_quantized", "verify"]
+__all__ = ["Header", "read_headers", "refuse_missing", "refuse_quantized", "required", "verify"]
 
 Header = dict[str, tuple[str, tuple[int, ...], str]]  # tensor -> (safetensors dtype, shape, file name)
 INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
@@ -54,28 +55,18 @@ def read_headers(files: Sequence[str]) -> Header:
     return header
 
 
-def verify(model: Any, plan: Plan, config: LittleBitConfig, files: Sequence[str]) -> None:
-    """Compare the headers of `files` with the quantized `model` (on meta) that they are to be loaded into.
+def verify(model: Any, plan: Plan, config: LittleBitConfig, header: Header) -> None:
+    """Compare the `header` of a checkpoint with the quantized `model` (on meta) that it is to be loaded into.
 
     Raises:
         ValueError: if a tensor is missing, or has another shape or dtype than the config implies.
     """
-    header = read_headers(files)
     prefix = getattr(model, "base_model_prefix", "")
     expected = {name: entry for weight in plan.weights for name, entry in part_shapes(weight, config).items()}
-    found = {name: _find(header, name, prefix) for name in expected}
-    lacking = [name for name, entry in found.items() if entry is None]
-    if len(lacking) == len(expected):
-        raise ValueError(
-            f"no tensor of the checkpoint is a part of a LittleBit layer (e.g. {lacking[0]} is absent from {_files(files)}); "
-            "its config says quant_method 'littlebit', but another program wrote it, or it is of another model"
-        )
     for name, (shape, dtype) in expected.items():
-        entry = found[name]
-        if entry is None:
-            continue
+        entry = _find(header, name, prefix)
         kind = DTYPES[str(dtype)]
-        if entry[:2] != (kind, shape):
+        if entry is not None and entry[:2] != (kind, shape):
             raise ValueError(
                 f"{name} is {entry[0]} {list(entry[1])} in {entry[2]}, but the config (bpw {config.bpw:g}, format "
                 f"{config.format!r}) implies {kind} {list(shape)}; the file is damaged or its config.json was changed"
@@ -84,17 +75,54 @@ def verify(model: Any, plan: Plan, config: LittleBitConfig, files: Sequence[str]
         entry = None if name in expected else _find(header, name, prefix)
         if entry is not None and parameter.is_floating_point() and entry[0] in INTEGERS:
             raise ValueError(
-                f"{name} is packed ({entry[0]} {list(entry[1])}) in {entry[2]}, but the config leaves that layer dense; "
-                "config.json was changed after the model was saved"
+                f"{name} is packed ({entry[0]} {list(entry[1])}) in {entry[2]}, but the parts that belong to it are missing; "
+                "the checkpoint is incomplete: download or save it again"
             )
-    # A model of another class than the saved one may well have a new head; one of the same class may not lack anything.
-    if type(model).__name__ in (model.config.architectures or ()):
-        lacking += [name for name in _dense_names(model, expected) if _find(header, name, prefix) is None]
+    lacking = [name for name in (*expected, *required(model, expected)) if _find(header, name, prefix) is None]
     if lacking:
-        raise ValueError(
-            f"{len(lacking)} tensor(s) are missing from {_files(files)}, e.g. {lacking[0]}; "
-            "the checkpoint is incomplete: download or save it again"
-        )
+        files = sorted({entry[2] for entry in header.values()})
+        raise ValueError(_missing(lacking, files[0] if len(files) == 1 else f"{len(files)} files"))
+
+
+def required(model: Any, parts: Collection[str]) -> list[str]:
+    """The dense tensors that a checkpoint must hold for `model`, which has `parts` beside them.
+
+    All of them; but where the checkpoint was saved from another class, what only this class has is new (a task's head).
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    known = set(parts) | set(getattr(model, "all_tied_weights_keys", None) or {})
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    names = [name for name in model.state_dict() if name not in known and not any(p.search(name) for p in ignored)]
+    kind = saved_class(model.config)
+    if kind is None or isinstance(model, kind):
+        return names
+    saved = empty_model(model.config).state_dict().keys()
+    return [name for name in names if any(alias in saved for alias in aliases(name, prefix))]
+
+
+def refuse_missing(model: Any, missing: Iterable[str], planned: Collection[str]) -> None:
+    """The same for what transformers found missing after loading, from files or a state dict of any kind.
+
+    Raises:
+        ValueError: naming a tensor that was filled with random numbers, except for the weights `planned` to be replaced.
+    """
+    names = set(missing) - set(planned)
+    parts = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, FactorModule)
+        for part in module.part_dtypes
+    }
+    lacking = sorted(names & parts) or sorted(names.intersection(required(model, parts)) if names else ())
+    if lacking:
+        raise ValueError(_missing(lacking, "the checkpoint"))
+
+
+def _missing(lacking: Sequence[str], where: str) -> str:
+    return (
+        f"{len(lacking)} tensor(s) are missing from {where}, e.g. {lacking[0]}; "
+        "the checkpoint is incomplete: download or save it again"
+    )
 
 
 def refuse_quantized(files: Sequence[str]) -> None:
@@ -112,18 +140,4 @@ def refuse_quantized(files: Sequence[str]) -> None:
 
 
 def _find(header: Header, name: str, prefix: str) -> tuple[str, tuple[int, ...], str] | None:
-    """The entry of `name`, which a base model and a model with a head call by different names."""
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if candidate in header:
-            return header[candidate]
-    return None
-
-
-def _dense_names(model: nn.Module, expected: Iterable[str]) -> list[str]:
-    known = set(expected) | set(getattr(model, "all_tied_weights_keys", None) or {})
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
-    return [name for name in model.state_dict() if name not in known and not any(p.search(name) for p in ignored)]
-
-
-def _files(files: Sequence[str]) -> str:
-    return os.path.basename(files[0]) if len(files) == 1 else f"{len(files)} files"
+    return next((header[alias] for alias in aliases(name, prefix) if alias in header), None)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,7 @@ __all__ = [
     "bpw_of",
     "exact_rank",
     "layer_ranks",
+    "matches",
 ]
 
 FORMAT_VERSION = 1
@@ -42,6 +45,7 @@ KV_NAMES = ("k_proj", "v_proj")
 # Options that only steer a load on this machine: a user may set them for a saved model too, and they are not saved.
 LOADING_OPTIONS = ("svd_device", "workers", "dequantize")
 LAYER_OPTIONS = ("bpw", "init", "residual", "kv_factor")
+MISSING_BPW = "bpw is missing; say how many bits per weight to keep, e.g. LittleBitConfig(bpw=0.55)"
 
 
 def bits_of(out_features: int, in_features: int, ranks: tuple[int, ...]) -> int:
@@ -98,24 +102,27 @@ class LittleBitConfig(QuantizationConfigMixin):
     """Quantize every linear layer of a model to `bpw` bits per weight while it is loaded.
 
     Args:
-        bpw (`float`): bits per weight of the replaced layers, in (0, 16]; 0.1 to 1 is what the method is for.
+        bpw (`float`): bits per weight of the replaced layers, in (0, 16]; 0.1 to 1 is what the method is for. Only
+            `LittleBitConfig(dequantize=True)`, to load a saved model with, can do without: the saved one is used.
         init (`str`): how factors are found: "admm" (default, best and slowest), "joint_itq", or "dual_svid" (the paper's).
         residual (`bool`, *optional*): two paths (True), one (False), or chosen by initialiser and layer size (None).
         kv_factor (`float`): multiplies the rank of layers named k_proj and v_proj. The paper uses 4 for grouped-query
             models, whose key and value layers are so small that their rank collapses at 0.1 bits.
         modules_to_not_convert (`list[str]`, *optional*): names, name endings or regular expressions of modules to leave
-            dense, in addition to the output head, tied weights and the embeddings.
+            dense, in addition to the output head, tied weights and the embeddings. Each is used as a regular expression
+            from the start of a name, and must be a valid one.
         module_config (`dict[str, dict]`, *optional*): overrides by module name, e.g. `{"*.down_proj": {"bpw": 1.0}}`. A
             pattern with `*`, `?` or `[` is matched against the whole name; any other must be the name or its dotted end.
             Later entries win. Options: bpw, init, residual, kv_factor.
         format (`str`): "packed" (bits; inference, adapters) or "latent" (fp32 latents; quantization-aware training).
-        seed (`int`): of the initialiser's random numbers; each layer derives its own from it and its name.
+        seed (`int`): of the initialiser's random numbers; each layer derives its own from it and its name. Factors repeat
+            bit for bit with the same seed, machine and number of threads (`workers` share the threads among them).
         steps (`int`, *optional*): ADMM steps or Joint-ITQ iterations; None for the initialiser's default.
         refit_rounds (`int`, *optional*): rounds of the closed-form scale refit; None for the initialiser's default.
         scale_dtype (`str`): "bfloat16" (any range) or "float16" (finer), of the stored scales.
         svd_device (`str`, *optional*): device that factorizes, e.g. "cuda"; None for the device a weight is loaded to.
         workers (`int`): layers factorized at the same time. Each holds one dense layer and its workspace.
-        dequantize (`bool`): load a saved model as a dense one.
+        dequantize (`bool`): load a saved model as a dense one. Refused for a dense model.
         base_model (`str`, *optional*): Hub id of the dense model, for the model card; filled in while loading from the Hub.
 
     Raises:
@@ -186,9 +193,12 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     def post_init(self) -> None:
         """Check every value (the name is transformers' convention)."""
-        if self.bpw is None:
-            raise ValueError("bpw is missing; say how many bits per weight to keep, e.g. LittleBitConfig(bpw=0.55)")
-        _check_layer_options(self.layer_options(), "")
+        if not isinstance(self.dequantize, bool):
+            raise ValueError(f"dequantize is {self.dequantize!r}; it must be True or False")
+        if self.bpw is None and not self.dequantize:
+            raise ValueError(MISSING_BPW)
+        given = self.layer_options()
+        _check_layer_options(given if self.bpw is not None else {**given, "bpw": MAX_BPW}, "")
         _choice("format", self.format, FORMATS)
         _choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         _integer("seed", self.seed, 0, 2**63 - 1)
@@ -196,24 +206,29 @@ class LittleBitConfig(QuantizationConfigMixin):
         for option, smallest in (("steps", 1), ("refit_rounds", 0)):
             if getattr(self, option) is not None:
                 _integer(option, getattr(self, option), smallest, 100_000)
-        if not isinstance(self.dequantize, bool):
-            raise ValueError(f"dequantize is {self.dequantize!r}; it must be True or False")
         for option, example in (("svd_device", "device name such as 'cpu' or 'cuda'"), ("base_model", "Hub id")):
             value = getattr(self, option)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{option} is {value!r}; it must be a {example}, or None")
         names = self.modules_to_not_convert
-        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)):
-            raise ValueError(f"modules_to_not_convert is {names!r}; it must be a list of module names, or None")
-        self.modules_to_not_convert = None if names is None else list(names)
+        if names is not None:
+            if not isinstance(names, list | tuple):
+                raise ValueError(
+                    f"modules_to_not_convert is {reprlib.repr(names)}; it must be a list of module names, or None"
+                )
+            for name in names:
+                _check_name("modules_to_not_convert", name)
+            self.modules_to_not_convert = list(names)
         if self.module_config is None:
             return
         if not isinstance(self.module_config, dict):
-            raise ValueError(f"module_config is {self.module_config!r}; it must be a dict of name pattern -> options")
+            raise ValueError(
+                f"module_config is {reprlib.repr(self.module_config)}; it must be a dict of name pattern -> options"
+            )
         for pattern, options in self.module_config.items():
-            if not isinstance(pattern, str) or not isinstance(options, dict) or not options:
+            if not isinstance(pattern, str) or not pattern or not isinstance(options, dict) or not options:
                 raise ValueError(
-                    f"module_config entry {pattern!r}: {options!r} must map a name pattern to a dict of options, "
+                    f"module_config entry {pattern!r}: {reprlib.repr(options)} must map a name pattern to a dict of options, "
                     "e.g. {'*.down_proj': {'bpw': 1.0}}"
                 )
             _check_layer_options(options, f"module_config[{pattern!r}]: ")
@@ -222,12 +237,18 @@ class LittleBitConfig(QuantizationConfigMixin):
         """The options that a module may override, with their global values."""
         return {option: getattr(self, option) for option in LAYER_OPTIONS}
 
-    def for_module(self, name: str) -> LayerConfig:
-        """The options that hold for the module called `name`."""
+    def for_module(self, name: str, *aliases: str) -> LayerConfig:
+        """The options that hold for the module called `name`, or by one of `aliases`.
+
+        Raises:
+            ValueError: if there is no bpw, as in a config that only says dequantize=True.
+        """
         options = self.layer_options()
         for pattern, overrides in (self.module_config or {}).items():
-            if _matches(pattern, name):
+            if any(matches(pattern, each) for each in (name, *aliases)):
                 options.update(overrides)
+        if options["bpw"] is None:
+            raise ValueError(MISSING_BPW)
         kv_factor = options.pop("kv_factor")
         factor = kv_factor if name.rpartition(".")[2] in KV_NAMES else 1.0
         return LayerConfig(factor=factor, **options)
@@ -242,12 +263,13 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The options that differ from the defaults, with bpw and the method's name always."""
-        default = LittleBitConfig(bpw=self.bpw).to_dict()
+        default = LittleBitConfig(bpw=MAX_BPW).to_dict()
         always = ("quant_method", "bpw", "format_version")
         return {k: v for k, v in self.to_dict().items() if k in always or v != default.get(k)}
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """True if a `module_config` pattern is for the module called `name`."""
     if any(sign in pattern for sign in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.endswith("." + pattern)
@@ -270,6 +292,22 @@ def _check_layer_options(options: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}unknown option {option!r}; a module can override {', '.join(LAYER_OPTIONS)}")
 
 
+def _check_name(option: str, name: Any) -> None:
+    """Refuse what transformers cannot match with module names: it puts each entry into a regular expression."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            f"{option} holds {reprlib.repr(name)}; every entry must be a module's name, such as 'down_proj'"
+        )
+    try:
+        re.compile(name)
+        re.compile(f"(?:{name})")  # as should_convert_module puts it: a flag such as (?i) is valid alone only
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{option} holds {reprlib.repr(name)}, which is no valid regular expression ({error}); write '.*' where any "
+            "text may stand, and a backslash before a sign that is meant literally"
+        ) from None
+
+
 def _number(name: str, value: Any, largest: float, advice: str) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not 0 < value <= largest:
@@ -282,5 +320,5 @@ def _integer(name: str, value: Any, smallest: int, largest: int) -> None:
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {reprlib.repr(value)}; choose one of {', '.join(choices)}")

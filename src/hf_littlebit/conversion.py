@@ -8,6 +8,7 @@ raised, with the layer's name, when loading ends.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import zlib
@@ -27,6 +28,8 @@ from .linear import LATENT_PARTS, latent_parts, pack_parts, part_name
 from .plan import WeightPlan
 
 __all__ = ["LittleBitConversion", "factor_weight", "part_shapes"]
+
+logger = logging.getLogger("hf_littlebit")
 
 
 def part_shapes(plan: WeightPlan, config: LittleBitConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -70,7 +73,7 @@ def factor_weight(weight: Tensor, plan: WeightPlan, config: LittleBitConfig) -> 
     seed = zlib.crc32(plan.name.encode()) ^ config.seed
 
     def paths(matrix: Tensor, name: str, offset: int = 0) -> Any:
-        return factorize(
+        found = factorize(
             matrix.to(device),
             plan.ranks,
             plan.options.init,
@@ -79,6 +82,10 @@ def factor_weight(weight: Tensor, plan: WeightPlan, config: LittleBitConfig) -> 
             refit_rounds=config.refit_rounds,
             name=name,
         )
+        for path in found:
+            for scale in (path.scale_out, path.scale_rank, path.scale_in):
+                _check_range(scale, scale_dtype, name)
+        return found
 
     if stacked:
         experts = [paths(matrix, f"{plan.name}[{index}]", index) for index, matrix in enumerate(weight)]
@@ -90,19 +97,44 @@ def factor_weight(weight: Tensor, plan: WeightPlan, config: LittleBitConfig) -> 
     return {f"{plan.module}.{part_name(plan.weight, part)}": value.to(home) for part, value in parts.items()}
 
 
+def _check_range(scale: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Refuse a dtype that keeps less of the scales than bfloat16 would, because they leave its range."""
+    if float((scale.to(dtype).float() - scale).norm()) <= torch.finfo(torch.bfloat16).eps * float(scale.norm()):
+        return
+    limits = torch.finfo(dtype)
+    raise ValueError(
+        f"{name}: scales of magnitude {float(scale.abs().max()):.3g} do not fit {str(dtype).removeprefix('torch.')}, which "
+        f'holds {limits.smallest_normal:.2g} to {limits.max:.3g}; use scale_dtype="bfloat16"'
+    )
+
+
 class LittleBitConversion(ConversionOps):
     """transformers' conversion operation for all planned weights of one load."""
 
-    def __init__(self, plans: dict[str, WeightPlan], config: LittleBitConfig, workers: int, to_disk: bool):
+    def __init__(self, plans: dict[str, WeightPlan], config: LittleBitConfig):
         self.plans, self.config = plans, config
-        self._keep = to_disk
+        self._keep = False
         self.kept: dict[str, Tensor] = {}
         self.converted: set[str] = set()
         self.error: Exception | None = None
-        self._slots = threading.Semaphore(workers)
-        self._pool = ThreadPoolExecutor(workers, "littlebit") if workers > 1 else None
-        self._threads = max(1, torch.get_num_threads() // workers)
+        self._slots = threading.Semaphore(config.workers)
+        self._pool = ThreadPoolExecutor(config.workers, "littlebit") if config.workers > 1 else None
+        self._threads = torch.get_num_threads()
         self._jobs: list[Future[None]] = []
+
+    def place(self, device_map: Any) -> None:
+        """Take note of where the model goes: a dict of places, or anything else for one place that is not the disk.
+
+        A weight that goes to disk is written as soon as it is converted, so no worker can fill it in later.
+        """
+        places = device_map.values() if isinstance(device_map, dict) else ()
+        if "disk" not in map(str, places):
+            return
+        self._keep = True
+        if self._pool is not None:
+            logger.warning("workers=%d is reduced to 1, because parts of the model go to disk.", self.config.workers)
+            self._pool.shutdown()
+            self._pool = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LittleBitConversion:
         return self  # transformers copies its converters, but the record of what was converted is one
@@ -145,7 +177,7 @@ class LittleBitConversion(ConversionOps):
 
     def _fill(self, weight: Tensor, plan: WeightPlan, parts: dict[str, Tensor]) -> None:
         try:
-            torch.set_num_threads(self._threads)  # of this worker alone
+            torch.set_num_threads(max(1, self._threads // self.config.workers))
             if self.error is None:
                 for name, value in factor_weight(weight, plan, self.config).items():
                     parts[name].copy_(value)
@@ -164,6 +196,7 @@ class LittleBitConversion(ConversionOps):
             job.result()
         if self._pool is not None:
             self._pool.shutdown()
+            torch.set_num_threads(self._threads)  # what a worker sets, threads started later inherit
         if self.error is not None:
             raise ValueError(f"quantization failed: {self.error}") from self.error
         lacking = sorted(set(self.plans) - self.converted)

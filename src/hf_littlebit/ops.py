@@ -56,7 +56,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.hf_littlebit.linear_grad(grad, *ctx.saved_tensors, ctx.ranks)
     if ctx.needs_input_grad[8]:
-        grad_bias = grad.flatten(0, -2).float().sum(dim=0).to(ctx.bias_dtype)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(dim=0).to(ctx.bias_dtype)
     return grad_x, *(None,) * 7, grad_bias, None
 
 

@@ -2,26 +2,27 @@
 
 A weight is replaced if it belongs to an `nn.Linear` or to a mixture-of-experts module whose experts are stacked in 3-D
 parameters of the common layout (experts.py), is not excluded by name, and is not cheaper to keep: where even the smallest
-rank would cost more than the 16-bit weight, it stays dense and is counted.
+rank would cost more than the 16-bit weight, it stays dense and is counted. For a saved model the file says which weights
+were replaced, so that no rule of this or another version, or of the class it is loaded into, can decide otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .config import LayerConfig, LittleBitConfig, bits_of
+from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of, matches
 from .experts import LittleBitExperts, expert_sizes, is_stack
-from .linear import LatentLittleBitLinear, LittleBitLinear
+from .linear import FactorModule, part_name
 
-__all__ = ["Plan", "WeightPlan", "plan_model"]
+__all__ = ["Plan", "WeightPlan", "aliases", "plan_model"]
 
 DENSE_BITS = 16  # of a weight that is kept
+SMALLEST_COUNTED = 16  # a kept matrix is worth a warning from this many rows and columns
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Plan:
 
     weights: list[WeightPlan] = field(default_factory=list)
     dense: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # reason -> (module, weights in it)
+    unused: list[str] = field(default_factory=list)  # options that no module answers to
 
     @property
     def numel(self) -> int:
@@ -105,77 +107,166 @@ class Plan:
         for reason, kept in self.dense.items():
             count = sum(numel for _, numel in kept)
             messages.append(f"{len(kept)} module(s) with {count:,} weights stay dense: {reason}, e.g. {kept[0][0]}.")
+        for option in self.unused:
+            messages.append(
+                f"{option} has no effect: no replaced layer answers to it. Compare it with model.named_modules()."
+            )
         return messages
 
 
-def plan_model(model: nn.Module, config: LittleBitConfig) -> Plan:
+def plan_model(model: nn.Module, config: LittleBitConfig, stored: Collection[str] | None = None) -> Plan:
     """The plan for a dense model, or the one that a quantized model was built by.
 
+    Args:
+        stored: names of the tensors in the file of a saved model; a weight is then replaced if its parts are among them.
+
     Raises:
-        ValueError: if nothing in the model can be replaced.
+        ValueError: if nothing in the model can be replaced, or none of its weights' parts is stored.
     """
-    excluded = HfQuantizer.get_modules_to_not_convert(
-        model,  # type: ignore[arg-type]
-        config.modules_to_not_convert,
-        keep_in_fp32_modules=_fp32_modules(model),
-        add_default_skips=True,
-    )
-    # transformers names the last module by its last parameter, and takes off only ".weight".
-    excluded = [name.removesuffix(".bias") for name in excluded]
-    plan = Plan()
-    inside: tuple[str, ...] = ()
+    walk = _Walk(model, config, stored)
     for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if not should_convert_module(name, excluded):
-            continue
-        if isinstance(module, LittleBitExperts) or is_stack(module):
-            inside = (*inside, name + ".")
-            _plan_experts(plan, name, module, config)
-        elif isinstance(module, LittleBitLinear | LatentLittleBitLinear) or type(module) is nn.Linear:
-            size = (module.out_features, module.in_features)  # type: ignore[arg-type]
-            _plan_weight(plan, name, "weight", size, config)  # type: ignore[arg-type]
+        walk.visit(name, module)
+    plan = walk.plan
     if not plan.weights:
+        if stored is not None:
+            raise ValueError(
+                f"no tensor of the checkpoint is a part of a LittleBit layer of {type(model).__name__}; its config says "
+                "quant_method 'littlebit', but another program wrote it, or it is of another model"
+            )
         raise ValueError(
             f"{type(model).__name__} has no layer that LittleBit can replace: it looks for torch.nn.Linear layers other than "
-            "the output head whose packed form is smaller than 16 bits per weight (GPT-2 style Conv1D layers are not covered); "
-            f"excluded by name: {', '.join(sorted(map(str, excluded))[:8]) or 'none'}"
+            f"the output head whose packed form is smaller than 16 bits per weight. Found: {'; '.join(plan.dense) or 'none'}. "
+            f"Excluded by name: {', '.join(config.modules_to_not_convert or ()) or 'none'}"
         )
+    plan.unused = walk.unused()
     return plan
 
 
-def _plan_weight(
-    plan: Plan, name: str, weight: str, size: tuple[int, int], config: LittleBitConfig, count: int = 1
-) -> None:
-    options = config.for_module(name)
-    ranks = options.ranks(*size)
-    planned = WeightPlan(name, weight, *size, ranks, options, count)
-    if planned.bits >= DENSE_BITS * planned.numel:
-        plan.keep("too small to gain from factors", name, planned.numel)
-    else:
-        plan.weights.append(planned)
+def aliases(name: str, prefix: str) -> tuple[str, ...]:
+    """`name` and what a model with a head, or without, calls the same thing; `prefix` is its `base_model_prefix`."""
+    if not prefix:
+        return (name,)
+    return (name, name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
 
 
-def _plan_experts(plan: Plan, name: str, module: nn.Module, config: LittleBitConfig) -> None:
-    sizes, reason = expert_sizes(module)
-    if reason:
-        plan.keep(reason, name, sum(value.numel() for value in module.parameters()))
-        return
-    before = len(plan.weights)
-    for weight, (count, *size) in sizes.items():
-        _plan_weight(plan, name, weight, (size[0], size[1]), config, count)
-    if 0 < len(plan.weights) - before < len(sizes):
-        # Half a module cannot be replaced: its forward is one function.
-        for planned in plan.weights[before:]:
-            plan.keep("too small to gain from factors", name, planned.numel)
-        del plan.weights[before:]
+class _Walk:
+    """One pass over a module tree."""
+
+    def __init__(self, model: Any, config: LittleBitConfig, stored: Collection[str] | None):
+        self.plan, self.config, self.stored = Plan(), config, stored
+        self.prefix: str = getattr(model, "base_model_prefix", "")
+        self.kept = _kept_modules(model)
+        self.fp32 = _fp32_modules(model)
+        self.inside: tuple[str, ...] = ()  # modules that were replaced, or kept, with all they hold
+        self.excluding: set[str] = set()  # entries of modules_to_not_convert that matched
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        if self.inside and name.startswith(self.inside):
+            return
+        stack = isinstance(module, LittleBitExperts) or is_stack(module)
+        linear = type(module) is nn.Linear or (isinstance(module, FactorModule) and isinstance(module, nn.Linear))
+        sizes, reason = expert_sizes(module) if stack else ({}, "")
+        if linear:
+            sizes = {"weight": (1, module.out_features, module.in_features)}  # type: ignore[dict-item]
+        if stack:
+            self.inside = (*self.inside, name + ".")
+        if self._is_excluded(name, tuple(sizes) if stack else ()):
+            return
+        if reason:
+            self.plan.keep(reason, name, sum(value.numel() for value in module.parameters()))
+        elif sizes:
+            self._plan_module(name, sizes)
+        elif self.stored is None:
+            self._count_kept(name, module)
+
+    def _is_excluded(self, name: str, weights: tuple[str, ...]) -> bool:
+        if self.stored is not None:
+            return False
+        names = aliases(name, self.prefix)
+        names += tuple(f"{alias}.{weight}" for alias in names for weight in weights)
+        found = [pattern for pattern in self.config.modules_to_not_convert or () if _is_named(names, pattern)]
+        self.excluding.update(found)
+        return bool(found) or name in self.kept or any(part in self.fp32 for part in _endings(name))
+
+    def _plan_module(self, name: str, sizes: dict[str, tuple[int, int, int]]) -> None:
+        if self.stored is not None and not any(self._is_stored(name, weight) for weight in sizes):
+            return
+        planned: list[WeightPlan] = []
+        small: list[WeightPlan] = []
+        for weight, (count, out_features, in_features) in sizes.items():
+            options = self.config.for_module(*self._option_names(name, weight))
+            ranks = options.ranks(out_features, in_features)
+            entry = WeightPlan(name, weight, out_features, in_features, ranks, options, count)
+            (small if self.stored is None and entry.bits >= DENSE_BITS * entry.numel else planned).append(entry)
+        if small:
+            # Half a module cannot be replaced: its forward is one function.
+            for entry in (*small, *planned):
+                self.plan.keep("too small to gain from factors", name, entry.numel)
+        else:
+            self.plan.weights += planned
+
+    def _option_names(self, name: str, weight: str) -> tuple[str, ...]:
+        names = aliases(name, self.prefix)
+        return names if weight == "weight" else names + tuple(f"{alias}.{weight}" for alias in names)
+
+    def _is_stored(self, name: str, weight: str) -> bool:
+        assert self.stored is not None
+        parts = [part_name(weight, part) for part in ("scale_out", "scale_rank", "scale_in")]
+        return any(f"{alias}.{part}" in self.stored for alias in aliases(name, self.prefix) for part in parts)
+
+    def _count_kept(self, name: str, module: nn.Module) -> None:
+        """Matrices that a user may expect to shrink, in modules that are not known to be something else."""
+        if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+            return
+        matrices = [v for v in module.parameters(recurse=False) if v.ndim > 1 and min(v.shape[-2:]) >= SMALLEST_COUNTED]
+        if matrices:
+            kind = type(module).__name__
+            reason = f"{kind}'s forward is its own" if isinstance(module, nn.Linear) else f"{kind} is not covered"
+            self.plan.keep(reason, name, sum(value.numel() for value in matrices))
+
+    def unused(self) -> list[str]:
+        """Options of the config that changed nothing."""
+        config = self.config
+        unused = [
+            f"modules_to_not_convert entry {pattern!r}"
+            for pattern in config.modules_to_not_convert or ()
+            if pattern not in self.excluding
+        ]
+        names = [self._option_names(weight.module, weight.weight) for weight in self.plan.weights]
+        for pattern in config.module_config or {}:
+            if not any(matches(pattern, name) for each in names for name in each):
+                unused.append(f"module_config entry {pattern!r}")
+        if config.kv_factor != 1.0 and not any(each[0].rpartition(".")[2] in KV_NAMES for each in names):
+            unused.append(f"kv_factor={config.kv_factor:g} (it is for layers named {' and '.join(KV_NAMES)})")
+        return unused
 
 
-def _fp32_modules(model: Any) -> list[str]:
+def _is_named(names: Iterable[str], pattern: str) -> bool:
+    """True if `pattern` is the ending of a name, or matches one from its start up to a dot or its end."""
+    boundary = re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
+    return any(name.endswith(pattern) or boundary.match(name) for name in names)
+
+
+def _endings(name: str) -> list[str]:
+    """The dotted parts of `name` and all runs of them, as `_keep_in_fp32_modules` may name a module."""
+    parts = name.split(".")
+    return [".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+
+
+def _kept_modules(model: Any) -> set[str]:
+    """Modules that stay dense in any model: the output head, tied weights, and the last module (a task's head)."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = {*tied, *tied.values(), list(model.named_parameters())[-1][0]}
+    modules = {name.rpartition(".")[0] for name in parameters}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return modules | {name for name, module in model.named_modules() if head is not None and module is head}
+
+
+def _fp32_modules(model: Any) -> set[str]:
     names: set[str] = set()
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         names.update(getattr(model, attribute, None) or ())
-    return sorted(names)
+    return names
 
 
 def _capped(weight: WeightPlan) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from functools import partial
 from typing import Any
 
@@ -21,17 +20,18 @@ from transformers.quantizers.base import HfQuantizer
 
 from . import compat
 from .card import upload_with_card
-from .checkpoint import refuse_quantized, verify
+from .checkpoint import read_headers, refuse_missing, refuse_quantized, verify
 from .config import FORMAT_VERSION, LittleBitConfig
-from .conversion import LittleBitConversion
+from .conversion import LittleBitConversion, part_shapes
 from .experts import LittleBitExperts
+from .kernels.packing import factor_shape
 from .linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from .plan import Plan, WeightPlan, plan_model
+from .source import HUB_ID
 
 __all__ = ["LittleBitHfQuantizer", "replace_modules"]
 
 logger = logging.getLogger("hf_littlebit")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def replace_modules(model: nn.Module, plan: Plan, config: LittleBitConfig, placeholders: bool) -> None:
@@ -90,6 +90,9 @@ class LittleBitHfQuantizer(HfQuantizer):
                 raise ValueError(
                     f"svd_device is {config.svd_device!r}, which this machine does not offer ({reason}); use 'cpu' or None"
                 ) from None
+        # transformers calls this a second time, with the places that "auto" came to.
+        if self._conversion is not None:
+            self._conversion.place(kwargs.get("device_map"))
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Leave a tenth of each device for the dense weight in work and its factorization."""
@@ -104,8 +107,9 @@ class LittleBitHfQuantizer(HfQuantizer):
         """Bytes per element, for the device map: a dense placeholder counts as the packed U that takes its place."""
         if param_name in self._pending:
             plan = self._pending[param_name]
-            size = 4 * sum(plan.ranks) if self.quantization_config.format == "latent" else sum(plan.ranks) / 8
-            return size / plan.in_features
+            latent = self.quantization_config.format == "latent"
+            per_output = 4 * sum(plan.ranks) if latent else sum(4 * factor_shape(rank)[0] for rank in plan.ranks)
+            return per_output / plan.in_features
         return super().param_element_size(model, param_name, param)
 
     def get_quantize_ops(self) -> LittleBitConversion:
@@ -114,27 +118,36 @@ class LittleBitHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
-        self.plan = plan_model(model, config)
-        replace_modules(model, self.plan, config, placeholders=not self.pre_quantized)
-        files = kwargs.get("checkpoint_files")
+        files = kwargs.get("checkpoint_files") or ()
+        # Missing tensors would be drawn at random; the files' headers say it first, this hook for any other source.
+        model._adjust_missing_and_unexpected_keys = partial(self._refuse_missing, model)
         if self.pre_quantized:
-            if files:
-                verify(model, self.plan, config, files)
+            header = read_headers(files) if files else None
+            self.plan = plan_model(model, config, header)
+            replace_modules(model, self.plan, config, placeholders=False)
+            if header is not None:
+                verify(model, self.plan, config, header)
             return
-        refuse_quantized(files or ())
+        refuse_quantized(files)
+        self.plan = plan_model(model, config)
+        replace_modules(model, self.plan, config, placeholders=True)
         for message in self.plan.warnings():
             logger.warning("%s", message)
         self._pending = {weight.name: weight for weight in self.plan.weights}
-        # A weight that goes to disk is written as soon as it is converted, so no worker can fill it in later.
-        device_map = kwargs.get("device_map")
-        places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        to_disk = any(
-            place not in (None, "cpu", "cuda", "xpu", "mps") and not isinstance(place, int) for place in places
-        )
-        self._conversion = LittleBitConversion(self._pending, config, 1 if to_disk else config.workers, to_disk)
+        self._conversion = LittleBitConversion(self._pending, config)
+        self._conversion.place(kwargs.get("device_map"))
         source = model.config.name_or_path
         if config.base_model is None and HUB_ID.fullmatch(source) and not os.path.isdir(source):
             config.base_model = source
+
+    def _refuse_missing(self, model: Any, loading_info: Any) -> None:
+        del model._adjust_missing_and_unexpected_keys
+        model._adjust_missing_and_unexpected_keys(loading_info)
+        # What was to be converted and was not, the conversion itself reports.
+        config, pending = self.quantization_config, self._pending.values()
+        refuse_missing(
+            model, loading_info.missing_keys, {part for plan in pending for part in part_shapes(plan, config)}
+        )
 
     # -- after loading ----------------------------------------------------------------------------------------------------
 
@@ -171,19 +184,27 @@ class LittleBitHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        """False for mixtures of experts: which experts run depends on the data, so `generate` must not compile them."""
+        return self.plan is None or all(weight.weight == "weight" for weight in self.plan.weights)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         return None, {"quant_method": "littlebit", "format_version": str(FORMAT_VERSION)}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        dtype = compat.resolve_dtype(dtype)
-        for name, module in _factor_modules(model).items():
+        dtype, former = compat.resolve_dtype(dtype), model.dtype
+        modules = _factor_modules(model)
+        for name, module in modules.items():
             if any(value.is_meta for value in module.parameters(recurse=False)):
                 raise ValueError(
                     f"{name} is offloaded, so the model cannot be dequantized in place; load it with device_map='cpu'"
                 )
+        for name, module in modules.items():
             model.set_submodule(name, _dense_module(module, dtype))
+        # Parameters that a model keeps in another dtype than its own (fp32 norms, say) stay there.
+        for parameter in model.parameters():
+            if parameter.dtype == former:
+                parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
         # Back to an ordinary model: saved and shared as its own class does.
         for attribute in ("_weight_conversions", "_upload_modified_files"):
             model.__dict__.pop(attribute, None)

@@ -5,7 +5,7 @@ loading anything. Bits per weight are bits in the file over weights replaced. Wh
 head, norms, biases) is counted as stored, or at 16 bits in a prediction.
 
 Units are decimal, 1 GB = 10^9 bytes, as in table 3 of the paper (LittleBit, arXiv 2506.13771). Its figures are 3 to
-5 % higher than these, for two reasons: they add to the dense and the quantized model alike about 0.1 % of the dense one (13 MB
+6 % above these, for two reasons: they add to the dense and the quantized model alike about 0.1 % of the dense one (13 MB
 for Llama2-7B) that is in no parameter of the model, and they do not floor ranks to a multiple of 8 (up to 1 %).
 """
 
@@ -25,7 +25,8 @@ from .checkpoint import Header, verify
 from .config import LittleBitConfig
 from .conversion import part_shapes
 from .plan import Plan, WeightPlan, plan_model
-from .source import Source, empty_model, find_source, quantization_of
+from .skeleton import empty_model
+from .source import Source, find_source, quantization_of
 
 __all__ = ["LayerSize", "SizeReport", "format_bytes", "size_report"]
 
@@ -145,22 +146,22 @@ def size_report(source: Any, config: LittleBitConfig | None = None) -> SizeRepor
         source = find_source(source)
     used = _choose(source.name, source.quantization, config)
     model = empty_model(source.config)
-    plan = plan_model(model, used)
+    plan = plan_model(model, used, source.header)
     if source.header is None:
         return _report(model, plan, used, _predicted(model, plan, used), measured=False)
-    if source.files:
-        # The dense model serves: U carries the dense weight's name, so it lists the names that the quantized one has.
-        verify(model, plan, used, source.files)
+    # The dense model serves: U carries the dense weight's name, so it lists the names that the quantized one has.
+    verify(model, plan, used, source.header)
     return _report(model, plan, used, source.header, measured=True, file_bytes=source.file_bytes)
 
 
 def _model_report(model: Any, config: LittleBitConfig | None) -> SizeReport:
     quantized = quantization_of(model.config)
     used = _choose(type(model).__name__, quantized, config)
-    plan = plan_model(model, used)
-    if quantized is None:
+    header = None if quantized is None else _stored(model)
+    plan = plan_model(model, used, header)
+    if header is None:
         return _report(model, plan, used, _predicted(model, plan, used), measured=False)
-    return _report(model, plan, used, _stored(model), measured=True)
+    return _report(model, plan, used, header, measured=True)
 
 
 def _choose(name: str, own: LittleBitConfig | None, given: LittleBitConfig | None) -> LittleBitConfig:

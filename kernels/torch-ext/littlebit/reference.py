@@ -41,6 +41,8 @@ def littlebit_linear(
             columns = slice(bounds[path], bounds[path + 1])
             inner[:, columns] += values[:, start:stop] @ signs[:, columns]
     inner *= scale_rank.float()
+    # A result may be changed in place, so it is allocated in its final shape: autograd refuses that for views.
+    result = x.new_empty(*x.shape[:-1], u.shape[-1])
     out = rows.new_zeros(rows.shape[0], u.shape[-1])
     for path, (words, tail) in enumerate(_paths(u, u_tail, ranks)):
         part = torch.zeros_like(out)
@@ -50,7 +52,8 @@ def littlebit_linear(
         out.addcmul_(part, scale_out[path].float())
     if bias is not None:
         out += bias.float()
-    return out.to(x.dtype).reshape(*x.shape[:-1], u.shape[-1])
+    result.view(out.shape).copy_(out)
+    return result
 
 
 def littlebit_linear_grad(
@@ -75,6 +78,7 @@ def littlebit_linear_grad(
             inner[:, offset : offset + signs.shape[0]] = scaled @ signs.T
     inner *= scale_rank.float()
     in_features = scale_in.shape[-1]
+    result = grad.new_empty(*grad.shape[:-1], in_features)
     out = rows.new_empty(rows.shape[0], in_features)
     for start, signs in _slabs(v, v_tail, in_features):
         stop = start + signs.shape[0]
@@ -83,7 +87,8 @@ def littlebit_linear_grad(
             columns = slice(bounds[path], bounds[path + 1])
             total.addcmul_(inner[:, columns] @ signs[:, columns].T, gain[start:stop].float())
         out[:, start:stop] = total
-    return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+    result.view(out.shape).copy_(out)
+    return result
 
 
 def _bounds(ranks: Sequence[int]) -> "list[int]":

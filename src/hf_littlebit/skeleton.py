@@ -1,0 +1,60 @@
+"""A model without its weights: from a config to the class that its checkpoint was saved from, and its modules on meta."""
+
+from __future__ import annotations
+
+import copy
+import reprlib
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+__all__ = ["architectures", "empty_model", "model_class", "saved_class"]
+
+
+def architectures(config: PretrainedConfig) -> list[str]:
+    """Names of the classes that the checkpoint was saved from.
+
+    Raises:
+        ValueError: if the config holds something else than a list of names.
+    """
+    names: Any = config.architectures
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"the config's architectures is {reprlib.repr(names)}; it must be a list of class names, e.g. "
+            '["LlamaForCausalLM"], or be absent'
+        )
+    return list(names or ())
+
+
+def saved_class(config: PretrainedConfig) -> Any:
+    """The transformers class that a checkpoint of `config` was saved from; None where the config names none."""
+    for name in architectures(config):
+        kind = getattr(transformers, name, None)
+        # Any name may stand there: that of a model class of another model type is passed over, as AutoModel does.
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, PreTrainedModel)
+            and isinstance(config, kind.config_class or object)
+        ):
+            return kind
+    return None
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """The class to load a checkpoint of `config` with: the one it was saved from, else a causal LM or bare model."""
+    default = AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
+    return saved_class(config) or default
+
+
+def empty_model(config: PretrainedConfig) -> nn.Module:
+    """The dense model of `config` on meta: all modules, shapes and tied weights, no memory."""
+    kind = model_class(config)
+    config = copy.deepcopy(config)  # a model completes its config
+    with torch.device("meta"):
+        if kind in (AutoModelForCausalLM, AutoModel):
+            return kind.from_config(config, trust_remote_code=False)
+        return kind._from_config(config)

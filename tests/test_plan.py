@@ -1,0 +1,142 @@
+"""Which modules are replaced, with which options, and what is said about the others."""
+
+import pytest
+import torch
+import transformers
+from conftest import SMALL, config, equal_states, load
+from torch import nn
+
+from hf_littlebit import LittleBitLinear
+from hf_littlebit.experts import LittleBitExperts
+
+
+def test_head_embeddings_and_named_modules_stay_dense(family_dir):
+    options = config(modules_to_not_convert=["down_proj", r"model\.layers\.0\.self_attn\..*"])
+    model = load(family_dir("llama"), quantization_config=options)
+    kinds = {name: type(m) for name, m in model.named_modules()}
+    assert kinds["lm_head"] is nn.Linear and isinstance(model.get_input_embeddings(), nn.Embedding)
+    assert kinds["model.layers.1.mlp.down_proj"] is nn.Linear
+    assert kinds["model.layers.0.self_attn.q_proj"] is nn.Linear
+    assert kinds["model.layers.1.self_attn.q_proj"] is LittleBitLinear
+
+
+def test_module_config_and_kv_factor(family_dir, tmp_path):
+    options = config(
+        bpw=2.0, residual=False, kv_factor=2.0, module_config={"*.1.mlp.*": {"bpw": 3.5, "residual": True}}
+    )
+    model = load(family_dir("llama"), quantization_config=options)
+    first, second = (layer.mlp.gate_proj.ranks for layer in model.model.layers)
+    assert len(first) == 1 and len(second) == 2
+    plain = load(family_dir("llama"), quantization_config=config(bpw=2.0, residual=False))
+    attention, other = model.model.layers[0].self_attn, plain.model.layers[0].self_attn
+    assert attention.k_proj.ranks[0] > other.k_proj.ranks[0] and attention.q_proj.ranks == other.q_proj.ranks
+    model.save_pretrained(tmp_path)
+    equal_states(model, load(tmp_path))
+
+
+def test_options_know_a_module_by_its_name_in_any_class(family_dir, tmp_path):
+    """A pattern is written for the model with a head; the base model calls the same layer by another name."""
+    options = config(bpw=2.0, residual=False, module_config={"model.layers.1.mlp.*": {"bpw": 3.5}})
+    model = load(family_dir("llama"), quantization_config=options)
+    model.save_pretrained(tmp_path)
+    equal_states(transformers.AutoModel.from_pretrained(tmp_path), model.model)
+    base = transformers.AutoModel.from_pretrained(family_dir("llama"), quantization_config=options)
+    assert base.layers[1].mlp.up_proj.ranks == model.model.layers[1].mlp.up_proj.ranks
+    assert base.layers[0].mlp.up_proj.ranks != base.layers[1].mlp.up_proj.ranks
+
+
+def test_expert_weights_answer_to_their_own_names(family_dir, tmp_path):
+    options = config(bpw=2.0, residual=False, module_config={"*.experts.down_proj": {"bpw": 3.0}})
+    model = load(family_dir("mixtral"), quantization_config=options)
+    ranks = model.model.layers[0].mlp.experts.path_ranks
+    plain = load(family_dir("mixtral"), quantization_config=config(bpw=2.0, residual=False))
+    assert ranks["gate_up_proj"] == plain.model.layers[0].mlp.experts.path_ranks["gate_up_proj"]
+    assert ranks["down_proj"] > plain.model.layers[0].mlp.experts.path_ranks["down_proj"]
+    model.save_pretrained(tmp_path)
+    equal_states(model, load(tmp_path))
+    options = config(modules_to_not_convert=["layers.0.mlp.experts.down_proj"])
+    layers = load(family_dir("mixtral"), quantization_config=options).model.layers
+    assert not isinstance(layers[0].mlp.experts, LittleBitExperts) and isinstance(
+        layers[1].mlp.experts, LittleBitExperts
+    )
+
+
+def test_modules_that_must_stay_in_fp32_are_left_alone(tmp_path):
+    """T5 keeps the second feed-forward matrix in fp32, and its code reads that matrix's dtype."""
+    options = transformers.T5Config(
+        d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, vocab_size=64, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    transformers.T5ForConditionalGeneration(options).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=config(), dtype=torch.float16)
+    feed_forward = model.encoder.block[0].layer[1].DenseReluDense
+    assert type(feed_forward.wo) is nn.Linear and feed_forward.wo.weight.dtype == torch.float32
+    assert isinstance(feed_forward.wi, LittleBitLinear)
+    tokens = torch.arange(3, 27).reshape(2, 12)
+    before = model(input_ids=tokens, decoder_input_ids=tokens).logits
+    assert before.isfinite().all()
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    equal_states(model, again)
+    assert torch.equal(again(input_ids=tokens, decoder_input_ids=tokens).logits, before)
+
+
+def test_warnings_name_the_layers(family_dir, caplog):
+    with caplog.at_level("WARNING", "hf_littlebit"):
+        load(family_dir("llama"), quantization_config=config(bpw=0.5, residual=True))
+    assert "too small for the bits asked" in caplog.text and "residual=False" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", "hf_littlebit"):
+        load(family_dir("llama"), quantization_config=config(bpw=8.0, residual=False))
+    assert "stop below the bits asked" in caplog.text and "residual=True" in caplog.text
+
+
+def test_options_without_effect_are_reported(family_dir, caplog):
+    options = config(
+        kv_factor=4.0,
+        modules_to_not_convert=["o_proj", "w2"],
+        module_config={"*.up_proj": {"bpw": 3.0}, "*.mlp.down_proj": {"bpw": 3.0}},
+    )
+    with caplog.at_level("WARNING", "hf_littlebit"):
+        load(family_dir("phi3"), quantization_config=options)
+    for option in ("modules_to_not_convert entry 'w2'", "module_config entry '*.up_proj'", "kv_factor=4"):
+        assert f"{option}" in caplog.text
+    assert "o_proj" not in caplog.text and "down_proj" not in caplog.text
+
+
+def test_uncovered_experts_stay_dense_and_are_counted(tmp_path, caplog):
+    options = transformers.GptOssConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=64, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GptOssForCausalLM(options).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_littlebit"):
+        model = load(tmp_path, quantization_config=config())
+    assert "1 module(s)" in caplog.text and "transposed experts" in caplog.text
+    assert isinstance(model.model.layers[0].self_attn.q_proj, LittleBitLinear)
+    assert model.model.layers[0].mlp.experts.down_proj.ndim == 3
+
+
+@pytest.mark.parametrize("kind", ["JetMoe", "Falcon"])
+def test_matrices_of_uncovered_modules_are_counted(kind, tmp_path, caplog):
+    """3-D experts under other names, and linear layers with a forward of their own."""
+    options = {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2} if kind == "JetMoe" else {}
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SMALL.items() if key != "head_dim"}
+    options = getattr(transformers, f"{kind}Config")(**{**sizes, **options})
+    getattr(transformers, f"{kind}ForCausalLM")(options).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_littlebit"):
+        if kind == "JetMoe":
+            load(tmp_path, quantization_config=config())
+        else:
+            with pytest.raises(
+                ValueError, match=r"no layer that LittleBit can replace.*FalconLinear's forward is its own"
+            ):
+                load(tmp_path, quantization_config=config())
+    assert kind == "Falcon" or "JetMoeParallelExperts is not covered" in caplog.text
+
+
+def test_mixtures_of_experts_are_not_compiled_by_generate(family_dir):
+    assert load(family_dir("llama"), quantization_config=config()).hf_quantizer.is_compileable
+    assert not load(family_dir("mixtral"), quantization_config=config()).hf_quantizer.is_compileable
