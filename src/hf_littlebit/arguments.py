@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
+from . import train_command
+
 __all__ = ["build_parser", "quantization_config"]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -19,6 +21,7 @@ EXAMPLES = """\
 examples:
   littlebit info org/model --bpw 0.3                     predict the size; downloads config.json only
   littlebit quantize org/model --bpw 0.3 --out packed    quantize and save, with the tokenizer
+  littlebit train org/model --bpw 0.3 --data corpus.txt --steps 1000 --out packed
   littlebit eval packed --text wiki.test.txt             perplexity
   littlebit generate packed --prompt "Once upon a time"
   littlebit push packed me/model-littlebit               upload with a model card
@@ -60,6 +63,14 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     work.add_argument("--dtype", choices=DTYPES, default="auto", help="of what stays dense (default: as in the model)")
     work.add_argument("--workers", metavar="N", type=int, help="layers factorized at a time (default: 1)")
 
+    train = add(
+        "train",
+        "train the bits of a dense model by distillation, and pack it",
+        "train org/model --bpw 0.3 --data corpus.txt --steps 1000 --out packed",
+    )
+    _add_method(train, required=True, steps="--init-steps")
+    train_command.add_options(train)
+
     info = add(
         "info",
         "show the size of a packed model, or predict a dense model's",
@@ -99,7 +110,7 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     return parser
 
 
-def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
+def _add_method(parser: argparse.ArgumentParser, required: bool, steps: str = "--steps") -> None:
     """The options that make a LittleBitConfig; None everywhere means its default."""
     group = parser.add_argument_group("the method" if required else "the method (for a dense model)")
     group.add_argument("--bpw", metavar="B", type=float, required=required, help="bits per weight to keep, e.g. 0.3")
@@ -116,7 +127,7 @@ def _add_method(parser: argparse.ArgumentParser, required: bool) -> None:
     )
     group.add_argument("--format", metavar="NAME", help="packed (default), or latent for training")
     group.add_argument("--seed", metavar="N", type=int, help="of the initialiser (default: 0)")
-    group.add_argument("--steps", metavar="N", type=int, help="ADMM steps or Joint-ITQ iterations")
+    group.add_argument(steps, dest="init_steps", metavar="N", type=int, help="ADMM steps or Joint-ITQ iterations")
     group.add_argument("--refit-rounds", metavar="N", type=int, help="rounds of the closed-form refit of the scales")
     group.add_argument("--scale-dtype", metavar="NAME", help="of the stored scales: bfloat16 (default) or float16")
     group.add_argument("--base-model", metavar="ID", help="Hub id of the dense model, for the model card")
@@ -144,7 +155,7 @@ def quantization_config(args: argparse.Namespace) -> Any:
         "module_config": dict(_override(text) for text in args.module) or None,
         "format": args.format,
         "seed": args.seed,
-        "steps": args.steps,
+        "steps": args.init_steps,
         "refit_rounds": args.refit_rounds,
         "scale_dtype": args.scale_dtype,
         "base_model": args.base_model,

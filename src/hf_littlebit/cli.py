@@ -1,4 +1,4 @@
-"""The command `littlebit`: quantize, info, eval, generate, push. `optimum-cli littlebit` is the same.
+"""The command `littlebit`: quantize, train, info, eval, generate, push. `optimum-cli littlebit` is the same.
 
 Results go to stdout, progress and notes to stderr. Bad input ends with one line, "littlebit: error: ...", and exit code 2;
 a failure of the machine or the network with the same line and 1; Ctrl-C with 130. torch and transformers are imported by
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .arguments import build_parser, quantization_config
+from .train_command import run_train
 
 __all__ = ["build_parser", "main"]
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "littlebit") -> int:
     args = build_parser(prog).parse_args(argv)
     commands = {
         "quantize": run_quantize,
+        "train": lambda args: run_train(args, quantization_config(args), _tokenizer(args.model, required=True)),
         "info": run_info,
         "eval": run_eval,
         "generate": run_generate,

@@ -53,7 +53,11 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
 
 
 def text_blocks(
-    texts: Iterable[str | dict[str, Any]], tokenizer: Any, length: int, column: str = "text", max_blocks: int | None = None
+    texts: Iterable[str | dict[str, Any]],
+    tokenizer: Any,
+    length: int,
+    column: str = "text",
+    max_blocks: int | None = None,
 ) -> TokenBlocks:
     """Pack documents into blocks of `length` tokens.
 
@@ -71,7 +75,9 @@ def text_blocks(
     count = 0
     stream = iter(texts)
     while documents := list(islice(stream, TOKENIZED_AT_A_TIME)):
-        for ids in tokenizer([_text(d, column) for d in documents], add_special_tokens=False, verbose=False)["input_ids"]:
+        for ids in tokenizer([_text(d, column) for d in documents], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]:
             if separator is not None and ids[:1] != [separator]:
                 ids = [separator, *ids]
             pieces.append(torch.tensor(ids, dtype=torch.int32))
@@ -80,7 +86,9 @@ def text_blocks(
             break
     rows = count // length if max_blocks is None else min(count // length, max_blocks)
     if rows == 0:
-        raise ValueError(f"the text has {count} tokens, fewer than one block of {length}; give more text or less length")
+        raise ValueError(
+            f"the text has {count} tokens, fewer than one block of {length}; give more text or less length"
+        )
     return TokenBlocks(torch.cat(pieces)[: rows * length].view(rows, length))
 
 
@@ -115,7 +123,9 @@ def read_texts(names: Sequence[str | os.PathLike[str]], column: str = "text") ->
         elif "/" in name and not name.startswith((".", "/", "~")) and not name.endswith(TEXT_FILES):
             yield from _read_hub(name, column)
         else:
-            raise ValueError(f"{name} does not exist; give text files, folders, or a dataset on the Hub such as org/name")
+            raise ValueError(
+                f"{name} does not exist; give text files, folders, or a dataset on the Hub such as org/name"
+            )
 
 
 def _read_file(name: str, column: str) -> Iterator[str]:
@@ -193,7 +203,9 @@ def sample_blocks(
             for at in range(0, rows, batch_size):
                 size = min(batch_size, rows - at)
                 generator = torch.Generator(device).manual_seed(seed * 2**20 + at)
-                tokens[at : at + size] = _sample(teacher, _first(teacher, tokenizer, size, generator), length, temperature, generator)
+                tokens[at : at + size] = _sample(
+                    teacher, _first(teacher, tokenizer, size, generator), length, temperature, generator
+                )
                 bar.update(size)
     finally:
         teacher.train(training)

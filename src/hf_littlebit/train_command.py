@@ -6,27 +6,20 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
-__all__ = ["register", "run_train"]
+__all__ = ["add_options", "run_train"]
 
 HELD_OUT = 64  # blocks for evaluation where no --eval is given, but at most a tenth of the data
 EVALUATIONS = 5  # during training
+CONTEXT = 512  # the longest block by default
 
 
-def register(add: Callable[..., argparse.ArgumentParser], add_method: Callable[..., None]) -> None:
-    """Add the command to the command line; `add` makes a subcommand and `add_method` its LittleBitConfig options."""
-    train = add(
-        "train",
-        run_train,
-        "train a dense model's bits by distillation, and pack it",
-        "train org/model --bpw 0.3 --data corpus.txt --steps 1000 --out packed",
-    )
-    train.add_argument("model", metavar="MODEL", help="folder or Hub id of a dense model, which is also the teacher")
+def add_options(train: argparse.ArgumentParser) -> None:
+    """The options of `train` besides those of the method."""
+    train.add_argument("model", metavar="MODEL", help="folder or Hub id of a dense model; it is the teacher too")
     train.add_argument("--out", metavar="DIR", required=True, help="folder for the packed model, plot and checkpoints")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR")
-    add_method(train, required=True)
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR/checkpoints")
     data = train.add_argument_group("the data")
     data.add_argument(
         "--data",
@@ -38,13 +31,162 @@ def register(add: Callable[..., argparse.ArgumentParser], add_method: Callable[.
     data.add_argument("--eval", metavar="TEXT", nargs="+", help="held-out text (default: the last blocks of the data)")
     data.add_argument("--column", metavar="NAME", default="text", help="of datasets and JSON lines (default: text)")
     data.add_argument("--length", metavar="N", type=int, help="tokens per block (default: the context, at most 512)")
-    data.add_argument("--self-blocks", metavar="N", type=int, help="blocks to write with `self` (default: one epoch)")
+    data.add_argument(
+        "--blocks", metavar="N", type=int, help="read or write so many blocks (default: all; self: 1,000)"
+    )
     how = train.add_argument_group("the training")
-    how.add_argument("--train-steps", "--max-steps", metavar="N", type=int, default=300, help="(default: 300)")
-    how.add_argument("--batch-size", metavar="N", type=int, default=8, help="blocks per step and device (default: 8)")
+    how.add_argument("--steps", metavar="N", type=int, default=300, help="optimizer steps (default: 300)")
+    how.add_argument("--batch-size", metavar="N", type=int, default=8, help="blocks at a time and device (default: 8)")
     how.add_argument("--accumulate", metavar="N", type=int, default=1, help="batches per step (default: 1)")
-    how.add_argument("--lr", metavar="X", type=float, help="of latents (default: the measured best)")
-    how.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    how.add_argument("--lr", metavar="X", type=float, help="of embeddings and norms; the others are multiples of it")
     how.add_argument("--no-teacher", action="store_true", help="learn from the text alone, without distillation")
-    how.add_argument("--save-steps", metavar="N", type=int, default=500, help="steps between checkpoints (default: 500)")
+    how.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    how.add_argument(
+        "--save-steps", metavar="N", type=int, default=500, help="steps between checkpoints (default: 500)"
+    )
     how.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+
+
+def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
+    """`littlebit train`; `config` is the LittleBitConfig of the options, `tokenizer` the model's."""
+    from transformers import TrainingArguments, set_seed
+
+    from .data import read_texts, sample_blocks, text_blocks
+    from .size import size_report
+    from .skeleton import model_class
+    from .source import find_source
+    from .trainer import LEARNING_RATE, LittleBitTrainer
+
+    _check(args)
+    source = find_source(args.model)
+    if source.quantization is not None:
+        raise ValueError(f"{args.model} is quantized already; start from the dense model, which is the teacher too")
+    context = getattr(source.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
+    length = min(context, CONTEXT) if args.length is None else args.length
+    if not 2 <= length <= context:
+        raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")
+    seed = args.seed or 0
+    set_seed(seed)
+    model = model_class(source.config).from_pretrained(args.model, dtype="float32")
+    checkpoints = os.path.join(args.out, "checkpoints")
+    os.makedirs(checkpoints, exist_ok=True)
+    if args.data == ["self"]:
+        blocks = sample_blocks(model, tokenizer, args.blocks or 1000, length, seed=seed, cache=args.out)
+    else:
+        blocks = text_blocks(read_texts(args.data, args.column), tokenizer, length, args.column, args.blocks)
+    if args.eval:
+        held_out = text_blocks(read_texts(args.eval, args.column), tokenizer, length, args.column, HELD_OUT)
+    else:
+        blocks, held_out = blocks.split(max(1, min(HELD_OUT, len(blocks) // 10)))
+    every = max(1, args.steps // EVALUATIONS)
+    arguments = TrainingArguments(
+        checkpoints,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        learning_rate=LEARNING_RATE if args.lr is None else args.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, args.steps // 20),
+        logging_steps=max(1, args.steps // 50),
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=True,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        prediction_loss_only=True,
+        bf16=args.bf16,
+        use_cpu=args.cpu,
+        seed=seed,
+        report_to=[],
+    )
+    dense = _evaluate(model, arguments, held_out)
+    trainer = LittleBitTrainer(
+        model,
+        arguments,
+        config=config,
+        teacher=None if args.no_teacher else "self",
+        train_dataset=blocks,
+        eval_dataset=held_out,
+    )
+    trainer.train(resume_from_checkpoint=args.resume)
+    packed = trainer.evaluate()["eval_loss"]
+    model.config.use_cache = True
+    trainer.save_model(args.out)
+    tokenizer.save_pretrained(args.out)
+    report = {
+        "model": args.model if not os.path.isdir(args.model) else os.path.basename(os.path.realpath(args.model)),
+        "bpw": size_report(args.out).bpw,
+        "steps": args.steps,
+        "tokens_per_step": args.batch_size * args.accumulate * length * arguments.world_size,
+        "perplexity": {"dense": math.exp(dense), "packed": math.exp(packed)},
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+    }
+    if trainer.is_world_process_zero():
+        _write(args.out, report)
+        print(size_report(args.out).table())
+        first = next(entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry)
+        print(f"\nperplexity on {len(held_out)} held-out blocks of {length} tokens")
+        for name, loss in (("dense", dense), ("before training", first), ("packed", packed)):
+            print(f"  {name:<16}{math.exp(loss):.4g}")
+        print(f"saved to {args.out}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option in ("steps", "batch_size", "accumulate", "save_steps"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
+    if args.blocks is not None and args.blocks < 2:
+        raise ValueError(f"--blocks is {args.blocks}; it must be at least 2")
+    if args.lr is not None and not 0 < args.lr < 1:
+        raise ValueError(f"--lr is {args.lr:g}; it must be above 0 and below 1")
+    if "self" in args.data and len(args.data) > 1:
+        raise ValueError("--data self stands alone: the teacher writes all of the text")
+    out = args.out
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"--out {out} is a file; give a folder")
+    if os.path.isfile(os.path.join(out, "config.json")):
+        raise ValueError(f"--out {out} holds a model already; give another folder")
+    kept = os.path.join(out, "checkpoints")
+    found = os.path.isdir(kept) and any(name.startswith("checkpoint-") for name in os.listdir(kept))
+    if found and not args.resume:
+        raise ValueError(f"{kept} holds an unfinished training; add --resume to go on, or give another --out")
+    if args.resume and not found:
+        raise ValueError(f"{kept} holds no checkpoint to resume from; leave out --resume")
+
+
+def _evaluate(model: Any, arguments: Any, blocks: Any) -> float:
+    """Loss of the dense model."""
+    from transformers import Trainer
+
+    return Trainer(model=model, args=arguments, eval_dataset=blocks).evaluate()["eval_loss"]
+
+
+def _write(out: str, report: dict[str, Any]) -> None:
+    """training.json, and training.png where matplotlib is installed."""
+    with open(os.path.join(out, "training.json"), "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=1)
+    try:
+        import matplotlib
+    except ImportError:
+        print("note: no plot is drawn, because matplotlib is not installed: pip install 'hf-littlebit[plot]'")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    history = report["history"]
+    steps = [(entry["step"], entry.get("kd_loss", entry["loss"])) for entry in history if "loss" in entry]
+    evaluated = [(entry["step"], math.exp(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    left.plot(*zip(*steps, strict=True), color="#3b7dd8")
+    left.set(xlabel="step", ylabel="loss in training, nats per token", yscale="log")
+    right.plot(*zip(*evaluated, strict=True), marker="o", color="#d1495b", label="trained")
+    right.axhline(report["perplexity"]["dense"], linestyle="--", color="black", linewidth=1, label="dense, 16 bits")
+    right.set(xlabel="step", ylabel="perplexity, held-out text", yscale="log")
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+    figure.suptitle(f"{report['model']} at {report['bpw']:.3g} bits per weight")
+    figure.savefig(os.path.join(out, "training.png"), dpi=130)
+    plt.close(figure)

@@ -1,4 +1,8 @@
-"""LittleBitTrainer: for those who want more than the callback in an ordinary Trainer."""
+"""LittleBitTrainer: for those who want more than the callback in an ordinary Trainer.
+
+Its learning rates are the ones that trained best in `examples/experiments/recipe.py`: latents and scales move by multiples
+of `args.learning_rate`, which the dense rest (embeddings, norms, biases, head) has.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,11 @@ from .topk import TopKTeacher
 from .training import REBUILT, LittleBitCallback, latents_and_scales
 from .twins import factor_modules, is_latent, unpack_model
 
-__all__ = ["LittleBitTrainer"]
+__all__ = ["LATENT_FACTOR", "LEARNING_RATE", "SCALE_FACTOR", "LittleBitTrainer"]
+
+LEARNING_RATE = 1e-4  # of the dense rest; what `littlebit train` uses
+LATENT_FACTOR = 5.0
+SCALE_FACTOR = 30.0
 
 
 class LittleBitTrainer(Trainer):
@@ -23,8 +31,8 @@ class LittleBitTrainer(Trainer):
 
     Args:
         config, teacher: as for LittleBitCallback, which may be given among `callbacks` instead.
-        latent_learning_rate, scale_learning_rate: of U and V, and of h, l and g; `args.learning_rate`, which the other
-            parameters (embeddings, norms, biases, head) have, if None. All follow the same schedule.
+        latent_learning_rate, scale_learning_rate: of U and V, and of h, l and g; LATENT_FACTOR and SCALE_FACTOR times
+            `args.learning_rate` if None. All follow the same schedule.
     """
 
     def __init__(
@@ -72,16 +80,16 @@ class LittleBitTrainer(Trainer):
         decayed = set(self.get_decay_parameter_names(model))
         rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]
         groups = [
-            {"params": latents, "lr": self._rate(self.latent_learning_rate), "weight_decay": 0.0},
-            {"params": scales, "lr": self._rate(self.scale_learning_rate), "weight_decay": 0.0},
+            {"params": latents, "lr": self._rate(self.latent_learning_rate, LATENT_FACTOR), "weight_decay": 0.0},
+            {"params": scales, "lr": self._rate(self.scale_learning_rate, SCALE_FACTOR), "weight_decay": 0.0},
             {"params": [p for n, p in rest if n in decayed], "weight_decay": self.args.weight_decay},
             {"params": [p for n, p in rest if n not in decayed], "weight_decay": 0.0},
         ]
         self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
 
-    def _rate(self, rate: float | None) -> float:
-        return self.args.learning_rate if rate is None else rate
+    def _rate(self, rate: float | None, factor: float) -> float:
+        return factor * self.args.learning_rate if rate is None else rate
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; a model that was packed by an earlier call is refused before a checkpoint is read into it."""

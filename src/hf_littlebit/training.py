@@ -30,13 +30,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .config import LittleBitConfig
 from .distill import HIDDEN_WEIGHT, Distillation
-from .experts import LittleBitExperts
 from .flips import SignFlips
 from .linear import LATENT_PARTS, part_name
 from .plan import plan_model
 from .sign import ALPHA, SIGN_GRADIENTS
 from .topk import TopKTeacher
-from .twins import factor_modules, is_latent, latent_model, pack_model
+from .twins import balance_scales, factor_modules, is_latent, latent_model, pack_model, weight_ranks
 
 __all__ = ["LittleBitCallback", "latents_and_scales"]
 
@@ -106,6 +105,7 @@ class LittleBitCallback(TrainerCallback):
                 )
             accelerator = args.device if args.device.type != "cpu" else None
             latent_model(model, self.config, accelerator, progress=not args.disable_tqdm)
+        balance_scales(model)
         for module in factor_modules(model).values():
             module.sign_gradient, module.alpha = self.sign_gradient, self.alpha
         if teacher is not None:
@@ -239,7 +239,7 @@ class LittleBitCallback(TrainerCallback):
         actual = {
             f"{name}.{weight}": list(ranks)
             for name, module in modules.items()
-            for weight, ranks in _ranks(module).items()
+            for weight, ranks in weight_ranks(module).items()
         }
         for name in sorted(planned.keys() | actual.keys()):
             if planned.get(name) != actual.get(name):
@@ -275,7 +275,7 @@ def latents_and_scales(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
     scales: list[nn.Parameter] = []
     for module in factor_modules(_unwrapped(model)).values():
         if is_latent(module):
-            for weight in _ranks(module):
+            for weight in weight_ranks(module):
                 for part in LATENT_PARTS:
                     value = getattr(module, part_name(weight, part))
                     if value.requires_grad:
@@ -287,10 +287,6 @@ REBUILT = (
     "the model to train is not the one that LittleBitCallback converted: model_init (and hyperparameter search) makes a new "
     "one in train(). Give `model=`, or convert inside model_init with latent_model(model, config) and leave the callback out"
 )
-
-
-def _ranks(module: Any) -> dict[str, list[int]]:
-    return module.path_ranks if isinstance(module, LittleBitExperts) else {"weight": list(module.ranks)}
 
 
 def _unwrapped(model: Any) -> Any:
@@ -346,7 +342,7 @@ def _check_optimizer(optimizer: Any, latents: list[nn.Parameter], scales: list[n
 def _refuse_latents(module: Any, state: dict[str, Tensor], *args: Any) -> None:
     """Before a state dict is loaded into a model that was packed at the end of its training."""
     for name, layer in factor_modules(module).items():
-        value = state.get(f"{name}.{next(iter(_ranks(layer)))}")
+        value = state.get(f"{name}.{next(iter(weight_ranks(layer)))}")
         if value is not None and value.is_floating_point() and not is_latent(layer):
             raise ValueError(
                 "a latent checkpoint cannot be loaded into this model, which was packed when its training ended; make a new "

@@ -25,10 +25,10 @@ from .conversion import factor_weight
 from .experts import LittleBitExperts
 from .linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
 from .plan import Plan, plan_model
-from .quantizer import HUB_ID, LittleBitHfQuantizer, replace_modules
-from .source import quantization_of
+from .quantizer import LittleBitHfQuantizer, replace_modules
+from .source import HUB_ID, quantization_of
 
-__all__ = ["factor_modules", "is_latent", "latent_model", "pack_model", "unpack_model"]
+__all__ = ["balance_scales", "factor_modules", "is_latent", "latent_model", "pack_model", "unpack_model"]
 
 logger = logging.getLogger("hf_littlebit")
 
@@ -122,6 +122,35 @@ def unpack_model(model: Any) -> Any:
     return model
 
 
+def balance_scales(model: nn.Module) -> None:
+    """Share the size of every latent weight evenly among h, l and g, in place, by powers of two: the weight stays as it is.
+
+    Adam moves all entries by about the learning rate, whatever their size. The initialisers leave mean|h| = mean|g| = 1 and
+    the weight's size in l, often 0.001, which the steps that h and g need would throw about.
+    """
+    with torch.no_grad():
+        for module in factor_modules(model).values():
+            if not is_latent(module):
+                continue
+            for weight, ranks in weight_ranks(module).items():
+                h, l, g = (getattr(module, part_name(weight, part)) for part in LATENT_PARTS[2:])  # noqa: E741
+                for path, l_path in enumerate(l.split(ranks, dim=-1)):
+                    sides = h[..., path, :], g[..., path, :]
+                    outer, inner, rank = (
+                        x.abs().mean(-1, keepdim=True).clamp_min(1e-30).log2() for x in (*sides, l_path)
+                    )
+                    even = (outer + inner + rank) / 3
+                    shifts = (even - outer).round(), (even - inner).round()
+                    for side, shift in zip(sides, shifts, strict=True):
+                        side.mul_(shift.exp2())
+                    l_path.mul_((-shifts[0] - shifts[1]).exp2())
+
+
+def weight_ranks(module: Any) -> dict[str, list[int]]:
+    """{weight: rank of each path} of a LittleBit layer."""
+    return module.path_ranks if isinstance(module, LittleBitExperts) else {"weight": list(module.ranks)}
+
+
 def _of(weight: Any, parts: dict[str, Any]) -> dict[str, Any]:
     return {kind: parts[f"{weight.module}.{part_name(weight.weight, kind)}"] for kind in LATENT_PARTS}
 
@@ -136,6 +165,7 @@ def _mark(model: Any, config: LittleBitConfig) -> None:
     """Make `model` one that `from_pretrained` could have returned: saved, shared and checked as such."""
     model.config.quantization_config = config
     model.hf_quantizer = LittleBitHfQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.plan = plan_model(model, config)
     model.is_quantized = True
     model.quantization_method = config.quant_method
     # Saved under the names they have; see quantizer.py.
