@@ -12,6 +12,7 @@ __all__ = ["add_options", "run_train"]
 
 HELD_OUT = 64  # blocks for evaluation where no --eval is given, but at most a tenth of the data
 EVALUATIONS = 5  # during training
+CHECKPOINTS = "checkpoints"  # folder within --out
 CONTEXT = 512  # the longest block by default
 
 
@@ -68,8 +69,6 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     seed = args.seed or 0
     set_seed(seed)
     model = model_class(source.config).from_pretrained(args.model, dtype="float32")
-    checkpoints = os.path.join(args.out, "checkpoints")
-    os.makedirs(checkpoints, exist_ok=True)
     if args.data == ["self"]:
         blocks = sample_blocks(model, tokenizer, args.blocks or 1000, length, seed=seed, cache=args.out)
     else:
@@ -80,7 +79,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         blocks, held_out = blocks.split(max(1, min(HELD_OUT, len(blocks) // 10)))
     every = max(1, args.steps // EVALUATIONS)
     arguments = TrainingArguments(
-        checkpoints,
+        os.path.join(args.out, CHECKPOINTS),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
@@ -148,7 +147,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {out} is a file; give a folder")
     if os.path.isfile(os.path.join(out, "config.json")):
         raise ValueError(f"--out {out} holds a model already; give another folder")
-    kept = os.path.join(out, "checkpoints")
+    kept = os.path.join(out, CHECKPOINTS)
     found = os.path.isdir(kept) and any(name.startswith("checkpoint-") for name in os.listdir(kept))
     if found and not args.resume:
         raise ValueError(f"{kept} holds an unfinished training; add --resume to go on, or give another --out")

@@ -1,0 +1,108 @@
+"""Training text: packing, sources, and what a teacher writes."""
+
+import pytest
+import torch
+from conftest import load
+from transformers import AutoTokenizer
+
+from hf_littlebit.data import TokenBlocks, read_texts, sample_blocks, text_blocks
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stories):
+    return AutoTokenizer.from_pretrained(stories)
+
+
+TEXTS = ["Once upon a time there was a cat.", "The dog ran.", "", "A bird sang all day in the big tree."]
+
+
+def test_blocks_hold_every_token_in_order(tokenizer):
+    stream = []
+    for text in TEXTS:
+        stream += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    blocks = text_blocks(TEXTS, tokenizer, 8)
+    assert len(blocks) == len(stream) // 8
+    assert blocks.tokens.flatten().tolist() == stream[: 8 * len(blocks)]
+    row = blocks[1]
+    assert torch.equal(row["input_ids"], row["labels"]) and row["labels"].dtype is torch.int64
+    assert len(text_blocks(TEXTS * 100, tokenizer, 8, max_blocks=5)) == 5
+
+
+def test_blocks_of_rows_and_errors(tokenizer):
+    rows = [{"body": text, "id": 1} for text in TEXTS]
+    assert torch.equal(text_blocks(rows, tokenizer, 8, "body").tokens, text_blocks(TEXTS, tokenizer, 8).tokens)
+    with pytest.raises(ValueError, match="no column 'text'; its columns are body, id"):
+        text_blocks(rows, tokenizer, 8)
+    with pytest.raises(ValueError, match="fewer than one block of 4096"):
+        text_blocks(TEXTS, tokenizer, 4096)
+    with pytest.raises(ValueError, match="length is 1"):
+        text_blocks(TEXTS, tokenizer, 1)
+
+
+def test_split():
+    first, last = TokenBlocks(torch.arange(20).view(5, 4)).split(2)
+    assert first.tokens[:, 0].tolist() == [0, 4, 8] and last.tokens[:, 0].tolist() == [12, 16]
+    with pytest.raises(ValueError, match="5 of 5 blocks"):
+        TokenBlocks(torch.arange(20).view(5, 4)).split(5)
+
+
+def test_read_texts(tmp_path):
+    (tmp_path / "b.txt").write_text("two\nlines")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.jsonl").write_text('{"text": "first"}\n\n{"text": "second"}\n')
+    (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
+    assert list(read_texts([tmp_path / "b.txt"])) == ["two\nlines"]
+    assert list(read_texts([str(tmp_path)])) == ["two\nlines", "first", "second"]
+    with pytest.raises(ValueError, match="does not exist"):
+        list(read_texts(["./nothing.txt"]))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        list(read_texts([tmp_path / "c.bin"]))
+    (tmp_path / "deep" / "a.jsonl").write_text("{]")
+    with pytest.raises(ValueError, match="line 1 is no JSON object"):
+        list(read_texts([tmp_path / "deep"]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no text files"):
+        list(read_texts([tmp_path / "empty"]))
+
+
+def test_a_dataset_of_the_hub_library(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    assert torch.equal(text_blocks(rows, tokenizer, 8).tokens, text_blocks(TEXTS, tokenizer, 8).tokens)
+    streamed = rows.to_iterable_dataset()
+    assert torch.equal(text_blocks(streamed, tokenizer, 8).tokens, text_blocks(TEXTS, tokenizer, 8).tokens)
+
+
+def test_the_teacher_writes_its_own_text(tmp_path, stories, tokenizer):
+    teacher = load(stories).train()
+    first = sample_blocks(teacher, tokenizer, 5, 24, batch_size=2, cache=tmp_path, progress=False)
+    assert first.tokens.shape == (5, 24) and set(first.tokens[:, 0].tolist()) == {tokenizer.bos_token_id}
+    assert teacher.training and len({tuple(row) for row in first.tokens.tolist()}) == 5
+    # Its own text is far likelier to it than other tokens are.
+    tokens = first.tokens.long()
+    with torch.no_grad():
+        own = teacher.eval()(input_ids=tokens, labels=tokens).loss
+        other = teacher(input_ids=tokens.roll(1, 0)[:, torch.randperm(24)], labels=tokens).loss
+    assert own < 2.5 < other
+    again = sample_blocks(teacher, tokenizer, 5, 24, batch_size=2, progress=False)
+    assert torch.equal(first.tokens, again.tokens)
+    other = sample_blocks(teacher, tokenizer, 5, 24, batch_size=2, seed=1, progress=False)
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+def test_the_cache_is_of_this_teacher(tmp_path, stories, tokenizer, monkeypatch):
+    teacher = load(stories)
+    first = sample_blocks(teacher, tokenizer, 2, 6, cache=tmp_path, progress=False)
+    monkeypatch.setattr("hf_littlebit.data._sample", lambda *args: pytest.fail("sampled again"))
+    assert torch.equal(sample_blocks(teacher, tokenizer, 2, 6, cache=tmp_path, progress=False).tokens, first.tokens)
+    with torch.no_grad():
+        teacher.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(pytest.fail.Exception, match="sampled again"):
+        sample_blocks(teacher, tokenizer, 2, 6, cache=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="rows 0"):
+        sample_blocks(teacher, tokenizer, 0, 6)
+
+
+def test_the_temperature_changes_the_text(stories, tokenizer):
+    cold = sample_blocks(load(stories), tokenizer, 4, 16, temperature=1e-4, progress=False).tokens
+    assert len({tuple(row) for row in cold.tolist()}) == 1  # the likeliest text, in every row

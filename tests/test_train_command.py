@@ -1,0 +1,75 @@
+"""`littlebit train`: from a dense model and a text to a packed model, and its refusals."""
+
+import json
+
+import pytest
+import torch
+from conftest import load
+
+from hf_littlebit import LittleBitLinear
+from hf_littlebit.cli import main
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "story.txt"
+    story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+    file.write_text(story * 60)
+    return str(file)
+
+
+def run(*words):
+    return main(["train", *map(str, words)])
+
+
+def test_from_text_to_packed(tmp_path, capsys, stories, text):
+    out = tmp_path / "out"
+    words = [stories, "--bpw", 2, "--init", "dual_svid", "--data", text, "--out", out, "--length", 32, "--cpu"]
+    assert run(*words, "--steps", 20, "--batch-size", 4, "--save-steps", 10) == 0
+    report = json.loads((out / "training.json").read_text())
+    evaluations = [entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry]
+    steps = [entry["step"] for entry in report["history"] if "eval_loss" in entry]
+    assert steps[:6] == [0, 4, 8, 12, 16, 20] and evaluations[-1] < evaluations[0]
+    assert report["perplexity"]["packed"] == pytest.approx(torch.tensor(evaluations[-1]).exp().item(), rel=1e-3)
+    assert (out / "training.png").stat().st_size > 10_000
+    model = load(str(out))
+    assert any(isinstance(module, LittleBitLinear) for module in model.modules()) and model.config.use_cache
+    printed = capsys.readouterr().out
+    assert "dense" in printed and "before training" in printed and f"saved to {out}" in printed
+    assert run(*words) == 2 and "holds a model already" in capsys.readouterr().err
+
+
+def test_resume_and_self_written_text(tmp_path, capsys, stories):
+    words = [stories, "--bpw", 2, "--init", "dual_svid", "--data", "self", "--blocks", 12, "--length", 16, "--cpu"]
+    words += ["--batch-size", 2, "--save-steps", 3, "--seed", 5]
+    assert run(*words, "--out", tmp_path / "whole", "--steps", 6) == 0
+    whole = load(str(tmp_path / "whole")).state_dict()
+    for name in ("config.json", "model.safetensors"):  # as a kill after step 3 would have left it
+        (tmp_path / "whole" / name).unlink()
+    for file in sorted((tmp_path / "whole" / "checkpoints" / "checkpoint-6").iterdir()):
+        file.unlink()
+    (tmp_path / "whole" / "checkpoints" / "checkpoint-6").rmdir()
+    capsys.readouterr()
+    assert run(*words, "--out", tmp_path / "whole", "--steps", 6) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert run(*words, "--out", tmp_path / "whole", "--steps", 6, "--resume") == 0
+    again = load(str(tmp_path / "whole")).state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "--steps is 0"),
+        (["--lr", "2"], "--lr is 2"),
+        (["--length", "4096"], "--length is 4096"),
+        (["--data", "self", "more.txt"], "stands alone"),
+        (["--resume"], "no checkpoint to resume"),
+        (["--init", "best"], "init is 'best'"),
+        (["--blocks", "1"], "--blocks is 1"),
+        (["--data", "./missing.txt"], "does not exist"),
+    ],
+)
+def test_refusals(tmp_path, capsys, stories, text, words, message):
+    assert run(stories, "--bpw", 2, "--data", text, "--out", tmp_path / "out", "--cpu", *words) == 2
+    assert message in capsys.readouterr().err
