@@ -4,8 +4,13 @@ Importing the package registers the quantization method "littlebit" with transfo
 
     AutoModelForCausalLM.from_pretrained(dense, quantization_config=LittleBitConfig(bpw=0.55))
 
-quantizes while it loads, and `from_pretrained` of a saved packed model reads it back.
+quantizes while it loads, and `from_pretrained` of a saved packed model reads it back. For training,
+
+    Trainer(model=dense, ..., callbacks=[LittleBitCallback(LittleBitConfig(bpw=0.3), teacher="self")])
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import compat
 from .config import LittleBitConfig
@@ -14,14 +19,48 @@ from .linear import LatentLittleBitLinear, LittleBitLinear
 from .quantizer import LittleBitHfQuantizer
 from .size import size_report
 
+if TYPE_CHECKING:
+    from .data import sample_blocks, text_blocks
+    from .topk import TopKTeacher, save_topk
+    from .trainer import LittleBitTrainer
+    from .training import LittleBitCallback
+    from .twins import latent_model, pack_model, unpack_model
+
 __version__ = "0.1.0"
 __all__ = [
     "LatentLittleBitLinear",
+    "LittleBitCallback",
     "LittleBitConfig",
     "LittleBitHfQuantizer",
     "LittleBitLinear",
+    "LittleBitTrainer",
+    "TopKTeacher",
+    "latent_model",
+    "pack_model",
     "perplexity",
+    "sample_blocks",
+    "save_topk",
     "size_report",
+    "text_blocks",
+    "unpack_model",
 ]
+_TRAINING = {
+    "LittleBitCallback": "training",
+    "LittleBitTrainer": "trainer",
+    "TopKTeacher": "topk",
+    "latent_model": "twins",
+    "pack_model": "twins",
+    "sample_blocks": "data",
+    "save_topk": "topk",
+    "text_blocks": "data",
+    "unpack_model": "twins",
+}
 
 compat.register("littlebit", LittleBitConfig, LittleBitHfQuantizer)
+
+
+def __getattr__(name: str) -> Any:
+    """What training needs, imported when first asked for: transformers' Trainer takes seconds to import."""
+    if name in _TRAINING:
+        return getattr(import_module(f".{_TRAINING[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

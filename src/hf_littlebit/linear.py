@@ -287,7 +287,7 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
 def latent_product(x: Tensor, parts: dict[str, Tensor], ranks: list[int], layer: Any) -> Tensor:
     """The layer's product on latent parts, in x's dtype; `layer` gives scale_dtype, sign_gradient and alpha."""
     h, l, g = (_rounded(parts[part], layer.scale_dtype).to(x.dtype) for part in LATENT_PARTS[2:])  # noqa: E741
-    u, v = (latent_sign(parts[part], layer.sign_gradient, layer.alpha).to(x.dtype) for part in LATENT_PARTS[:2])
+    u, v = (latent_sign(parts[part], layer.sign_gradient, layer.alpha, x.dtype) for part in LATENT_PARTS[:2])
     out: Tensor | None = None
     columns = zip(u.split(ranks, dim=1), v.split(ranks, dim=1), l.split(ranks), strict=True)
     for path, (u_path, v_path, l_path) in enumerate(columns):

@@ -20,9 +20,9 @@ from .twins import factor_modules, is_latent, unpack_model
 
 __all__ = ["LATENT_FACTOR", "LEARNING_RATE", "SCALE_FACTOR", "LittleBitTrainer"]
 
-LEARNING_RATE = 1e-4  # of the dense rest; what `littlebit train` uses
-LATENT_FACTOR = 5.0
-SCALE_FACTOR = 30.0
+LEARNING_RATE = 2e-4  # of the dense rest; what `littlebit train` uses
+LATENT_FACTOR = 2.5
+SCALE_FACTOR = 15.0
 
 
 class LittleBitTrainer(Trainer):
