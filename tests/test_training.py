@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
 from hf_littlebit.flips import SignFlips
 from hf_littlebit.trainer import LittleBitTrainer
-from hf_littlebit.training import LittleBitCallback, latents_and_scales
-from hf_littlebit.twins import factor_modules, latent_model, pack_model, unpack_model
+from hf_littlebit.training import LittleBitCallback
+from hf_littlebit.twins import factor_modules, latent_model, latents_and_scales, pack_model, unpack_model
 
 CONFIG = LittleBitConfig(bpw=3.0, init="dual_svid", residual=False)
 
@@ -114,8 +114,9 @@ def test_training_moves_signs_towards_the_teacher(tmp_path, stories):
     assert abs(history[0]["loss"] - expected) < 0.05 * expected  # a mean over steps, and one over tokens
 
 
-def test_latents_are_fp32_whatever_the_model_is(tmp_path):
-    trainer = make(tmp_path, build("llama").to(torch.bfloat16), optim="adamw_torch")
+def test_latents_are_fp32_whatever_the_model_is(tmp_path, caplog):
+    trainer = make(tmp_path, build("llama").to(torch.bfloat16))
+    assert "7 parameters besides latents and scales are 16-bit" in caplog.text
     latents, scales = latents_and_scales(trainer.model)
     assert {value.dtype for value in (*latents, *scales)} == {torch.float32}
     assert all(value.is_contiguous() and value.requires_grad for value in (*latents, *scales))
@@ -297,6 +298,7 @@ def refused(message, folder, **options):
 
 def test_misuse_is_refused_when_the_trainer_is_made(tmp_path, family_dir):
     refused("label_smoothing_factor is 0.1", tmp_path, label_smoothing_factor=0.1)
+    refused("use_liger_kernel", tmp_path, use_liger_kernel=True)
     refused("the model is dense", tmp_path, config=None)
     refused("the model is dense", tmp_path, config=None, teacher=None)
     with pytest.raises(ValueError, match="teacher is 'other'"):
@@ -359,6 +361,11 @@ def test_misuse_is_refused_when_training_starts(tmp_path):
         optimizers=(optimizer, None),
     )
     with pytest.raises(ValueError, match="made before the model was converted"):
+        trainer.train()
+
+    trainer = Trainer(model=build("llama"), args=arguments(tmp_path), train_dataset=Rows())
+    trainer.add_callback(LittleBitCallback(CONFIG))
+    with pytest.raises(ValueError, match="existed already"):
         trainer.train()
 
 

@@ -24,7 +24,8 @@ from hf_littlebit import LittleBitConfig
 from hf_littlebit.data import read_texts, text_blocks
 from hf_littlebit.distill import HIDDEN_WEIGHT
 from hf_littlebit.trainer import LATENT_FACTOR, LEARNING_RATE, SCALE_FACTOR, LittleBitTrainer
-from hf_littlebit.training import LittleBitCallback, latents_and_scales
+from hf_littlebit.training import LittleBitCallback
+from hf_littlebit.twins import latents_and_scales
 
 HERE = Path(__file__).parent
 REFERENCE = {"init": "dual_svid", "residual": True, "hidden": "10 / length", "latent": 1.0, "scale": 1.0}

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 from .config import LittleBitConfig
 from .topk import TopKTeacher
-from .training import REBUILT, LittleBitCallback, latents_and_scales
-from .twins import factor_modules, is_latent, unpack_model
+from .training import REBUILT, LittleBitCallback
+from .twins import factor_modules, is_latent, latents_and_scales, unpack_model
 
 __all__ = ["LATENT_FACTOR", "LEARNING_RATE", "SCALE_FACTOR", "LittleBitTrainer"]
 

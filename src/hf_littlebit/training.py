@@ -18,6 +18,7 @@ Sources: LittleBit (arXiv 2506.13771), section 3.3, for the loss and the sign's 
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -31,14 +32,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .config import LittleBitConfig
 from .distill import HIDDEN_WEIGHT, Distillation
 from .flips import SignFlips
-from .linear import LATENT_PARTS, part_name
 from .plan import plan_model
 from .sign import ALPHA, SIGN_GRADIENTS
 from .topk import TopKTeacher
-from .twins import balance_scales, factor_modules, is_latent, latent_model, pack_model, weight_ranks
+from .twins import (
+    balance_scales,
+    factor_modules,
+    is_latent,
+    latent_model,
+    latents_and_scales,
+    pack_model,
+    unwrapped,
+    weight_ranks,
+)
 
-__all__ = ["LittleBitCallback", "latents_and_scales"]
+__all__ = ["REBUILT", "LittleBitCallback"]
 
+logger = logging.getLogger("hf_littlebit")
 _CALLBACKS: weakref.WeakKeyDictionary[nn.Module, LittleBitCallback] = weakref.WeakKeyDictionary()
 
 
@@ -111,6 +121,14 @@ class LittleBitCallback(TrainerCallback):
         if teacher is not None:
             self.distillation = Distillation(teacher, self.hidden_weight)
             self.distillation.attach(model)
+        narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.element_size() < 4]
+        if narrow:
+            logger.warning(
+                "%d parameters besides latents and scales are 16-bit, e.g. %s: most of their small updates are rounded away. "
+                "Load the model with dtype=torch.float32 (and train with bf16=True), or freeze them.",
+                len(narrow),
+                narrow[0],
+            )
         self._model = model
         _CALLBACKS[model] = self
         self.flips = SignFlips(latents_and_scales(model)[0])
@@ -125,7 +143,12 @@ class LittleBitCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Check what is about to be trained, and switch distillation on."""
-        model = _unwrapped(model)
+        model = unwrapped(model)
+        if self._model is None:
+            raise ValueError(
+                "this LittleBitCallback was added to a Trainer that existed already, too late to convert its model; give it "
+                "as Trainer(..., callbacks=[LittleBitCallback(...)])"
+            )
         if self.finished:
             raise ValueError(
                 "this Trainer has trained and packed its model already. To go on, make a new Trainer with a new "
@@ -164,7 +187,13 @@ class LittleBitCallback(TrainerCallback):
         model, self.flips = self._model, None
         if self.distillation is not None:
             self.distillation.detach(model)
-        if not self.pack or _is_sharded(latents_and_scales(model)[0]):
+        if _is_sharded(latents_and_scales(model)[0]):
+            logger.warning(
+                "The model is sharded, so it is not packed here: what trainer.save_model writes is latent. Afterwards, in one "
+                "process: pack_model(AutoModelForCausalLM.from_pretrained(saved)).save_pretrained(packed)"
+            )
+            return
+        if not self.pack:
             return
         pack_model(model)
         model.register_load_state_dict_pre_hook(_refuse_latents)
@@ -197,6 +226,10 @@ class LittleBitCallback(TrainerCallback):
             raise ValueError(
                 f"label_smoothing_factor is {args.label_smoothing_factor}: Trainer would take the labels from the model and "
                 "no distillation would happen. Set it to 0; the teacher's distribution is the smooth target"
+            )
+        if self.teacher is not None and args.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel replaces the model's forward when training starts, and distillation with it; leave it out"
             )
         if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -261,7 +294,7 @@ class _Logs(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        callback = None if model is None else _CALLBACKS.get(_unwrapped(model))
+        callback = None if model is None else _CALLBACKS.get(unwrapped(model))
         if callback is None or logs is None or "loss" not in logs:
             return
         values = callback.logs()
@@ -269,39 +302,10 @@ class _Logs(TrainerCallback):
         state.log_history[-1].update(values)
 
 
-def latents_and_scales(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trainable latents (U, V) and scales (h, l, g) of all latent layers of `model`."""
-    latents: list[nn.Parameter] = []
-    scales: list[nn.Parameter] = []
-    for module in factor_modules(_unwrapped(model)).values():
-        if is_latent(module):
-            for weight in weight_ranks(module):
-                for part in LATENT_PARTS:
-                    value = getattr(module, part_name(weight, part))
-                    if value.requires_grad:
-                        (latents if part in ("u", "v") else scales).append(value)
-    return latents, scales
-
-
 REBUILT = (
     "the model to train is not the one that LittleBitCallback converted: model_init (and hyperparameter search) makes a new "
     "one in train(). Give `model=`, or convert inside model_init with latent_model(model, config) and leave the callback out"
 )
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model inside torch.compile's and distributed wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in (
-            "DistributedDataParallel",
-            "FullyShardedDataParallel",
-            "DeepSpeedEngine",
-        ):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
 
 
 def _is_sharded(latents: Sequence[Tensor]) -> bool:

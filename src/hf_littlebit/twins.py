@@ -28,7 +28,17 @@ from .plan import Plan, plan_model
 from .quantizer import LittleBitHfQuantizer, replace_modules
 from .source import HUB_ID, quantization_of
 
-__all__ = ["balance_scales", "factor_modules", "is_latent", "latent_model", "pack_model", "unpack_model"]
+__all__ = [
+    "balance_scales",
+    "factor_modules",
+    "is_latent",
+    "latent_model",
+    "latents_and_scales",
+    "pack_model",
+    "unpack_model",
+    "unwrapped",
+    "weight_ranks",
+]
 
 logger = logging.getLogger("hf_littlebit")
 
@@ -144,6 +154,35 @@ def balance_scales(model: nn.Module) -> None:
                     for side, shift in zip(sides, shifts, strict=True):
                         side.mul_(shift.exp2())
                     l_path.mul_((-shifts[0] - shifts[1]).exp2())
+
+
+def latents_and_scales(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable latents (U, V) and scales (h, l, g) of all latent layers of `model`."""
+    latents: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
+    for module in factor_modules(unwrapped(model)).values():
+        if is_latent(module):
+            for weight in weight_ranks(module):
+                for part in LATENT_PARTS:
+                    value = getattr(module, part_name(weight, part))
+                    if value.requires_grad:
+                        (latents if part in ("u", "v") else scales).append(value)
+    return latents, scales
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's and distributed wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in (
+            "DistributedDataParallel",
+            "FullyShardedDataParallel",
+            "DeepSpeedEngine",
+        ):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
 
 
 def weight_ranks(module: Any) -> dict[str, list[int]]:
