@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import build
 
 from hf_littlebit import distill
@@ -193,7 +194,7 @@ def test_only_in_training_and_never_in_the_module_tree():
 
 def test_hidden_states_only_for_who_asks():
     model, _ = attached()
-    assert "hidden_states" not in model(**batch())
+    assert set(model(**batch()).keys()) <= {"loss", "past_key_values"}
     assert len(model(**batch(), output_hidden_states=True).hidden_states) == 3
     positional = {key: value for key, value in batch().items() if key != "input_ids"}
     torch.testing.assert_close(model(batch()["input_ids"], **positional).loss, model(**batch()).loss)
@@ -216,6 +217,13 @@ def test_errors():
     model, _ = attached(teacher=teacher)
     with pytest.raises(ValueError, match=r"100\] and the model's .*128"):
         model(**{**batch(), "input_ids": batch()["input_ids"] % 100})
+    config = model.config.to_dict() | {"num_hidden_layers": 1}
+    smaller = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    model, _ = attached(teacher=smaller)
+    with pytest.raises(ValueError, match=r"the model has 3 hidden states of .*, the teacher 2 of"):
+        model(**batch())
+    model, _ = attached(0.0, teacher=smaller)
+    assert model(**batch()).loss.isfinite()
     with pytest.raises(ValueError, match="hidden_weight is -1"):
         Distillation(teacher, -1)
 

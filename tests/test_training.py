@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
 from hf_littlebit.flips import SignFlips
+from hf_littlebit.topk import save_topk
 from hf_littlebit.trainer import LittleBitTrainer
 from hf_littlebit.training import LittleBitCallback
 from hf_littlebit.twins import factor_modules, latent_model, latents_and_scales, pack_model, unpack_model
@@ -226,6 +227,18 @@ def test_without_a_teacher_the_loss_is_cross_entropy(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert "kd_loss" not in logged[0] and logged[0]["flipped_since_start"] > 0
     assert trainer.model(**batch).loss.isfinite()
+
+
+def test_a_teacher_on_disk(tmp_path):
+    rows = [{"input_ids": Rows()[row]["input_ids"][None]} for row in range(len(Rows()))]
+    saved = save_topk(build("llama"), rows, tmp_path / "logits", k=127)
+    live = trained(tmp_path, teacher=build("llama"), pack=False)  # with hidden states
+    trainer = make(tmp_path, teacher=saved, pack=False)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["kd_loss"] > 0 and "hidden_loss" not in logged
+    assert logged["loss"] == pytest.approx(logged["kd_loss"], rel=0.1)
+    assert distance(live, trainer.model) > 0
 
 
 def test_reporters_see_the_figures(tmp_path, monkeypatch):

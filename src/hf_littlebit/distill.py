@@ -123,7 +123,7 @@ class Distillation:
     """Puts a teacher's loss in place of a model's own, in training mode only.
 
     `attach` wraps the model's forward, below autocast and distributed wrappers, because a TrainerCallback sees neither
-    inputs nor loss. In evaluation mode the model's own cross-entropy is left as it is.
+    inputs nor loss. In training its output has the loss and no logits; in evaluation mode it is left as it is.
 
     Args:
         teacher: a model (any device, quantized or offloaded as it likes) that is only read, or a TopKTeacher.
@@ -212,7 +212,9 @@ class Distillation:
         # A mixture of experts that was asked for its router's own loss keeps it.
         if student.get("aux_loss") is not None:
             loss = loss + module.config.router_aux_loss_coef * student.aux_loss.to(loss.device)
-        kept = {key: value for key, value in student.items() if keep_states or key != "hidden_states"}
+        # Mixed precision turns whatever is returned into fp32: not the logits, which Trainer does not use in training.
+        dropped = ("logits",) if keep_states else ("logits", "hidden_states")
+        kept = {key: value for key, value in student.items() if key not in dropped}
         return type(student)(**{**kept, "loss": loss})
 
     # The teacher is no part of what is compiled: it may be offloaded, quantized, or a file.
@@ -230,6 +232,12 @@ class Distillation:
         total = kl_divergence(student.logits, logits, mask)
         hidden = total.new_zeros(())
         if self.hidden_weight:
+            shapes = [[list(state.shape) for state in each] for each in (student.hidden_states, states)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"the model has {len(shapes[0])} hidden states of {shapes[0][0]}, the teacher {len(shapes[1])} of "
+                    f"{shapes[1][0]}; with a teacher of another size set hidden_weight=0"
+                )
             for mine, other in zip(student.hidden_states, states, strict=True):
                 hidden = hidden + hidden_error(mine, other, mask).to(total.device)
         tokens = mask.sum().to(total.device)

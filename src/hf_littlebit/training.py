@@ -60,8 +60,8 @@ class LittleBitCallback(TrainerCallback):
 
     Args:
         config: how to factorize a dense model; may be left out for a latent one.
-        teacher: what the model learns to imitate: a model with the same vocabulary, a TopKTeacher, or "self" for the dense
-            model itself, of which a frozen copy is kept. None: plain cross-entropy on the labels.
+        teacher: what the model learns to imitate: a model with the same vocabulary, a TopKTeacher (logits alone, no hidden
+            states), or "self" for the dense model itself, of which a frozen copy is kept. None: cross-entropy on the labels.
         hidden_weight: of the error of hidden states against that of the logits, per token (distill.py).
         sign_gradient: "smooth" (tanh, the paper's) or "ste". alpha: steepness of the former.
         pack: pack the model when training ends. False leaves it latent.
@@ -106,6 +106,9 @@ class LittleBitCallback(TrainerCallback):
         self._check_arguments(args, model)
         modules = factor_modules(model)
         teacher = self._teacher(model, bool(modules))
+        if teacher is not None:
+            self.distillation = Distillation(teacher, self.hidden_weight)
+            self.distillation.attach(model)
         if modules:
             self._check_latent(model, modules)
         else:
@@ -118,9 +121,6 @@ class LittleBitCallback(TrainerCallback):
         balance_scales(model)
         for module in factor_modules(model).values():
             module.sign_gradient, module.alpha = self.sign_gradient, self.alpha
-        if teacher is not None:
-            self.distillation = Distillation(teacher, self.hidden_weight)
-            self.distillation.attach(model)
         narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.element_size() < 4]
         if narrow:
             logger.warning(
@@ -185,6 +185,7 @@ class LittleBitCallback(TrainerCallback):
         """Take the teacher away and pack the model."""
         self.finished = True
         model, self.flips = self._model, None
+        self.teacher = None  # its memory is wanted elsewhere
         if self.distillation is not None:
             self.distillation.detach(model)
         if _is_sharded(latents_and_scales(model)[0]):
