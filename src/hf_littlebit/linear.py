@@ -211,8 +211,9 @@ class LittleBitLinear(FactorModule, nn.Linear):
     ):
         FactorModule.__init__(self, scale_dtype)
         self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
-        self.declare_packed("weight", (out_features, in_features), ranks, device)
+        # First: transformers takes a model's dtype from its first floating parameter, which should not be a scale.
         self.register_parameter("bias", _bias(out_features, bias, device, dtype))
+        self.declare_packed("weight", (out_features, in_features), ranks, device)
 
     def forward(self, x: Tensor) -> Tensor:
         x = autocast_input(x)
@@ -255,8 +256,8 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
         FactorModule.__init__(self, scale_dtype)
         self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
         self.sign_gradient, self.alpha = "smooth", ALPHA
-        self.declare_latent("weight", (out_features, in_features), ranks, device)
         self.register_parameter("bias", _bias(out_features, bias, device, dtype))
+        self.declare_latent("weight", (out_features, in_features), ranks, device)
 
     def forward(self, x: Tensor) -> Tensor:
         x = autocast_input(x)

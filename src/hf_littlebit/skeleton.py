@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["class_names", "empty_model", "model_class", "saved_class"]
+__all__ = ["class_names", "empty_model", "model_class", "saved_class", "saved_names"]
 
 
 def class_names(architectures: Any) -> list[str]:
@@ -58,3 +58,11 @@ def empty_model(config: PretrainedConfig) -> nn.Module:
         if kind in (AutoModelForCausalLM, AutoModel):
             return kind.from_config(config, trust_remote_code=False)
         return kind._from_config(config)
+
+
+def saved_names(model: Any) -> set[str] | None:
+    """Names of the tensors that a checkpoint of `model.config` holds by its class; None if that is `model`'s, or unknown."""
+    kind = saved_class(model.config)
+    if kind is None or isinstance(model, kind):
+        return None
+    return set(empty_model(model.config).state_dict())
