@@ -2,15 +2,9 @@
 
 import pytest
 import torch
-from hf_littlebit.kernels import (
-    factor_shapes,
-    littlebit_linear,
-    littlebit_linear_grad,
-    pack_signs,
-    reference,
-    stored_bits,
-)
+from hf_littlebit.kernels import factor_shapes, pack_signs, reference, stored_bits
 from hf_littlebit.kernels import unpack_signs as unpack
+from hf_littlebit.kernels.reference import littlebit_linear, littlebit_linear_grad
 
 SHAPES = [(64, 48, (8,)), (33, 70, (16, 16)), (1, 5, (8,)), (129, 257, (40, 8)), (96, 31, (32, 32)), (20, 320, (72,))]
 
