@@ -8,8 +8,10 @@
 
 #if defined(__GNUC__)
 #define LITTLEBIT_INLINE inline __attribute__((always_inline))
+#define LITTLEBIT_RESTRICT __restrict__
 #else
 #define LITTLEBIT_INLINE inline
+#define LITTLEBIT_RESTRICT
 #endif
 
 namespace littlebit {
@@ -87,15 +89,15 @@ LITTLEBIT_INLINE uint16_t to_bf16(float value) {
 }
 
 // out[i] = array[offset + i]
-LITTLEBIT_INLINE void load(Array array, int64_t offset, int64_t count, float* out) {
+LITTLEBIT_INLINE void load(Array array, int64_t offset, int64_t count, float* LITTLEBIT_RESTRICT out) {
   if (array.dtype == Dtype::f32) {
-    const float* data = static_cast<const float*>(array.data) + offset;
+    const float* LITTLEBIT_RESTRICT data = static_cast<const float*>(array.data) + offset;
     for (int64_t i = 0; i < count; ++i) out[i] = data[i];
   } else if (array.dtype == Dtype::bf16) {
-    const uint16_t* data = static_cast<const uint16_t*>(array.data) + offset;
+    const uint16_t* LITTLEBIT_RESTRICT data = static_cast<const uint16_t*>(array.data) + offset;
     for (int64_t i = 0; i < count; ++i) out[i] = float_of(static_cast<uint32_t>(data[i]) << 16);
   } else {
-    const uint16_t* data = static_cast<const uint16_t*>(array.data) + offset;
+    const uint16_t* LITTLEBIT_RESTRICT data = static_cast<const uint16_t*>(array.data) + offset;
     for (int64_t i = 0; i < count; ++i) out[i] = from_f16(data[i]);
   }
 }
@@ -112,7 +114,8 @@ LITTLEBIT_INLINE void gains(const Input& input, int64_t k, float* out) {
   for (int64_t i = 0; i < 32; ++i) out[i] = 1.0f;
 }
 
-LITTLEBIT_INLINE void inputs(const Input& input, int64_t token, int64_t k, const float* gain, float* out) {
+LITTLEBIT_INLINE void inputs(const Input& input, int64_t token, int64_t k, const float* LITTLEBIT_RESTRICT gain,
+                             float* LITTLEBIT_RESTRICT out) {
   load32(input.values, token * input.stride + k, input.length - k, out);
   for (int64_t i = 0; i < 32; ++i) out[i] *= gain[i];
 }
@@ -139,8 +142,8 @@ LITTLEBIT_INLINE void product(const Words& words, const Input& input, int64_t to
 
 constexpr int64_t kPiece = 256;
 
-LITTLEBIT_INLINE void combine(
-    const float* part, Array scale, int64_t offset, Array bias, bool first, int64_t count, float* out) {
+LITTLEBIT_INLINE void combine(const float* LITTLEBIT_RESTRICT part, Array scale, int64_t offset, Array bias, bool first,
+                              int64_t count, float* LITTLEBIT_RESTRICT out) {
   alignas(64) float h[kPiece];
   for (int64_t begin = 0; begin < count; begin += kPiece) {
     const int64_t size = count - begin < kPiece ? count - begin : kPiece;
@@ -155,10 +158,10 @@ LITTLEBIT_INLINE void store(const float* values, int64_t count, void* y, Dtype d
   if (dtype == Dtype::f32) {
     std::memcpy(static_cast<float*>(y) + offset, values, static_cast<size_t>(count) * sizeof(float));
   } else if (dtype == Dtype::bf16) {
-    uint16_t* out = static_cast<uint16_t*>(y) + offset;
+    uint16_t* LITTLEBIT_RESTRICT out = static_cast<uint16_t*>(y) + offset;
     for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(values[i]);
   } else {
-    uint16_t* out = static_cast<uint16_t*>(y) + offset;
+    uint16_t* LITTLEBIT_RESTRICT out = static_cast<uint16_t*>(y) + offset;
     for (int64_t i = 0; i < count; ++i) out[i] = to_f16(values[i]);
   }
 }

@@ -122,6 +122,9 @@ Array shifted(Array array, int64_t offset) {
   return {static_cast<const char*>(array.data) + offset * size, array.dtype};
 }
 
+// Rows of a buffer are kept from beginning a power of two apart: they would share a few lines of the cache.
+int64_t pitch(int64_t columns) { return columns + kLanes; }
+
 struct Shape {
   int64_t in, out, rank;
 
@@ -147,10 +150,10 @@ void each_path(const Layer& layer, const Shape& shape, const F& f) {
 // Stage 1 over the rows [begin, end) of V's words: inner[t, r] = sum_k g[k] x[t, k] V[k, r].
 void reduce(const Kernels& isa, const Layer& layer, const Shape& shape, Array x, int64_t stride, int64_t tokens,
             int64_t begin, int64_t end, float* inner) {
-  std::fill_n(inner, tokens * shape.rank, 0.0f);
+  std::fill_n(inner, tokens * pitch(shape.rank), 0.0f);
   each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
     const Input input = {x, stride, shifted(layer.scale_in, p * shape.in), shape.in};
-    multiply(isa, factor_v(layer, shape), first, u.length, begin, end, input, tokens, inner + first, shape.rank);
+    multiply(isa, factor_v(layer, shape), first, u.length, begin, end, input, tokens, inner + first, pitch(shape.rank));
   });
 }
 
@@ -158,7 +161,7 @@ void reduce(const Kernels& isa, const Layer& layer, const Shape& shape, Array x,
 void scale_inner(const Layer& layer, const Shape& shape, int64_t tokens, float* inner) {
   Floats l = floats(shape.rank);
   shared::load(layer.scale_rank, 0, shape.rank, l.get());
-  for (int64_t t = 0; t < tokens; ++t, inner += shape.rank) {
+  for (int64_t t = 0; t < tokens; ++t, inner += pitch(shape.rank)) {
     for (int64_t r = 0; r < shape.rank; ++r) inner[r] *= l[static_cast<size_t>(r)];
   }
 }
@@ -167,21 +170,22 @@ void scale_inner(const Layer& layer, const Shape& shape, int64_t tokens, float* 
 void expand(const Kernels& isa, const Layer& layer, const Shape& shape, const float* inner, int64_t tokens,
             int64_t begin, int64_t end, void* y, Dtype dtype) {
   const int64_t step = std::min(end - begin, tokens > 1 ? kOutputs : kOutputsOfOne);
-  Floats buffer = floats(2 * tokens * step);
+  const int64_t row = pitch(step);
+  Floats buffer = floats(2 * tokens * row);
   float* part = buffer.get();
-  float* total = part + tokens * step;
+  float* total = part + tokens * row;
   for (int64_t column = begin; column < end; column += step) {
     const int64_t count = std::min(step, end - column);
     each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
-      std::fill_n(part, tokens * step, 0.0f);
-      const Input input = {{inner + first, Dtype::f32}, shape.rank, {}, u.length};
-      multiply(isa, u, column, count, 0, u.rows(), input, tokens, part, step);
+      std::fill_n(part, tokens * row, 0.0f);
+      const Input input = {{inner + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
+      multiply(isa, u, column, count, 0, u.rows(), input, tokens, part, row);
       const Array scale = shifted(layer.scale_out, p * shape.out);
       for (int64_t t = 0; t < tokens; ++t) {
-        isa.combine(part + t * step, scale, column, layer.bias, p == 0, count, total + t * step);
+        isa.combine(part + t * row, scale, column, layer.bias, p == 0, count, total + t * row);
       }
     });
-    for (int64_t t = 0; t < tokens; ++t) isa.store(total + t * step, count, y, dtype, t * shape.out + column);
+    for (int64_t t = 0; t < tokens; ++t) isa.store(total + t * row, count, y, dtype, t * shape.out + column);
   }
 }
 
@@ -191,7 +195,7 @@ void* advance(void* y, Dtype dtype, int64_t offset) {
 
 void forward_tokens(const Kernels& isa, const Layer& layer, const Shape& shape, Array x, int64_t stride, int64_t tokens,
                     void* y, const Pool& pool, int64_t threads) {
-  const int64_t rows = factor_v(layer, shape).rows(), size = tokens * shape.rank;
+  const int64_t rows = factor_v(layer, shape).rows(), size = tokens * pitch(shape.rank);
   const int64_t parts = std::min(threads, std::max<int64_t>(rows, 1));
   Floats inner = floats(parts * size);
   run(pool, parts, [&](int64_t i) {
@@ -216,35 +220,36 @@ void backward_tokens(const Kernels& isa, const Layer& layer, const Shape& shape,
   // The transposed products write whole rows of words: a path's ranks begin at a multiple of 32 of `wide`.
   int64_t longest = 0;
   for (int64_t p = 0; p < layer.paths; ++p) longest = std::max(longest, 32 * ((layer.ranks[p] + 31) / 32));
-  Floats inner = floats(tokens * shape.rank), wide = floats(tokens * longest);
+  longest = pitch(longest);
+  Floats inner = floats(tokens * pitch(shape.rank)), wide = floats(tokens * longest);
   each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
     std::fill_n(wide.get(), tokens * longest, 0.0f);
     const Input input = {grad, stride, shifted(layer.scale_out, p * shape.out), shape.out};
     multiply_transposed(isa, u, 0, shape.out, 0, u.rows(), input, tokens, wide.get(), longest);
     for (int64_t t = 0; t < tokens; ++t) {
-      std::copy_n(wide.get() + t * longest, u.length, inner.get() + t * shape.rank + first);
+      std::copy_n(wide.get() + t * longest, u.length, inner.get() + t * pitch(shape.rank) + first);
     }
   });
   scale_inner(layer, shape, tokens, inner.get());
   const Factor v = factor_v(layer, shape);
-  const int64_t step = kOutputs / 32;
-  Floats buffer = floats(2 * tokens * kOutputs);
+  const int64_t step = kOutputs / 32, row = pitch(kOutputs);
+  Floats buffer = floats(2 * tokens * row);
   float* part = buffer.get();
-  float* total = part + tokens * kOutputs;
+  float* total = part + tokens * row;
   for (int64_t begin = 0; begin < v.rows(); begin += step) {
     const int64_t end = std::min(begin + step, v.rows());
     const int64_t count = std::min(shape.in, 32 * end) - 32 * begin;
     each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
-      std::fill_n(part, tokens * kOutputs, 0.0f);
-      const Input input = {{inner.get() + first, Dtype::f32}, shape.rank, {}, u.length};
-      multiply_transposed(isa, v, first, u.length, begin, end, input, tokens, part, kOutputs);
+      std::fill_n(part, tokens * row, 0.0f);
+      const Input input = {{inner.get() + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
+      multiply_transposed(isa, v, first, u.length, begin, end, input, tokens, part, row);
       const Array scale = shifted(layer.scale_in, p * shape.in);
       for (int64_t t = 0; t < tokens; ++t) {
-        isa.combine(part + t * kOutputs, scale, 32 * begin, {}, p == 0, count, total + t * kOutputs);
+        isa.combine(part + t * row, scale, 32 * begin, {}, p == 0, count, total + t * row);
       }
     });
     for (int64_t t = 0; t < tokens; ++t) {
-      isa.store(total + t * kOutputs, count, grad_x, grad.dtype, t * shape.in + 32 * begin);
+      isa.store(total + t * row, count, grad_x, grad.dtype, t * shape.in + 32 * begin);
     }
   }
 }
