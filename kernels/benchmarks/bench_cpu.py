@@ -1,4 +1,4 @@
-"""The CPU kernel against dense torch: `python kernels/benchmarks/bench_cpu.py [--threads 1] [--rounds 60] [--out FILE]`.
+"""The CPU kernel against dense torch: `python kernels/benchmarks/bench_cpu.py [--threads 1] [--rounds 12] [--out FILE]`.
 
 For every shape and bits per weight: is the product right (against fp64)? Then the candidates take turns, each with weights
 that have left the caches (copies are rotated), and the medians of one run are compared:
@@ -26,7 +26,8 @@ from hf_littlebit.kernels import cpu, factor_shapes, reference, unpack_signs
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096))  # out, in
 BPW = (0.1, 0.3, 0.55, 1.0)
 MARKS = {0.1: (80, 30), 0.3: (40, 16), 0.55: (26, 10), 1.0: (15, 6)}  # x bf16 linear, x a mat-vec at memory bandwidth
-COLD = 600 << 20  # bytes of copies that are rotated, or as many as 64
+COLD = 768 << 20  # bytes of copies that are rotated: more than a last-level cache holds
+BURST = 6  # calls of a candidate in its turn: each meets cold weights, but warm code, as the layers of a model do
 Candidates = Dict[str, Callable[[int], object]]
 
 
@@ -73,10 +74,11 @@ def turns(candidates: Candidates, rounds: int) -> Dict[str, float]:
     seconds: Dict[str, List[float]] = {name: [] for name in candidates}
     for index in range(-2, rounds):
         for name, run in candidates.items():
-            start = time.perf_counter()
-            run(index)
-            if index >= 0:
-                seconds[name].append(time.perf_counter() - start)
+            for call in range(BURST):
+                start = time.perf_counter()
+                run(BURST * (index + 2) + call)
+                if index >= 0 and call:
+                    seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -95,11 +97,8 @@ def measure(out: int, into: int, batch: int, rounds: int) -> List[dict]:
     """One row per bits per weight, all of them and the dense layers in the same turns."""
     x = torch.randn(batch, into, generator=torch.Generator().manual_seed(1))
     half = x.bfloat16()
-    dense = [
-        torch.randn(out, into).bfloat16()
-        for _ in range(max(2, COLD // (2 * out * into)) if out * into < 1 << 26 else 2)
-    ]
-    single = [torch.randn(out, into) for _ in range(2)]
+    dense = [torch.randn(out, into).bfloat16() for _ in range(1 + COLD // (2 * out * into))]
+    single = [torch.randn(out, into) for _ in range(1 + COLD // (4 * out * into))]
     candidates: Candidates = {
         "bf16": lambda i: torch.nn.functional.linear(half, dense[i % len(dense)]),
         "fp32": lambda i: torch.nn.functional.linear(x, single[i % len(single)]),
@@ -113,7 +112,7 @@ def measure(out: int, into: int, batch: int, rounds: int) -> List[dict]:
             wrong[bpw] = max(wrong[bpw], error(copies[0], ranks, x))
         assert wrong[bpw] < 1e-6, f"{out}x{into} at {bpw}: error {wrong[bpw]:.1e}, limit 1e-6"
         used = sum(part.nbytes for part in copies[0] if part is not None)
-        count = min(64, max(2, COLD // 4 // used))
+        count = 1 + COLD // used
         copies += [[None if p is None else p.clone() for p in copies[i % 2]] for i in range(count - 2)]
         candidates[f"packed {bpw}"] = lambda i, c=copies, r=ranks: cpu.littlebit_linear(half, *c[i % len(c)], None, r)
     times = turns(candidates, rounds)
@@ -122,7 +121,7 @@ def measure(out: int, into: int, batch: int, rounds: int) -> List[dict]:
         for bpw in BPW:
             parts, ranks = layer(out, into, ranks_for[bpw], 0), ranks_for[bpw]
             extra[f"reference {bpw}"] = lambda i, p=parts, r=ranks: reference.littlebit_linear(half, *p, None, r)
-        times.update(turns(extra, 5))
+        times.update(turns(extra, 1))
     rows = []
     for bpw in BPW:
         row = {"out": out, "in": into, "batch": batch, "bpw": bpw, "ranks": ranks_for[bpw], "error": wrong[bpw]}
@@ -162,7 +161,7 @@ def show(row: dict, limit: float) -> Tuple[float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--isa", default="auto", help="amx, avx512, avx2, neon, generic")
     parser.add_argument("--out", type=Path, help="also write the JSON line here")
     options = parser.parse_args()
@@ -180,7 +179,7 @@ def main() -> int:
     with torch.inference_mode():
         for batch in (1, 64):
             for out, into in SHAPES:
-                for row in measure(out, into, batch, options.rounds if batch == 1 else max(8, options.rounds // 3)):
+                for row in measure(out, into, batch, options.rounds if batch == 1 else max(3, options.rounds // 3)):
                     faster, bound = show(row, limit)
                     rows.append({**row, "x_bf16": round(faster, 2), "x_bound": round(bound, 2)})
                     marks = MARKS[row["bpw"]] if (batch, out, into) == (1, 4096, 4096) else (1.0 if batch > 1 else 0, 0)

@@ -4,7 +4,7 @@
 namespace littlebit {
 namespace {
 
-void sweep(float* acc, const float* x, const uint32_t* words, int64_t count) {
+void sweep(float* acc, const float* x, const uint32_t* words, int64_t count, uintptr_t) {
   alignas(64) float table[8][16];
   for (int q = 0; q < 8; ++q) {
     for (int index = 0; index < 16; ++index) {

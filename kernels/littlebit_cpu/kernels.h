@@ -9,9 +9,11 @@
 #if defined(__GNUC__)
 #define LITTLEBIT_INLINE inline __attribute__((always_inline))
 #define LITTLEBIT_RESTRICT __restrict__
+#define LITTLEBIT_PREFETCH(address) __builtin_prefetch(reinterpret_cast<const void*>(address))
 #else
 #define LITTLEBIT_INLINE inline
 #define LITTLEBIT_RESTRICT
+#define LITTLEBIT_PREFETCH(address)
 #endif
 
 namespace littlebit {
@@ -28,6 +30,8 @@ struct Input {
 struct Words {
   const uint32_t* words;
   int64_t stride, rows, first, columns;
+  const uint32_t* after = nullptr;  // what will be multiplied next, its rows `after_stride` apart: a hint
+  int64_t after_stride = 0;
 };
 
 struct Kernels {
@@ -123,18 +127,30 @@ LITTLEBIT_INLINE void inputs(const Input& input, int64_t token, int64_t k, const
 // Columns at a time: their accumulators and the words stay in the first-level cache while the tokens pass.
 constexpr int64_t kColumns = 1024, kColumnsOfOne = 8192;
 
-template <void (*sweep)(float*, const float*, const uint32_t*, int64_t)>
+// Words that a sweep asks for ahead of their use: about a memory latency's worth. The rows are short and pages apart, so
+// that the hardware foresees little of them.
+constexpr int64_t kAhead = 1024;
+
+LITTLEBIT_INLINE uintptr_t address(const uint32_t* words, int64_t offset) {
+  return reinterpret_cast<uintptr_t>(words) + static_cast<uintptr_t>(offset) * sizeof(uint32_t);
+}
+
+// sweep(acc, x, words, count, next): `next` are `count` words that will be swept soon, or anything: an address, not a pointer.
+template <void (*sweep)(float*, const float*, const uint32_t*, int64_t, uintptr_t)>
 LITTLEBIT_INLINE void product(const Words& words, const Input& input, int64_t tokens, float* acc, int64_t lda) {
   alignas(64) float gain[32], x[32];
   const int64_t step = tokens > 1 ? kColumns : kColumnsOfOne;
   for (int64_t begin = 0; begin < words.columns; begin += step) {
-    const int64_t count = words.columns - begin < step ? words.columns - begin : step;
+    const int64_t count = words.columns - begin < step ? words.columns - begin : step, ahead = 1 + kAhead / count;
     for (int64_t row = 0; row < words.rows; ++row) {
       const int64_t k = 32 * (words.first + row);
+      const uint32_t* now = words.words + row * words.stride + begin;
+      const int64_t over = row + ahead - words.rows;
+      const uintptr_t next = over < 0 ? address(now, ahead * words.stride) : address(words.after, over * words.after_stride);
       gains(input, k, gain);
       for (int64_t token = 0; token < tokens; ++token) {
         inputs(input, token, k, gain, x);
-        sweep(acc + token * lda + begin, x, words.words + row * words.stride + begin, count);
+        sweep(acc + token * lda + begin, x, now, count, next);
       }
     }
   }

@@ -78,16 +78,17 @@ void call_product(const Kernels& isa, const Words& words, const Input& input, in
 
 // acc[t, n - column] += sum over the rows [begin, end) of words of input(t, k) * factor(k, n), n = column .. + count
 void multiply(const Kernels& isa, const Factor& factor, int64_t column, int64_t count, int64_t begin, int64_t end,
-              const Input& input, int64_t tokens, float* acc, int64_t lda) {
+              const Input& input, int64_t tokens, float* acc, int64_t lda, const uint32_t* after, int64_t after_stride) {
   const int64_t whole = std::min(end, factor.whole());
   if (begin < whole) {
-    const Words words = {factor.words + begin * factor.stride + column, factor.stride, whole - begin, begin, count};
+    const uint32_t* first = factor.words + begin * factor.stride + column;
+    const Words words = {first, factor.stride, whole - begin, begin, count, after, after_stride};
     call_product(isa, words, input, tokens, acc, lda);
   }
   if (end > factor.whole() && begin < end) {
     std::unique_ptr<uint32_t[]> row(new uint32_t[static_cast<size_t>(count)]);
     factor.assemble(column, count, row.get());
-    call_product(isa, {row.get(), count, 1, factor.whole(), count}, input, tokens, acc, lda);
+    call_product(isa, {row.get(), count, 1, factor.whole(), count, after, after_stride}, input, tokens, acc, lda);
   }
 }
 
@@ -153,7 +154,10 @@ void reduce(const Kernels& isa, const Layer& layer, const Shape& shape, Array x,
   std::fill_n(inner, tokens * pitch(shape.rank), 0.0f);
   each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
     const Input input = {x, stride, shifted(layer.scale_in, p * shape.in), shape.in};
-    multiply(isa, factor_v(layer, shape), first, u.length, begin, end, input, tokens, inner + first, pitch(shape.rank));
+    const bool last = p + 1 == layer.paths;
+    const uint32_t* after = last ? layer.u : layer.v + begin * shape.rank + first + u.length;
+    multiply(isa, factor_v(layer, shape), first, u.length, begin, end, input, tokens, inner + first, pitch(shape.rank),
+             after, last ? u.length : shape.rank);
   });
 }
 
@@ -179,7 +183,8 @@ void expand(const Kernels& isa, const Layer& layer, const Shape& shape, const fl
     each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
       std::fill_n(part, tokens * row, 0.0f);
       const Input input = {{inner + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
-      multiply(isa, u, column, count, 0, u.rows(), input, tokens, part, row);
+      multiply(isa, u, column, count, 0, u.rows(), input, tokens, part, row,
+               u.words + u.whole() * shape.out + column, shape.out);
       const Array scale = shifted(layer.scale_out, p * shape.out);
       for (int64_t t = 0; t < tokens; ++t) {
         isa.combine(part + t * row, scale, column, layer.bias, p == 0, count, total + t * row);

@@ -57,7 +57,7 @@ inline void pass(float* acc, const float* x, const uint32_t* words, int64_t coun
   }
 }
 
-void sweep(float* acc, const float* x, const uint32_t* words, int64_t count) {
+void sweep(float* acc, const float* x, const uint32_t* words, int64_t count, uintptr_t) {
   constexpr int64_t step = 512;  // the second pass finds the words and the sums in the first-level cache
   for (int64_t begin = 0; begin < count; begin += step) {
     const int64_t size = count - begin < step ? count - begin : step;

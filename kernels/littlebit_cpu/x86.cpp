@@ -57,7 +57,7 @@ AVX512 inline __m512 add(__m512 acc, __m512i w, const Tables& t) {
   return _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
 }
 
-AVX512 void sweep(float* acc, const float* x, const uint32_t* words, int64_t count) {
+AVX512 void sweep(float* acc, const float* x, const uint32_t* words, int64_t count, uintptr_t next) {
   const __m512 p0 = pattern(0), p1 = pattern(1), p2 = pattern(2), p3 = pattern(3);
   Tables t;
   t.t0 = table(x, p0, p1, p2, p3);
@@ -69,6 +69,7 @@ AVX512 void sweep(float* acc, const float* x, const uint32_t* words, int64_t cou
   t.t6 = _mm512_fmadd_ps(p1, _mm512_set1_ps(x[31]), _mm512_mul_ps(p0, _mm512_set1_ps(x[30])));
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
+    LITTLEBIT_PREFETCH(next + 4 * static_cast<uintptr_t>(i));
     const __m512i w = _mm512_loadu_si512(words + i);
     _mm512_storeu_ps(acc + i, add(_mm512_loadu_ps(acc + i), w, t));
   }
@@ -139,7 +140,7 @@ AVX2 inline __m256 add(__m256 acc, __m256i w, const Tables& t) {
   return _mm256_add_ps(a, b);
 }
 
-AVX2 void sweep(float* acc, const float* x, const uint32_t* words, int64_t count) {
+AVX2 void sweep(float* acc, const float* x, const uint32_t* words, int64_t count, uintptr_t next) {
   const __m256 p0 = pattern(0), p1 = pattern(1), p2 = pattern(2);
   Tables t;
   t.t0 = table(x, p0, p1, p2);
@@ -155,6 +156,7 @@ AVX2 void sweep(float* acc, const float* x, const uint32_t* words, int64_t count
   t.t10 = _mm256_fmadd_ps(p1, _mm256_set1_ps(x[31]), _mm256_mul_ps(p0, _mm256_set1_ps(x[30])));
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
+    LITTLEBIT_PREFETCH(next + 4 * static_cast<uintptr_t>(i));
     const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + i));
     _mm256_storeu_ps(acc + i, add(_mm256_loadu_ps(acc + i), w, t));
   }
