@@ -132,5 +132,5 @@ def test_only_a_slab_is_unpacked(monkeypatch):
 
     monkeypatch.setattr(reference, "unpack_signs", spy)
     monkeypatch.setattr(reference, "SLAB", 4096)
-    torch.testing.assert_close(littlebit_linear(x, *parts.values(), None, (40, 8)), whole, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(littlebit_linear(x, *parts.values(), None, (40, 8)), whole, rtol=1e-5, atol=1e-3)
     assert max(sizes) <= 32 * 129 and sum(sizes) == 257 * 48 + 129 * 48
