@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,6 +23,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Part = std::optional<Tensor>;
 
+constexpr int64_t kMaxRank = int64_t{1} << 31;  // sums of ranks stay far from overflow
+
 Dtype dtype_of(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
   if (type == ScalarType::Float) return Dtype::f32;
@@ -31,46 +34,54 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
   return Dtype::f16;
 }
 
-// Parts are checked one by one: a wrong shape must be an error, not a read past the end.
-Tensor plain(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-  const int64_t dim = tensor.dim();
-  const int64_t height = dim == 2 ? tensor.size(0) : 1;
-  STD_TORCH_CHECK(dim >= 1 && dim <= 2 && height == rows && tensor.size(dim - 1) == columns, name, " is [", height, ", ",
-                  tensor.size(dim - 1), "], but must be [", rows, ", ", columns, "]");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU, as x is");
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-// A layer whose arrays point into tensors that it holds.
+// A layer whose arrays point into the parts, which outlive it, or into contiguous copies of them that it holds. Every part
+// is checked: a wrong shape must be an error, not a read past the end.
 struct Bound {
-  std::vector<Tensor> held;
+  std::vector<Tensor> copies;
   std::vector<int64_t> ranks;
   littlebit::Layer layer{};
+
+  const void* plain(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
+    const int64_t dim = tensor.dim();
+    const int64_t height = dim == 2 ? tensor.size(0) : 1;
+    STD_TORCH_CHECK(dim >= 1 && dim <= 2, name, " has ", dim, " dimensions, but must be [", rows, ", ", columns, "]");
+    STD_TORCH_CHECK(height == rows && tensor.size(dim - 1) == columns, name, " is [", height, ", ", tensor.size(dim - 1),
+                    "], but must be [", rows, ", ", columns, "]");
+    STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU, as x is");
+    if (tensor.is_contiguous()) return tensor.const_data_ptr();
+    copies.push_back(torch::stable::contiguous(tensor));
+    return copies.back().const_data_ptr();
+  }
 
   template <class T>
   const T* bits(const Part& part, ScalarType type, const char* name, int64_t rows, int64_t columns) {
     if (rows == 0) return nullptr;
     STD_TORCH_CHECK(part.has_value(), name, " is missing: the layer needs [", rows, ", ", columns, "]");
-    STD_TORCH_CHECK(part->scalar_type() == type, name, " is ", torch::headeronly::toString(part->scalar_type()),
-                    ", but must be ", torch::headeronly::toString(type));
-    held.push_back(plain(*part, name, rows, columns));
-    return static_cast<const T*>(held.back().const_data_ptr());
+    return bits<T>(*part, type, name, rows, columns);
+  }
+
+  template <class T>
+  const T* bits(const Tensor& part, ScalarType type, const char* name, int64_t rows, int64_t columns) {
+    const ScalarType found = part.scalar_type();
+    STD_TORCH_CHECK(found == type, name, " is ", torch::headeronly::toString(found), ", but must be ",
+                    torch::headeronly::toString(type));
+    return static_cast<const T*>(plain(part, name, rows, columns));
   }
 
   Array values(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-    held.push_back(plain(tensor, name, rows, columns));
-    return {held.back().const_data_ptr(), dtype_of(tensor, name)};
+    return {plain(tensor, name, rows, columns), dtype_of(tensor, name)};
   }
 
   Bound(const Tensor& u, const Part& u_tail, const Part& v, const Part& v_tail, const Tensor& scale_out,
         const Tensor& scale_rank, const Tensor& scale_in, const Part& bias, std::vector<int64_t> path_ranks)
       : ranks(std::move(path_ranks)) {
-    held.reserve(8);
-    STD_TORCH_CHECK(u.dim() == 2 && scale_in.dim() == 2, "u and scale_in must have two dimensions");
+    STD_TORCH_CHECK(u.dim() == 2, "u has ", u.dim(), " dimensions, but must have 2");
+    STD_TORCH_CHECK(scale_in.dim() == 2, "scale_in has ", scale_in.dim(), " dimensions, but must have 2");
     const int64_t in = scale_in.size(1), out = u.size(1), paths = static_cast<int64_t>(ranks.size());
+    STD_TORCH_CHECK(paths > 0, "ranks is empty, but a layer has at least one path");
     int64_t rank = 0, words = 0, bytes = 0;
     for (const int64_t r : ranks) {
-      STD_TORCH_CHECK(r >= 0, "a rank is ", r, ", but must not be negative");
+      STD_TORCH_CHECK(r >= 0 && r <= kMaxRank, "a rank is ", r, ", but must be from 0 to ", kMaxRank);
       rank += r, words += r / 32, bytes += (r % 32 + 7) / 8;
     }
     layer.in_features = in, layer.out_features = out, layer.paths = paths, layer.ranks = ranks.data();
@@ -83,6 +94,9 @@ struct Bound {
     layer.scale_in = values(scale_in, "scale_in", paths, in);
     if (bias) layer.bias = values(*bias, "bias", 1, out);
   }
+
+  Bound(const Bound&) = delete;
+  Bound& operator=(const Bound&) = delete;
 };
 
 littlebit::Pool pool() {
@@ -93,6 +107,20 @@ littlebit::Pool pool() {
               for (int64_t i = begin; i < end; ++i) task(i, context);
             });
           }};
+}
+
+// A tensor of its own, never a view: autograd refuses to modify a view from inside an operator. Called without the
+// dispatcher, which would look the operator up by its name.
+Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t dtype, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                         dtype, aoti_torch_device_type_cpu(), index, &made));
+  return Tensor(made);
 }
 
 using Product = void (*)(const littlebit::Layer&, Array, int64_t, int64_t, void*, const littlebit::Pool&);
@@ -109,7 +137,7 @@ Tensor apply(Product product, const Bound& bound, const Tensor& x, const char* n
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   for (int64_t i = 0; i + 1 < dim; ++i) tokens *= sizes[static_cast<size_t>(i)];
   sizes.back() = to;
-  Tensor y = torch::stable::new_empty(x, sizes);
+  const Tensor y = empty(sizes, x);
   if (tokens > 0 && to > 0) {
     product(bound.layer, {flat.const_data_ptr(), dtype}, rows ? x.stride(0) : from, tokens, y.mutable_data_ptr(), pool());
   }

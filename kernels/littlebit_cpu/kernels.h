@@ -69,12 +69,13 @@ LITTLEBIT_INLINE float float_of(uint32_t bits) {
   return value;
 }
 
-// Without a branch, so that the loops around them are vectorized.
+// Without a branch, so that the loops around them are vectorized, and without subnormal floats on the way, which are 0 in
+// a thread that flushes them.
 LITTLEBIT_INLINE float from_f16(uint16_t half) {
-  const uint32_t size = static_cast<uint32_t>(half & 0x7fff) << 13;
-  const uint32_t scaled = bits_of(float_of(size) * 0x1p112f);  // exact, subnormal halves included
-  const uint32_t special = (half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-  return float_of(scaled | special | static_cast<uint32_t>(half & 0x8000) << 16);
+  const uint32_t size = half & 0x7fff;
+  const uint32_t small = bits_of(float_of(size | 0x4b000000u) - 0x1p23f) - (size ? 24u << 23 : 0u);  // size * 2^-24
+  const uint32_t normal = (size << 13) + (size >= 0x7c00 ? 224u << 23 : 112u << 23);
+  return float_of((size < 0x400 ? small : normal) | static_cast<uint32_t>(half & 0x8000) << 16);
 }
 
 LITTLEBIT_INLINE uint16_t to_f16(float value) {

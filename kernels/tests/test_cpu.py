@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -225,9 +226,27 @@ def test_wrong_parts_are_errors():
         (x, torch.ones(32), (16, 40)),
         (x, None, (16, 39)),
         (x, None, (-8, 64)),
+        (x, None, (56,)),
+        (x, None, ()),
+        (x, None, (2**62, 2**62, 2**62, 2**62, 56)),
+        (x[0, 0], None, (16, 40)),
+        (x, torch.ones(33).to(torch.int32), (16, 40)),
+        (x, torch.ones(1, 1, 33), (16, 40)),
     ):
         with pytest.raises(RuntimeError):
             cpu.littlebit_linear(arguments[0], *good, *arguments[1:])
+    for message, index, wrong in (
+        (r"u is \[0, 33\], but must be \[1, 33\]", 0, good[0][:0]),
+        (r"v_tail is missing: the layer needs \[1, 56\]", 3, None),
+        ("scale_rank is Int, but must be float32, bfloat16 or float16", 5, good[5].to(torch.int32)),
+        ("scale_out has 3 dimensions", 4, good[4][None]),
+        ("scale_in has 1 dimensions, but must have 2", 6, good[6][0]),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            cpu.littlebit_linear(x, *good[:index], wrong, *good[index + 1 :], None, (16, 40))
+    nothing = [torch.zeros(0, 33, dtype=torch.int32), None, torch.zeros(2, 0, dtype=torch.int32), good[3][:, :0]]
+    with pytest.raises(RuntimeError, match="ranks is empty"):
+        cpu.littlebit_linear(x, *nothing, torch.ones(0, 33), torch.ones(0), torch.ones(0, 70), None, ())
     with pytest.raises(RuntimeError, match="Double"):
         cpu.littlebit_linear(x.double(), *good, None, (16, 40))
     with pytest.raises(RuntimeError, match="no instruction set 'sse'"):
@@ -260,9 +279,138 @@ def test_without_the_library_one_warning_and_the_reference():
     assert done.stdout.rstrip().endswith(reference.__name__)
     done = python(PRODUCT.format(library=ABSENT), LITTLEBIT_BACKEND="reference")
     assert "missing" not in done.stdout and done.stdout.rstrip().endswith(reference.__name__), done.stderr
-    for backend, text in (("cpu", "LITTLEBIT_BACKEND=cpu, but there is no"), ("quick", "reference, cpu")):
+    errors = (
+        ("cpu", "RuntimeError: LITTLEBIT_BACKEND=cpu, but there is no"),
+        ("quick", "ValueError: LITTLEBIT_BACKEND='quick' is unknown; set it to one of reference, cpu, or unset it"),
+    )
+    for backend, text in errors:
         done = python(PRODUCT.format(library=ABSENT), LITTLEBIT_BACKEND=backend)
         assert done.returncode != 0 and text in done.stderr, done.stderr
+    calls = (
+        "k.cpu.select()",
+        "k.cpu.littlebit_linear(one, *parts, None, [1])",
+        "k.cpu.littlebit_linear_grad(one, *parts, [1])",
+    )
+    for call in calls:
+        done = python(f"{PRODUCT.format(library=ABSENT)}\n{call}", LITTLEBIT_BACKEND="reference")
+        assert "RuntimeError: there is no compiled CPU kernel" in done.stderr and "compiler" in done.stderr, done.stderr
+
+
+@built
+def test_the_backend_is_chosen_once():
+    code = PRODUCT.format(library=str(cpu.LIBRARY))
+    code += "import os; os.environ['LITTLEBIT_BACKEND'] = 'nonsense'; k.littlebit_linear(one, *parts, None, [1])\n"
+    code += "print(k._choice())"
+    for backend, module in (("reference", reference), ("", cpu), ("cpu", cpu)):
+        done = python(code, LITTLEBIT_BACKEND=backend)
+        assert module.__name__ in done.stdout.splitlines()[-1], done.stdout + done.stderr
+
+
+@built
+def test_a_second_copy_of_the_package_shares_the_operators(tmp_path):
+    """Defining the operators again would end the process."""
+    shutil.copytree(cpu.LIBRARY.parent, tmp_path / "copy")
+    code = (
+        "import sys, importlib.util as u, hf_littlebit.kernels as k\nprint(k.cpu.load(), k.cpu.select())\n"
+        f"spec = u.spec_from_file_location('second', {str(tmp_path / 'copy' / '__init__.py')!r})\n"
+        "second = u.module_from_spec(spec); sys.modules['second'] = second; spec.loader.exec_module(second)\n"
+        "print(second.cpu.LIBRARY != k.cpu.LIBRARY, second.cpu.load(), second.cpu.select())"
+    )
+    done = python(code)
+    assert done.returncode == 0 and done.stdout.splitlines()[1].startswith("True True "), done.stdout + done.stderr
+
+
+@built
+def test_threads_of_python_may_call_at_once(threads):
+    threads(2)
+    cpu.load()
+    shape = (1500, 1400, (1000, 500))
+    parts, *_ = layer(*shape)
+    inputs = [torch.randn(tokens, 1400) for tokens in (1, 5, 64, 130)]
+    expected = [cpu.littlebit_linear(x, *parts, None, shape[2]) for x in inputs]
+
+    def work(_):
+        return all(
+            torch.equal(cpu.littlebit_linear(x, *parts, None, shape[2]), y)
+            for _ in range(5)
+            for x, y in zip(inputs, expected)  # noqa: B905 Python 3.9
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+@built
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_child_computes_with_one_thread():
+    code = (
+        "import torch, hf_littlebit.kernels as k; torch.set_num_threads(2)\n"
+        "u, v = torch.zeros(30, 1500, dtype=torch.int32), torch.zeros(40, 960, dtype=torch.int32)\n"
+        "parts = (u, None, v, None, torch.ones(1, 1500), torch.ones(960), torch.ones(1, 1280))\n"
+        "y = k.littlebit_linear(torch.ones(70, 1280), *parts, None, [960])\n"
+        "import os; child = os.fork()\n"
+        "if not child:\n"
+        "    torch.set_num_threads(1)\n"
+        "    os._exit(not torch.equal(y, k.littlebit_linear(torch.ones(70, 1280), *parts, None, [960])))\n"
+        "print(os.waitpid(child, 0)[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.strip() == "0", done.stdout + done.stderr
+
+
+def test_numbers_that_are_none_stay_with_their_token(isa):
+    """An infinity or a NaN in one token makes that token's result what torch makes of it, and no other's."""
+    shape = (130, 75, (40, 8))
+    parts, dense, size = layer(*shape)
+    for tokens in (3, 20):
+        for bad in (float("inf"), float("-inf"), float("nan")):
+            x = torch.randn(tokens, 75)
+            x[1, 70] = bad
+            y, dx = cpu.littlebit_linear(x, *parts, None, shape[2]), torch.randn(tokens, 130)
+            assert not y[1].isfinite().any()
+            rest = torch.arange(tokens) != 1
+            assert worst(y[rest], x[rest], dense.T, size.T) < 1e-6
+            dx[1, 129] = bad
+            grad = cpu.littlebit_linear_grad(dx, *parts, shape[2])
+            assert not grad[1].isfinite().any() and worst(grad[rest], dx[rest], dense, size) < 1e-6
+
+
+def test_large_and_small_scales(isa):
+    """The latent vector is fp32: scales may lie far apart as long as products do not overflow."""
+    shape = (70, 90, (40, 8))
+    parts, dense, size = layer(*shape, scale_dtype=torch.float32)
+    for factors in ((1e30, 1e-12, 1e-18), (1e-30, 1e17, 1e17), (1e-12, 1e-12, 1e30)):
+        scaled = [part * factor for part, factor in zip(parts[4:], factors)]  # noqa: B905 Python 3.9
+        times = factors[0] * factors[1] * factors[2]
+        for tokens in (1, 9):
+            x = torch.randn(tokens, 90)
+            y = cpu.littlebit_linear(x, *parts[:4], *scaled, None, shape[2])
+            assert worst(y.double() / times, x, dense.T, size.T) < 1e-6
+
+
+@built
+def test_half_precision_is_read_where_subnormal_floats_are_flushed():
+    cpu.load()
+    byte, one = torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1)
+    x = torch.tensor([[2.0**-24], [-(2.0**-15)]], dtype=torch.float16)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("the machine does not flush subnormal numbers")
+    try:
+        parts = (torch.zeros(0, 1, dtype=torch.int32), byte, None, byte, one, one[0], one)
+        assert torch.equal(cpu.littlebit_linear(x, *parts, None, [1]), x)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@built
+@pytest.mark.parametrize("module", [cpu, reference])
+def test_results_are_no_views(module):
+    """autograd forbids to modify a view that an operator has made, and residual sums are written in place."""
+    parts, *_ = layer(33, 70, (16, 40))
+    for shape in ((70,), (3, 70), (2, 3, 70), (0, 70)):
+        y = module.littlebit_linear(torch.randn(*shape), *parts, None, (16, 40))
+        dx = module.littlebit_linear_grad(y, *parts, (16, 40))
+        assert y._base is None and dx._base is None and y.is_contiguous() and dx.shape == shape
 
 
 def test_a_library_that_does_not_load_is_named(tmp_path):

@@ -6,77 +6,65 @@ The C++ source is kernels/littlebit_cpu, built into one shared library beside th
 machine has a compiler. It works on the packed words themselves: 16 outputs are the lanes of an AVX-512 register, and the
 signed sums of a few inputs are a table that a permutation looks up. Loading it registers `hf_littlebit_cpu::linear`, and the
 same function as the CPU implementation of `hf_littlebit::linear`, the plugin's operator, if there is one; from then on
-the plugin's calls on CPU tensors do not pass through Python. Without the library, reference.py computes: correct, but it
-unpacks at every call, so one warning says so.
+the plugin's calls on CPU tensors do not pass through Python.
 
-The environment variable LITTLEBIT_BACKEND is read at the first product: `reference` leaves the library alone, `cpu`
-makes its absence an error, unset takes it if it is there.
+A child of `os.fork` must call `torch.set_num_threads(1)` first, as torch's DataLoader does: GNU OpenMP hangs in a child whose
+parent had started its threads, here as in torch's own products.
 """
 
-import os
-import warnings
+import threading
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 
-__all__ = ["LIBRARY", "littlebit_linear", "littlebit_linear_grad", "load", "select"]
+__all__ = ["LIBRARY", "littlebit_linear", "littlebit_linear_grad", "load", "missing", "select"]
 
 LIBRARY = Path(__file__).with_name("liblittlebit_cpu.so")
-BACKENDS = ("reference", "cpu")
+REMEDY = "install a C++ compiler, then hf-littlebit from its source (pip install --no-binary hf-littlebit hf-littlebit)"
 
-_loaded = False
-_failure: Optional[str] = None  # why there is no library, once a search has failed
+_lock = threading.Lock()
+_operators: Any = None  # torch.ops.hf_littlebit_cpu, once it is there
+_failure: Optional[str] = None  # why there is none, once a search has failed
 
 
 def load() -> bool:
-    """True if the compiled kernel is to be used; loads it at the first call. Repeating it changes nothing.
-
-    Raises:
-        ValueError: LITTLEBIT_BACKEND holds an unknown name.
-        RuntimeError: LITTLEBIT_BACKEND=cpu, and the library is missing or does not load.
-    """
-    backend = os.environ.get("LITTLEBIT_BACKEND", "")
-    if backend and backend not in BACKENDS:
-        raise ValueError(
-            f"LITTLEBIT_BACKEND={backend!r} is unknown; set it to one of {', '.join(BACKENDS)}, or unset it"
-        )
-    if backend == "reference":
-        return False
-    if _loaded or (_failure is None and _load()):
-        return True
-    if backend == "cpu":
-        raise RuntimeError(f"LITTLEBIT_BACKEND=cpu, but {_failure}; {_REMEDY}, or unset the variable")
-    return False
+    """True if the compiled kernel is there; the first call loads it. Never warns and never raises: see `missing`."""
+    return _operators is not None or (_failure is None and _load())
 
 
-_REMEDY = (
-    "install a C++ compiler and reinstall hf-littlebit from source (pip install --no-binary hf-littlebit hf-littlebit)"
-)
+def missing() -> str:
+    """Why `load` returned False, and what to do about it."""
+    return f"{_failure or 'the compiled CPU kernel has not been asked for'}; to have it, {REMEDY}"
 
 
 def _load() -> bool:
-    global _loaded, _failure
-    try:
-        if not LIBRARY.exists():
-            raise OSError(f"there is no compiled CPU kernel ({LIBRARY} is missing)")
-        torch.ops.load_library(str(LIBRARY))
-    except OSError as error:
-        _failure = str(error) if not LIBRARY.exists() else f"the compiled CPU kernel {LIBRARY} does not load ({error})"
-        if not os.environ.get("LITTLEBIT_BACKEND"):
-            warnings.warn(
-                f"littlebit: {_failure}; packed layers run in plain torch, which unpacks them at every call and is 10 to "
-                f"100 times slower. To have it, {_REMEDY}; to silence this, set LITTLEBIT_BACKEND=reference.",
-                stacklevel=4,
-            )
-        return False
-    _loaded = True
-    return True
+    global _operators, _failure
+    with _lock:
+        operators = torch.ops.hf_littlebit_cpu
+        # Another copy of this package may have brought them, and a library that defines them again ends the process.
+        if hasattr(operators, "linear"):
+            _operators = operators
+        elif not LIBRARY.exists():
+            _failure = f"there is no compiled CPU kernel ({LIBRARY} is missing)"
+        else:
+            try:
+                torch.ops.load_library(str(LIBRARY))
+                _operators = operators
+            except OSError as error:
+                _failure = f"the compiled CPU kernel {LIBRARY} does not load ({error})"
+    return _operators is not None
+
+
+def _loaded() -> Any:
+    if not load():
+        raise RuntimeError(missing())
+    return _operators
 
 
 def select(isa: str = "") -> str:
     """Force an instruction set (amx, avx512, avx2, neon, generic; auto: the best there is) and return the one in use."""
-    return torch.ops.hf_littlebit_cpu.select(isa)
+    return _loaded().select(isa)
 
 
 def littlebit_linear(
@@ -91,13 +79,14 @@ def littlebit_linear(
     bias: Optional[torch.Tensor],
     ranks: Sequence[int],
 ) -> torch.Tensor:
-    """x [..., in_features] of fp32, bf16 or fp16 -> [..., out_features] of the same dtype; call `load` before.
+    """x [..., in_features] of fp32, bf16 or fp16 -> [..., out_features] of the same dtype.
 
     Raises:
-        RuntimeError: a part is missing, or has another shape, dtype or device than the ranks and x ask for.
+        RuntimeError: a part is missing, or has another shape, dtype or device than the ranks and x ask for; or there is
+            no compiled kernel.
     """
     parts = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in)
-    return torch.ops.hf_littlebit_cpu.linear(x, *parts, bias, list(ranks))
+    return _loaded().linear(x, *parts, bias, list(ranks))
 
 
 def littlebit_linear_grad(
@@ -113,4 +102,4 @@ def littlebit_linear_grad(
 ) -> torch.Tensor:
     """The gradient with respect to x: grad [..., out_features] -> [..., in_features]; errors as `littlebit_linear`."""
     parts = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in)
-    return torch.ops.hf_littlebit_cpu.linear_grad(grad, *parts, list(ranks))
+    return _loaded().linear_grad(grad, *parts, list(ranks))
