@@ -44,6 +44,9 @@ def part_name(weight: str, part: str) -> str:
     return part if weight == "weight" else f"{weight}_{part}"
 
 
+PACKED_PARAMETERS = tuple(part_name("weight", part) for part in PACKED_PARTS)
+
+
 def pack_parts(paths: Sequence[Path], scale_dtype: torch.dtype) -> dict[str, Tensor]:
     """Factors as the packed parts of packing.py, parts of zero rows left out (but for "u")."""
     rows = [pack_signs(path.u.T) for path in paths]
@@ -216,8 +219,14 @@ class LittleBitLinear(FactorModule, nn.Linear):
         self.declare_packed("weight", (out_features, in_features), ranks, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = autocast_input(x)
-        return ops.linear(x, [getattr(self, part_name("weight", part)) for part in PACKED_PARTS], self.bias, self.ranks)
+        held = self._parameters
+        try:
+            # Eight times Module.__getattr__ would cost as much as the whole product of a small layer.
+            parts = [held[name] for name in PACKED_PARAMETERS]
+            bias = held["bias"]
+        except KeyError:  # a wrapper (parametrizations, sharding) keeps them elsewhere
+            parts, bias = [getattr(self, name) for name in PACKED_PARAMETERS], self.bias
+        return ops.linear(autocast_input(x), parts, bias, self.ranks)
 
     def paths(self) -> list[Path]:
         """The factors, with ±UNPACKED_LATENT for latents."""
