@@ -18,13 +18,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
 import torch
 from hf_littlebit.kernels import cpu, factor_shapes, reference, unpack_signs
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096))  # out, in
 BPW = (0.1, 0.3, 0.55, 1.0)
+BATCHES = (1, 4, 16, 64)  # tokens
 MARKS = {0.1: (80, 30), 0.3: (40, 16), 0.55: (26, 10), 1.0: (15, 6)}  # x bf16 linear, x a mat-vec at memory bandwidth
 COLD = 768 << 20  # bytes of copies that are rotated: more than a last-level cache holds
 BURST = 6  # calls of a candidate in its turn: each meets cold weights, but warm code, as the layers of a model do
@@ -93,45 +94,51 @@ def bandwidth() -> float:
     return best
 
 
-def measure(out: int, into: int, batch: int, rounds: int) -> List[dict]:
-    """One row per bits per weight, all of them and the dense layers in the same turns."""
-    x = torch.randn(batch, into, generator=torch.Generator().manual_seed(1))
-    half = x.bfloat16()
+def measure(out: int, into: int, rounds: int) -> Iterator[dict]:
+    """One row per batch and bits per weight; all bits per weight of a batch and the dense layers in the same turns."""
     dense = [torch.randn(out, into).bfloat16() for _ in range(1 + COLD // (2 * out * into))]
     single = [torch.randn(out, into) for _ in range(1 + COLD // (4 * out * into))]
-    candidates: Candidates = {
-        "bf16": lambda i: torch.nn.functional.linear(half, dense[i % len(dense)]),
-        "fp32": lambda i: torch.nn.functional.linear(x, single[i % len(single)]),
-    }
-    wrong, ranks_for = {}, {}
+    ranks = {bpw: ranks_of(out, into, bpw) for bpw in BPW}
+    packed = {}
     for bpw in BPW:
-        ranks = ranks_for[bpw] = ranks_of(out, into, bpw)
-        copies = [layer(out, into, ranks, seed) for seed in range(2)]
-        wrong[bpw] = error(copies[0], ranks, x[: min(batch, 4)])
-        if batch > 4:
-            wrong[bpw] = max(wrong[bpw], error(copies[0], ranks, x))
-        assert wrong[bpw] < 1e-6, f"{out}x{into} at {bpw}: error {wrong[bpw]:.1e}, limit 1e-6"
-        used = sum(part.nbytes for part in copies[0] if part is not None)
-        count = 1 + COLD // used
+        copies = [layer(out, into, ranks[bpw], seed) for seed in range(2)]
+        count = 1 + COLD // sum(part.nbytes for part in copies[0] if part is not None)
         copies += [[None if p is None else p.clone() for p in copies[i % 2]] for i in range(count - 2)]
-        candidates[f"packed {bpw}"] = lambda i, c=copies, r=ranks: cpu.littlebit_linear(half, *c[i % len(c)], None, r)
-    times = turns(candidates, rounds)
-    if batch == 1:
-        extra: Candidates = {}
+        packed[bpw] = copies
+    for batch in BATCHES:
+        x = torch.randn(batch, into, generator=torch.Generator().manual_seed(1))
+        half = x.bfloat16()
+        wrong = {bpw: error(packed[bpw][0], ranks[bpw], x) for bpw in BPW}
         for bpw in BPW:
-            parts, ranks = layer(out, into, ranks_for[bpw], 0), ranks_for[bpw]
-            extra[f"reference {bpw}"] = lambda i, p=parts, r=ranks: reference.littlebit_linear(half, *p, None, r)
-        times.update(turns(extra, 1))
-    rows = []
-    for bpw in BPW:
-        row = {"out": out, "in": into, "batch": batch, "bpw": bpw, "ranks": ranks_for[bpw], "error": wrong[bpw]}
-        row.update(
-            {name: round(times[name] * 1e6, 1) for name in ("bf16", "fp32")},
-            packed=round(times[f"packed {bpw}"] * 1e6, 1),
-        )
-        row["reference"] = round(times[f"reference {bpw}"] * 1e6, 1) if batch == 1 else None
-        rows.append(row)
-    return rows
+            assert wrong[bpw] < 1e-6, f"{out}x{into} at {bpw}, batch {batch}: error {wrong[bpw]:.1e}, limit 1e-6"
+        candidates: Candidates = {
+            "bf16": lambda i, half=half: torch.nn.functional.linear(half, dense[i % len(dense)]),
+            "fp32": lambda i, x=x: torch.nn.functional.linear(x, single[i % len(single)]),
+        }
+        plain: Candidates = {}
+        for bpw in BPW:
+            c, r = packed[bpw], ranks[bpw]
+            candidates[f"packed {bpw}"] = lambda i, c=c, r=r, x=half: cpu.littlebit_linear(x, *c[i % len(c)], None, r)
+            plain[f"reference {bpw}"] = lambda i, c=c, r=r, x=half: reference.littlebit_linear(x, *c[0], None, r)
+        times = turns(candidates, rounds if batch == 1 else max(3, rounds // 3))
+        if batch == 1:
+            times.update(turns(plain, 1))
+        for bpw in BPW:
+            row = {"out": out, "in": into, "batch": batch, "bpw": bpw, "ranks": ranks[bpw], "error": wrong[bpw]}
+            row.update({name: round(times[name] * 1e6, 1) for name in ("bf16", "fp32")})
+            row["packed"] = round(times[f"packed {bpw}"] * 1e6, 1)
+            row["reference"] = round(times[f"reference {bpw}"] * 1e6, 1) if batch == 1 else None
+            yield row
+
+
+def call() -> Dict[str, float]:
+    """Microseconds of a call that has next to nothing to compute: 32 x 32."""
+    half, weight, parts = torch.randn(1, 32).bfloat16(), torch.randn(32, 32).bfloat16(), layer(32, 32, [8], 0)
+    candidates: Candidates = {
+        "bf16": lambda _: [torch.nn.functional.linear(half, weight) for _ in range(100)],
+        "packed": lambda _: [cpu.littlebit_linear(half, *parts, None, [8]) for _ in range(100)],
+    }
+    return {name: round(seconds * 1e4, 2) for name, seconds in turns(candidates, 10).items()}
 
 
 def machine() -> Dict[str, object]:
@@ -177,17 +184,18 @@ def main() -> int:
     print("   out x in     batch   bpw    packed      bf16      fp32   x bf16   x fp32  x bound  x ref.   error")
     rows, missed = [], []
     with torch.inference_mode():
-        for batch in (1, 64):
-            for out, into in SHAPES:
-                for row in measure(out, into, batch, options.rounds if batch == 1 else max(3, options.rounds // 3)):
-                    faster, bound = show(row, limit)
-                    rows.append({**row, "x_bf16": round(faster, 2), "x_bound": round(bound, 2)})
-                    marks = MARKS[row["bpw"]] if (batch, out, into) == (1, 4096, 4096) else (1.0 if batch > 1 else 0, 0)
-                    if options.threads == 1 and (faster < marks[0] or bound < marks[1]):
-                        missed.append(f"{out}x{into} batch {batch} bpw {row['bpw']}")
+        calls = call()
+        for out, into in SHAPES:
+            for row in measure(out, into, options.rounds):
+                batch, (faster, bound) = row["batch"], show(row, limit)
+                rows.append({**row, "x_bf16": round(faster, 2), "x_bound": round(bound, 2)})
+                marks = MARKS[row["bpw"]] if (batch, out, into) == (1, 4096, 4096) else (1.0 if batch > 1 else 0, 0)
+                if options.threads == 1 and (faster < marks[0] or bound < marks[1]):
+                    missed.append(f"{out}x{into} batch {batch} bpw {row['bpw']}")
+    print(f"a call with nothing to compute: packed {calls['packed']} µs, bf16 {calls['bf16']} µs")
     line = json.dumps({
         "benchmark": "cpu", "machine": machine(), "threads": options.threads, "bandwidth_gb_s": round(limit / 1e9, 2),
-        "marks_missed": missed, "rows": rows,
+        "call_us": calls,        "marks_missed": missed, "rows": rows,
     })  # fmt: skip
     if options.out:
         options.out.write_text(line + "\n")
