@@ -58,10 +58,18 @@ def test_a_wheel_with_the_library_serves_every_python(tmp_path):
     assert str(tmp_path / "site") in done.stdout and " True " in done.stdout, done.stdout + done.stderr
 
 
-def test_a_wheel_without_a_compiler_works_and_says_so(tmp_path):
-    wheel, log = build(tmp_path, CC="/no/such/cc", CXX="/no/such/c++")
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", shutil.which("false")])
+def test_a_wheel_without_a_compiler_works_and_says_so(compiler, tmp_path):
+    wheel, log = build(tmp_path, CC=compiler, CXX=compiler)
     assert log.count("the compiled CPU kernel was not built") == 1, log
     names = zipfile.ZipFile(wheel).namelist()
     assert LIBRARY not in names and "hf_littlebit/kernels/cpu.py" in names and wheel.name.endswith("-py3-none-any.whl")
-    done = load(wheel, tmp_path, "print(k.cpu.load())")
-    assert done.stdout.strip() == "False" and done.stderr.count("there is no compiled CPU kernel") == 1, done.stderr
+    product = "k.littlebit_linear(one, bits[:0].int(), bits, None, bits, one, one[0], one, None, [1])"
+    code = (
+        f"import torch\none, bits = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8)\n{product}\nprint({product})"
+    )
+    done = load(wheel, tmp_path, code)
+    assert done.stdout.strip() == "tensor([[1.]])" and done.stderr.count("there is no compiled CPU kernel") == 1, (
+        done.stderr
+    )
+    assert "install torch and a C++ compiler first" in done.stderr

@@ -21,7 +21,10 @@ import torch
 __all__ = ["LIBRARY", "littlebit_linear", "littlebit_linear_grad", "load", "missing", "select"]
 
 LIBRARY = Path(__file__).with_name("liblittlebit_cpu.so")
-REMEDY = "install a C++ compiler, then hf-littlebit from its source (pip install --no-binary hf-littlebit hf-littlebit)"
+REMEDY = (
+    "install torch and a C++ compiler first, then hf-littlebit again from its source "
+    "(pip install --force-reinstall --no-deps --no-cache-dir --no-binary hf-littlebit hf-littlebit)"
+)
 
 _lock = threading.Lock()
 _operators: Any = None  # torch.ops.hf_littlebit_cpu, once it is there
