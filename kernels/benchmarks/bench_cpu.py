@@ -149,6 +149,7 @@ def machine() -> Dict[str, object]:
     except OSError:
         pass
     versions = {"torch": torch.__version__, "python": platform.python_version()}
+    versions["wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
     return {"cpu": name, "cores": os.cpu_count(), "system": platform.system(), "isa": cpu.select(), **versions}
 
 
@@ -177,6 +178,7 @@ def main() -> int:
         print("there is no compiled CPU kernel to measure; see the warning above", file=sys.stderr)
         return 1
     cpu.select(options.isa)
+    others = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     limit = bandwidth()
     print(
         f"{options.threads} threads, {cpu.select()}, memory {limit / 1e9:.1f} GB/s; times in µs, ratios: how many times faster"
@@ -194,7 +196,8 @@ def main() -> int:
                     missed.append(f"{out}x{into} batch {batch} bpw {row['bpw']}")
     print(f"a call with nothing to compute: packed {calls['packed']} µs, bf16 {calls['bf16']} µs")
     line = json.dumps({
-        "benchmark": "cpu", "machine": machine(), "threads": options.threads, "bandwidth_gb_s": round(limit / 1e9, 2),
+        "benchmark": "cpu", "machine": machine(), "threads": options.threads, "load_before": others,
+        "bandwidth_gb_s": round(limit / 1e9, 2),
         "call_us": calls,        "marks_missed": missed, "rows": rows,
     })  # fmt: skip
     if options.out:
