@@ -198,7 +198,7 @@ def main() -> int:
     line = json.dumps({
         "benchmark": "cpu", "machine": machine(), "threads": options.threads, "load_before": others,
         "bandwidth_gb_s": round(limit / 1e9, 2),
-        "call_us": calls,        "marks_missed": missed, "rows": rows,
+        "call_us": calls, "marks_missed": missed, "rows": rows,
     })  # fmt: skip
     if options.out:
         options.out.write_text(line + "\n")
