@@ -6,9 +6,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint asan bench-cpu clean
 
-$(VENV)/.installed: pyproject.toml setup.cfg
+$(VENV)/.installed: pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf-littlebit needs Python 3.11 or later; run: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
@@ -27,6 +27,16 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The CPU kernel without torch, over odd shapes in buffers of exactly their size. The loops of the sanitizers are slow.
+asan:
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Wno-uninitialized \
+	  $(filter-out %/binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp)) -o build/check-cpu -pthread
+	build/check-cpu
+
+bench-cpu: $(VENV)/.installed
+	$(RUN) kernels/benchmarks/bench_cpu.py
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info src/*.egg-info

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import load, logits
+from conftest import config, equal_states, load, logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_littlebit import LittleBitConfig
+from hf_littlebit import LittleBitConfig, conversion
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +135,11 @@ def test_missing_tensors_are_noticed_by_every_class(copy, missing):
 
 
 @pytest.mark.parametrize("missing", ["model.norm.weight", f"{NAME}.weight", f"{NAME}.scale_rank"])
-def test_missing_tensors_are_noticed_in_a_state_dict(packed, missing):
+def test_missing_tensors_are_noticed_in_a_state_dict(family_dir, tmp_path, missing):
+    packed = tmp_path
+    load(family_dir("llama"), quantization_config=config(bpw=4.0, residual=False)).save_pretrained(packed)
     model = load(packed)
+    assert model.get_parameter(missing).numel() > 0
     state = model.state_dict()
     again = type(model).from_pretrained(None, config=AutoConfig.from_pretrained(packed), state_dict=state)
     assert torch.equal(logits(again), logits(model))
@@ -145,11 +148,51 @@ def test_missing_tensors_are_noticed_in_a_state_dict(packed, missing):
         type(model).from_pretrained(None, config=AutoConfig.from_pretrained(packed), state_dict=state)
 
 
-def test_missing_tensors_of_a_dense_checkpoint(family_dir, tmp_path):
+@pytest.mark.parametrize("other_names", [False, True])
+def test_missing_tensors_of_a_dense_checkpoint(other_names, family_dir, tmp_path, monkeypatch):
+    """Before any work where the file's names are the model's; after it where they may turn into others."""
     folder = shutil.copytree(family_dir("llama"), tmp_path / "dense")
     edit_tensors(folder, lambda t: t.pop("model.norm.weight"))
-    with pytest.raises(ValueError, match=r"missing .*model\.norm\.weight"):
-        load(folder, quantization_config=LittleBitConfig(2.5, init="dual_svid"))
+    if other_names:
+        edit_tensors(folder, lambda t: t.update({"model.unknown": torch.zeros(3)}))
+    done = []
+    original = conversion.factor_weight
+    monkeypatch.setattr(conversion, "factor_weight", lambda *a: done.append(a) or original(*a))
+    with pytest.raises(ValueError, match=r"missing .*model\.norm\.weight.*quantize that"):
+        load(folder, quantization_config=config())
+    assert bool(done) == other_names
+
+
+def test_a_tied_embedding_may_be_stored_by_either_name(family_dir, tmp_path):
+    folder = shutil.copytree(family_dir("llama_tied"), tmp_path / "dense")
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    model = load(folder, quantization_config=config())
+    equal_states(model, load(family_dir("llama_tied"), quantization_config=config()))
+    model.save_pretrained(tmp_path / "packed")
+    edit_tensors(tmp_path / "packed", lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    equal_states(model, load(tmp_path / "packed"))
+
+
+def test_integer_buffers_of_older_checkpoints(family_dir, tmp_path):
+    """Positions and masks were once stored; they say nothing about how the weights are."""
+    folder = shutil.copytree(family_dir("bert"), tmp_path / "dense")
+    positions = {"bert.embeddings.position_ids": torch.arange(64)[None], "bert.attention.bias": torch.ones(1, 4) > 0}
+    edit_tensors(folder, lambda t: t.update(positions))
+    equal_states(load(folder, quantization_config=config()), load(family_dir("bert"), quantization_config=config()))
+
+
+def test_without_architectures_a_task_head_is_new(family_dir, tmp_path):
+    load(family_dir("llama"), quantization_config=config()).save_pretrained(tmp_path / "packed")
+    for folder, options in ((family_dir("llama"), {"quantization_config": config()}), (tmp_path / "packed", {})):
+        copy = shutil.copytree(folder, tmp_path / f"anonymous{len(options)}")
+        data = json.loads((copy / "config.json").read_text())
+        del data["architectures"]
+        (copy / "config.json").write_text(json.dumps(data))
+        classifier = AutoModelForSequenceClassification.from_pretrained(copy, num_labels=3, **options)
+        assert classifier.score.weight.isfinite().all()
+        edit_tensors(copy, lambda t: t.pop("lm_head.weight"))
+        with pytest.raises(ValueError, match=r"missing .*lm_head"):
+            AutoModelForCausalLM.from_pretrained(copy, **options)
 
 
 def test_foreign_checkpoints(family_dir, tmp_path):

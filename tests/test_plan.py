@@ -20,6 +20,16 @@ def test_head_embeddings_and_named_modules_stay_dense(family_dir):
     assert kinds["model.layers.1.self_attn.q_proj"] is LittleBitLinear
 
 
+def test_excluding_a_module_excludes_what_it_holds(family_dir):
+    for name in ("mlp", "layers.1", r"model\.layers\.[0-9]+\.mlp"):
+        model = load(family_dir("llama"), quantization_config=config(modules_to_not_convert=[name]))
+        layers = model.model.layers
+        assert type(layers[1].mlp.up_proj) is nn.Linear and isinstance(layers[0].self_attn.q_proj, LittleBitLinear)
+        assert (type(layers[0].mlp.up_proj) is nn.Linear) == (name != "layers.1")
+    model = load(family_dir("mixtral"), quantization_config=config(modules_to_not_convert=["mlp"]))
+    assert not any(isinstance(module, LittleBitExperts) for module in model.modules())
+
+
 def test_module_config_and_kv_factor(family_dir, tmp_path):
     options = config(
         bpw=2.0, residual=False, kv_factor=2.0, module_config={"*.1.mlp.*": {"bpw": 3.5, "residual": True}}
@@ -61,7 +71,7 @@ def test_expert_weights_answer_to_their_own_names(family_dir, tmp_path):
     )
 
 
-def test_modules_that_must_stay_in_fp32_are_left_alone(tmp_path):
+def test_modules_that_must_stay_in_fp32_are_left_alone(tmp_path, caplog):
     """T5 keeps the second feed-forward matrix in fp32, and its code reads that matrix's dtype."""
     options = transformers.T5Config(
         d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, vocab_size=64, decoder_start_token_id=0
@@ -71,6 +81,7 @@ def test_modules_that_must_stay_in_fp32_are_left_alone(tmp_path):
     model = load(tmp_path, quantization_config=config(), dtype=torch.float16)
     feed_forward = model.encoder.block[0].layer[1].DenseReluDense
     assert type(feed_forward.wo) is nn.Linear and feed_forward.wo.weight.dtype == torch.float32
+    assert "2 module(s)" in caplog.text and "_keep_in_fp32_modules" in caplog.text
     assert isinstance(feed_forward.wi, LittleBitLinear)
     tokens = torch.arange(3, 27).reshape(2, 12)
     before = model(input_ids=tokens, decoder_input_ids=tokens).logits
@@ -94,13 +105,13 @@ def test_warnings_name_the_layers(family_dir, caplog):
 def test_options_without_effect_are_reported(family_dir, caplog):
     options = config(
         kv_factor=4.0,
-        modules_to_not_convert=["o_proj", "w2"],
-        module_config={"*.up_proj": {"bpw": 3.0}, "*.mlp.down_proj": {"bpw": 3.0}},
+        modules_to_not_convert=["o_proj", "w2", "norm"],
+        module_config={"*.up_proj": {"bpw": 3.0}, "*.mlp.down_proj": {"bpw": 3.0}, "*.qkv_proj": {"kv_factor": 2.0}},
     )
     with caplog.at_level("WARNING", "hf_littlebit"):
         load(family_dir("phi3"), quantization_config=options)
-    for option in ("modules_to_not_convert entry 'w2'", "module_config entry '*.up_proj'", "kv_factor=4"):
-        assert f"{option}" in caplog.text
+    for option in ("entry 'w2'", "entry 'norm'", "entry '*.up_proj'", "entry '*.qkv_proj'", "kv_factor=4"):
+        assert option in caplog.text
     assert "o_proj" not in caplog.text and "down_proj" not in caplog.text
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
 from hf_littlebit.experts import LittleBitExperts
@@ -181,6 +182,59 @@ def test_modules_that_only_the_new_class_has_are_new(family_dir, tmp_path):
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     assert type(classifier.bert.pooler.dense) is nn.Linear and classifier.bert.pooler.dense.weight.isfinite().all()
     equal_states(classifier.bert.encoder, model.bert.encoder)
+
+
+def test_a_dense_model_becomes_one_of_another_class(family_dir, tmp_path, caplog):
+    """As without quantization: what only the new class has is new, and here stays dense until it is trained."""
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(family_dir("bert"), num_labels=3, quantization_config=config())
+    assert type(model.bert.pooler.dense) is nn.Linear and "1 module(s) with 4,160 weights" in caplog.text
+    equal_states(model.bert.encoder, load(family_dir("bert"), quantization_config=config()).bert.encoder)
+    model.save_pretrained(tmp_path)
+    equal_states(load(tmp_path), model)
+
+
+def test_one_config_serves_two_models():
+    options = config()
+    for name in ("org/one", "org/two"):
+        model = build("llama").to("meta")
+        model.config.name_or_path = name
+        quantizer = AutoHfQuantizer.from_config(options, pre_quantized=False)
+        quantizer.preprocess_model(model, device_map=None)
+        assert quantizer.quantization_config.base_model == name
+    assert options.base_model is None
+
+
+def test_a_state_dict_has_no_base_model(family_dir):
+    dense = load(family_dir("llama"))
+    model = type(dense).from_pretrained(
+        None, config=dense.config, state_dict=dense.state_dict(), quantization_config=config()
+    )
+    assert model.config.quantization_config.base_model is None
+
+
+def test_a_model_that_begins_with_a_linear_layer_keeps_its_dtype(tmp_path):
+    """transformers reads a model's dtype off its first floating parameter, and saves that in the config."""
+    options = transformers.PatchTSTConfig(
+        num_input_channels=2, context_length=32, patch_length=8, patch_stride=8, d_model=64, num_attention_heads=4,
+        ffn_dim=96, num_hidden_layers=1, prediction_length=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.PatchTSTForPrediction(options).save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", quantization_config=config(bpw=4.0))
+    assert model.dtype == torch.float32
+    model.save_pretrained(tmp_path / "packed")
+    equal_states(model, load(tmp_path / "packed"))
+
+
+def test_torch_save(family_dir, tmp_path):
+    """Also where parts have no rows, whose addresses in the file are those of their neighbours."""
+    load(family_dir("llama"), quantization_config=config()).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert model.model.layers[0].mlp.up_proj.weight.numel() == 0
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_dequantize_to_a_dtype(family_dir):

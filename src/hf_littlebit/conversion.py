@@ -186,24 +186,30 @@ class LittleBitConversion(ConversionOps):
         finally:
             self._slots.release()
 
-    def finish(self, model: Any) -> None:
-        """Wait for the workers; raise the first error, or say which weights the checkpoint lacked.
-
-        Raises:
-            ValueError: naming the layer.
-        """
+    def wait(self) -> None:
+        """Wait for the workers, and end them."""
         for job in self._jobs:
             job.result()
         if self._pool is not None:
             self._pool.shutdown()
+            self._pool = None
             torch.set_num_threads(self._threads)  # what a worker sets, threads started later inherit
+
+    def finish(self, model: Any) -> None:
+        """Raise the first error, or say which weights the checkpoint lacked.
+
+        Raises:
+            ValueError: naming the layer.
+        """
+        self.wait()
         if self.error is not None:
             raise ValueError(f"quantization failed: {self.error}") from self.error
         lacking = sorted(set(self.plans) - self.converted)
         if lacking:
             raise ValueError(
                 f"the checkpoint has no weights for {len(lacking)} of {len(self.plans)} layers to quantize, e.g. {lacking[0]}; "
-                "random weights are never quantized. Check that the checkpoint is complete and of this model class"
+                "random weights are never quantized. Check that the checkpoint is complete and of this model class, or leave "
+                "layers that are new in it dense with modules_to_not_convert"
             )
         for name, value in self.kept.items():
             if model.get_parameter(name).is_meta:

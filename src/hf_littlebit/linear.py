@@ -44,6 +44,9 @@ def part_name(weight: str, part: str) -> str:
     return part if weight == "weight" else f"{weight}_{part}"
 
 
+PACKED_PARAMETERS = tuple(part_name("weight", part) for part in PACKED_PARTS)
+
+
 def pack_parts(paths: Sequence[Path], scale_dtype: torch.dtype) -> dict[str, Tensor]:
     """Factors as the packed parts of packing.py, parts of zero rows left out (but for "u")."""
     rows = [pack_signs(path.u.T) for path in paths]
@@ -211,12 +214,19 @@ class LittleBitLinear(FactorModule, nn.Linear):
     ):
         FactorModule.__init__(self, scale_dtype)
         self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
-        self.declare_packed("weight", (out_features, in_features), ranks, device)
+        # First: transformers takes a model's dtype from its first floating parameter, which should not be a scale.
         self.register_parameter("bias", _bias(out_features, bias, device, dtype))
+        self.declare_packed("weight", (out_features, in_features), ranks, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = autocast_input(x)
-        return ops.linear(x, [getattr(self, part_name("weight", part)) for part in PACKED_PARTS], self.bias, self.ranks)
+        held = self._parameters
+        try:
+            # Eight times Module.__getattr__ would cost as much as the whole product of a small layer.
+            parts = [held[name] for name in PACKED_PARAMETERS]
+            bias = held["bias"]
+        except KeyError:  # a wrapper (parametrizations, sharding) keeps them elsewhere
+            parts, bias = [getattr(self, name) for name in PACKED_PARAMETERS], self.bias
+        return ops.linear(autocast_input(x), parts, bias, self.ranks)
 
     def paths(self) -> list[Path]:
         """The factors, with ±UNPACKED_LATENT for latents."""
@@ -255,8 +265,8 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
         FactorModule.__init__(self, scale_dtype)
         self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
         self.sign_gradient, self.alpha = "smooth", ALPHA
-        self.declare_latent("weight", (out_features, in_features), ranks, device)
         self.register_parameter("bias", _bias(out_features, bias, device, dtype))
+        self.declare_latent("weight", (out_features, in_features), ranks, device)
 
     def forward(self, x: Tensor) -> Tensor:
         x = autocast_input(x)

@@ -5,6 +5,9 @@
 
 Parts as in kernels/packing.py. The gradient is that of x and of the bias; it runs through the same packed parts, with no
 dense copy. Scales and bits are constants here: they are trained as a latent layer (linear.py).
+
+The plain-torch implementation is registered for every device; where the compiled CPU kernel is loaded (kernels/cpu.py) the
+dispatcher goes to it without a step through Python.
 """
 
 from __future__ import annotations
@@ -28,15 +31,36 @@ def linear(x: Tensor, parts: Sequence[Tensor | None], bias: Tensor | None, ranks
 
     `parts` are u, u_tail, v, v_tail, scale_out, scale_rank and scale_in, None where a part has no rows.
     """
-    return torch.ops.hf_littlebit.linear(x, *parts, bias, ranks)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _differentiable(x, bias, *parts)):
+        return _OPERATOR(x, *parts, bias, ranks)
+    # Nothing to record: autograd's step through Python costs as much as all the rest of a call on a small layer.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OPERATOR(x, *parts, bias, ranks)
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    for tensor in tensors:  # noqa: SIM110 any() over a generator takes twice as long
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _linear_fake(x: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    _same_device(x, u)
     return x.new_empty(*x.shape[:-1], u.shape[-1])
 
 
 def _linear_grad_fake(grad: Tensor, u: Tensor, u_tail: Any, v: Any, v_tail: Any, h: Any, l: Any, g: Tensor, ranks: Any):  # noqa: E741
+    _same_device(grad, u)
     return grad.new_empty(*grad.shape[:-1], g.shape[-1])
+
+
+def _same_device(x: Tensor, u: Tensor) -> None:
+    # A fake implementation is also what the dispatcher finds for parts on meta: x elsewhere would get uninitialised memory.
+    if x.device.type != u.device.type:
+        raise RuntimeError(
+            f"x is on {x.device}, but the packed weight is on {u.device}; load the weights, or move both to one device"
+        )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -71,3 +95,4 @@ def _register() -> None:
 
 
 _register()
+_OPERATOR = torch.ops.hf_littlebit.linear.default

@@ -18,6 +18,7 @@ from torch import nn
 from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of, matches
 from .experts import LittleBitExperts, expert_sizes, is_stack
 from .linear import FactorModule, part_name
+from .skeleton import saved_names
 
 __all__ = ["Plan", "WeightPlan", "aliases", "plan_model"]
 
@@ -157,6 +158,8 @@ class _Walk:
         self.prefix: str = getattr(model, "base_model_prefix", "")
         self.kept = _kept_modules(model)
         self.fp32 = _fp32_modules(model)
+        # What only this class has is not in a dense checkpoint of another: it is new, and stays dense until it is trained.
+        self.saved = saved_names(model) if stored is None else None
         self.inside: tuple[str, ...] = ()  # modules that were replaced, or kept, with all they hold
         self.excluding: set[str] = set()  # entries of modules_to_not_convert that matched
 
@@ -170,23 +173,31 @@ class _Walk:
             sizes = {"weight": (1, module.out_features, module.in_features)}  # type: ignore[dict-item]
         if stack:
             self.inside = (*self.inside, name + ".")
-        if self._is_excluded(name, tuple(sizes) if stack else ()):
-            return
-        if reason:
-            self.plan.keep(reason, name, sum(value.numel() for value in module.parameters()))
-        elif sizes:
-            self._plan_module(name, sizes)
-        elif self.stored is None:
+        if not (sizes or reason):
             self._count_kept(name, module)
+        elif self.stored is not None or not self._stays(name, module, tuple(sizes) if stack else ()):
+            if reason:
+                self.plan.keep(reason, name, sum(value.numel() for value in module.parameters()))
+            else:
+                self._plan_module(name, sizes)
 
-    def _is_excluded(self, name: str, weights: tuple[str, ...]) -> bool:
-        if self.stored is not None:
-            return False
+    def _stays(self, name: str, module: nn.Module, weights: tuple[str, ...] = ()) -> bool:
+        """True for a module that names exclude: the user's, the model class's, or because no checkpoint has it."""
         names = aliases(name, self.prefix)
         names += tuple(f"{alias}.{weight}" for alias in names for weight in weights)
         found = [pattern for pattern in self.config.modules_to_not_convert or () if _is_named(names, pattern)]
         self.excluding.update(found)
-        return bool(found) or name in self.kept or any(part in self.fp32 for part in _endings(name))
+        if found or name in self.kept:
+            return True
+        numel = sum(value.numel() for value in module.parameters())
+        if any(part in self.fp32 for part in _endings(name)):
+            self.plan.keep("the model's code needs them in floats (_keep_in_fp32_modules)", name, numel)
+            return True
+        parts = [f"{alias}.{part}" for alias in aliases(name, self.prefix) for part, _ in module.named_parameters()]
+        if self.saved is not None and not self.saved.intersection(parts):
+            self.plan.keep("the checkpoint's class does not have them, so they are new", name, numel)
+            return True
+        return False
 
     def _plan_module(self, name: str, sizes: dict[str, tuple[int, int, int]]) -> None:
         if self.stored is not None and not any(self._is_stored(name, weight) for weight in sizes):
@@ -216,10 +227,10 @@ class _Walk:
 
     def _count_kept(self, name: str, module: nn.Module) -> None:
         """Matrices that a user may expect to shrink, in modules that are not known to be something else."""
-        if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+        if self.stored is not None or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
             return
         matrices = [v for v in module.parameters(recurse=False) if v.ndim > 1 and min(v.shape[-2:]) >= SMALLEST_COUNTED]
-        if matrices:
+        if matrices and not self._stays(name, module):
             kind = type(module).__name__
             reason = f"{kind}'s forward is its own" if isinstance(module, nn.Linear) else f"{kind} is not covered"
             self.plan.keep(reason, name, sum(value.numel() for value in matrices))
@@ -233,18 +244,20 @@ class _Walk:
             if pattern not in self.excluding
         ]
         names = [self._option_names(weight.module, weight.weight) for weight in self.plan.weights]
-        for pattern in config.module_config or {}:
-            if not any(matches(pattern, name) for each in names for name in each):
-                unused.append(f"module_config entry {pattern!r}")
-        if config.kv_factor != 1.0 and not any(each[0].rpartition(".")[2] in KV_NAMES for each in names):
+        kv = [each for each in names if each[0].rpartition(".")[2] in KV_NAMES]
+        for pattern, options in (config.module_config or {}).items():
+            answering = kv if set(options) == {"kv_factor"} else names
+            if not any(matches(pattern, name) for each in answering for name in each):
+                unused.append(f"module_config entry {pattern!r}: {options}")
+        if config.kv_factor != 1.0 and not kv:
             unused.append(f"kv_factor={config.kv_factor:g} (it is for layers named {' and '.join(KV_NAMES)})")
         return unused
 
 
 def _is_named(names: Iterable[str], pattern: str) -> bool:
-    """True if `pattern` is the ending of a name, or matches one from its start up to a dot or its end."""
+    """True if `pattern` is the ending of a name, matches one from its start up to a dot, or names a module around it."""
     boundary = re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
-    return any(name.endswith(pattern) or boundary.match(name) for name in names)
+    return any(name.endswith(pattern) or boundary.match(name) or f".{name}".find(f".{pattern}.") >= 0 for name in names)
 
 
 def _endings(name: str) -> list[str]:

@@ -9,6 +9,7 @@ Registered under "littlebit" by importing `hf_littlebit`.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from functools import partial
@@ -20,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from . import compat
 from .card import upload_with_card
-from .checkpoint import read_headers, refuse_missing, refuse_quantized, verify
+from .checkpoint import read_headers, refuse_missing, refuse_quantized, verify, verify_dense
 from .config import FORMAT_VERSION, LittleBitConfig
 from .conversion import LittleBitConversion, part_shapes
 from .experts import LittleBitExperts
@@ -67,7 +68,8 @@ class LittleBitHfQuantizer(HfQuantizer):
     requires_calibration = False
 
     def __init__(self, quantization_config: LittleBitConfig, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)
+        # A copy: the model keeps it and completes it (base_model), and the user may load another model with theirs.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.plan: Plan | None = None
         self._pending: dict[str, WeightPlan] = {}
         self._conversion: LittleBitConversion | None = None
@@ -120,7 +122,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         config = self.quantization_config
         files = kwargs.get("checkpoint_files") or ()
         # Missing tensors would be drawn at random; the files' headers say it first, this hook for any other source.
-        model._adjust_missing_and_unexpected_keys = partial(self._refuse_missing, model)
+        model.mark_tied_weights_as_initialized = partial(self._refuse_missing, model)
         if self.pre_quantized:
             header = read_headers(files) if files else None
             self.plan = plan_model(model, config, header)
@@ -128,21 +130,28 @@ class LittleBitHfQuantizer(HfQuantizer):
             if header is not None:
                 verify(model, self.plan, config, header)
             return
-        refuse_quantized(files)
+        header = read_headers([file for file in files if str(file).endswith(".safetensors")])
+        refuse_quantized(header)
         self.plan = plan_model(model, config)
+        self._pending = {weight.name: weight for weight in self.plan.weights}
+        if header:
+            verify_dense(model, header, self._pending)
         replace_modules(model, self.plan, config, placeholders=True)
         for message in self.plan.warnings():
             logger.warning("%s", message)
-        self._pending = {weight.name: weight for weight in self.plan.weights}
         self._conversion = LittleBitConversion(self._pending, config)
         self._conversion.place(kwargs.get("device_map"))
         source = model.config.name_or_path
-        if config.base_model is None and HUB_ID.fullmatch(source) and not os.path.isdir(source):
+        # Without a name, as from a state dict, it says "None".
+        if config.base_model is None and HUB_ID.fullmatch(source) and source != "None" and not os.path.isdir(source):
             config.base_model = source
 
     def _refuse_missing(self, model: Any, loading_info: Any) -> None:
-        del model._adjust_missing_and_unexpected_keys
-        model._adjust_missing_and_unexpected_keys(loading_info)
+        """In place of the first thing that transformers does with the missing keys; random numbers come next."""
+        del model.mark_tied_weights_as_initialized
+        model.mark_tied_weights_as_initialized(loading_info)
+        if self._conversion is not None:
+            self._conversion.wait()
         # What was to be converted and was not, the conversion itself reports.
         config, pending = self.quantization_config, self._pending.values()
         refuse_missing(
@@ -158,6 +167,7 @@ class LittleBitHfQuantizer(HfQuantizer):
             self._pending = {}
             self.pre_quantized = True
         _check_scales(model)
+        _own_storage(model)
         if self.quantization_config.dequantize:
             self._dequantize(model, dtype=model.dtype)
             return model
@@ -191,8 +201,10 @@ class LittleBitHfQuantizer(HfQuantizer):
         return None, {"quant_method": "littlebit", "format_version": str(FORMAT_VERSION)}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        dtype, former = compat.resolve_dtype(dtype), model.dtype
-        modules = _factor_modules(model)
+        dtype, modules = compat.resolve_dtype(dtype), _factor_modules(model)
+        parts = {id(value) for module in modules.values() for value in module.parameters(recurse=False)}
+        others = [value.dtype for value in model.parameters() if id(value) not in parts and value.is_floating_point()]
+        former = next(iter(others), dtype)
         for name, module in modules.items():
             if any(value.is_meta for value in module.parameters(recurse=False)):
                 raise ValueError(
@@ -234,3 +246,11 @@ def _check_scales(model: nn.Module) -> None:
                 raise ValueError(
                     f"{name}.{part} holds NaN or Inf; the checkpoint is damaged: download or save it again"
                 )
+
+
+def _own_storage(model: nn.Module) -> None:
+    """Parts without rows share the address of their neighbour in the file, which `torch.save` takes for one tensor."""
+    for module in _factor_modules(model).values():
+        for value in module.parameters(recurse=False):
+            if value.numel() == 0 and not value.is_meta:
+                value.data = torch.empty_like(value)

@@ -12,16 +12,16 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["architectures", "empty_model", "model_class", "saved_class"]
+__all__ = ["class_names", "empty_model", "model_class", "saved_class", "saved_names"]
 
 
-def architectures(config: PretrainedConfig) -> list[str]:
-    """Names of the classes that the checkpoint was saved from.
+def class_names(architectures: Any) -> list[str]:
+    """Names of the classes that a checkpoint was saved from: the `architectures` of its config, checked.
 
     Raises:
-        ValueError: if the config holds something else than a list of names.
+        ValueError: if it is something else than a list of names, or absent (None).
     """
-    names: Any = config.architectures
+    names = architectures
     if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
         raise ValueError(
             f"the config's architectures is {reprlib.repr(names)}; it must be a list of class names, e.g. "
@@ -32,7 +32,7 @@ def architectures(config: PretrainedConfig) -> list[str]:
 
 def saved_class(config: PretrainedConfig) -> Any:
     """The transformers class that a checkpoint of `config` was saved from; None where the config names none."""
-    for name in architectures(config):
+    for name in class_names(config.architectures):
         kind = getattr(transformers, name, None)
         # Any name may stand there: that of a model class of another model type is passed over, as AutoModel does.
         if (
@@ -58,3 +58,11 @@ def empty_model(config: PretrainedConfig) -> nn.Module:
         if kind in (AutoModelForCausalLM, AutoModel):
             return kind.from_config(config, trust_remote_code=False)
         return kind._from_config(config)
+
+
+def saved_names(model: Any) -> set[str] | None:
+    """Names of the tensors that a checkpoint of `model.config` holds by its class; None if that is `model`'s, or unknown."""
+    kind = saved_class(model.config)
+    if kind is None or isinstance(model, kind):
+        return None
+    return set(empty_model(model.config).state_dict())

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from .checkpoint import Header, read_headers
 from .config import LittleBitConfig
-from .skeleton import architectures
+from .skeleton import class_names
 
 __all__ = ["HUB_ID", "Source", "find_source", "quantization_of"]
 
@@ -65,12 +65,12 @@ def find_source(name: str | os.PathLike[str]) -> Source:
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"{name} holds no config.json; give the folder that save_pretrained wrote")
     try:
-        # Before AutoConfig, whose errors do not say that it is this value.
+        # Before AutoConfig, whose errors do not say that it is these values.
         options, _ = PretrainedConfig.get_config_dict(name)
         _quantization(options.get("quantization_config"))
+        class_names(options.get("architectures"))
         # False, not the default: transformers would ask on the terminal whether to run a repository's code.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        architectures(config)
         source = Source(name, config, quantization_of(config))
     except OSError as error:
         if local:

@@ -1,15 +1,29 @@
 """littlebit: matrix products with packed binary factors, W ~ sum_p diag(h_p) U_p diag(l_p) V_p^T diag(g_p).
 
 The public functions take and return tensors and know nothing of transformers. `packing` is the layout (the file format),
-`reference` the product in plain torch.
+`reference` the product in plain torch, `cpu` the compiled one; the functions here choose at each call, from x's device.
+
+The environment variable LITTLEBIT_BACKEND names the implementation for CPU tensors. It is read once, at the first product of
+the process, because from then on the dispatcher calls the compiled operators without asking Python:
+
+    reference   plain torch, and the compiled library is not even loaded        cpu   an error where there is no library
+    unset       the library if it loads; else plain torch, and one warning, because that unpacks at every call
 """
 
-from . import packing, reference
+import functools
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from . import cpu, packing, reference
 from .packing import LAYOUT_VERSION, factor_shape, factor_shapes, pack_signs, stored_bits, unpack_signs
-from .reference import littlebit_linear, littlebit_linear_grad
 
 __all__ = [
+    "BACKENDS",
     "LAYOUT_VERSION",
+    "cpu",
     "factor_shape",
     "factor_shapes",
     "littlebit_linear",
@@ -20,3 +34,46 @@ __all__ = [
     "stored_bits",
     "unpack_signs",
 ]
+
+BACKENDS = ("reference", "cpu")
+
+
+def littlebit_linear(x: torch.Tensor, *parts: Any, **named: Any) -> torch.Tensor:
+    """x [..., in_features] -> [..., out_features], by the fastest implementation; arguments as in reference.py."""
+    return _backend(x).littlebit_linear(x, *parts, **named)
+
+
+def littlebit_linear_grad(grad: torch.Tensor, *parts: Any, **named: Any) -> torch.Tensor:
+    """grad [..., out_features] -> [..., in_features], by the fastest implementation; arguments as in reference.py."""
+    return _backend(grad).littlebit_linear_grad(grad, *parts, **named)
+
+
+def _backend(x: torch.Tensor) -> Any:
+    """The module that computes for x."""
+    choice = _choice()
+    return choice if x.device.type == "cpu" else reference
+
+
+@functools.lru_cache(maxsize=None)
+def _choice() -> Any:
+    """The module for CPU tensors.
+
+    Raises:
+        ValueError: LITTLEBIT_BACKEND holds an unknown name.
+        RuntimeError: LITTLEBIT_BACKEND=cpu, and the library is missing or does not load.
+    """
+    name = os.environ.get("LITTLEBIT_BACKEND", "")
+    if name not in ("", *BACKENDS):
+        raise ValueError(f"LITTLEBIT_BACKEND={name!r} is unknown; set it to one of {', '.join(BACKENDS)}, or unset it")
+    if name == "reference":
+        return reference
+    if cpu.load():
+        return cpu
+    if name == "cpu":
+        raise RuntimeError(f"LITTLEBIT_BACKEND=cpu, but {cpu.missing()}; or unset the variable")
+    warnings.warn(
+        f"littlebit: {cpu.missing()}. Until then packed layers run in plain torch on the CPU, which unpacks them at every "
+        "call and is 10 to 100 times slower; to silence this, set LITTLEBIT_BACKEND=reference.",
+        stacklevel=4,
+    )
+    return reference

@@ -1,0 +1,210 @@
+"""The CPU kernel against dense torch: `python kernels/benchmarks/bench_cpu.py [--threads 1] [--rounds 12] [--out FILE]`.
+
+For every shape and bits per weight: is the product right (against fp64)? Then the candidates take turns, each with weights
+that have left the caches (copies are rotated), and the medians of one run are compared:
+
+    packed      the compiled kernel             bf16, fp32    torch's dense linear
+    reference   the product in plain torch      (batch 1 only: it is slow)
+    bandwidth   the time in which the machine's memory, as measured here, delivers the dense bf16 weight
+
+Prints a table, then one line of JSON with the machine and the versions; `--out` also writes that line to a file.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Tuple
+
+import torch
+from hf_littlebit.kernels import cpu, factor_shapes, reference, unpack_signs
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096))  # out, in
+BPW = (0.1, 0.3, 0.55, 1.0)
+BATCHES = (1, 4, 16, 64)  # tokens
+MARKS = {0.1: (80, 30), 0.3: (40, 16), 0.55: (26, 10), 1.0: (15, 6)}  # x bf16 linear, x a mat-vec at memory bandwidth
+COLD = 768 << 20  # bytes of copies that are rotated: more than a last-level cache holds
+BURST = 6  # calls of a candidate in its turn: each meets cold weights, but warm code, as the layers of a model do
+Candidates = Dict[str, Callable[[int], object]]
+
+
+def ranks_of(out: int, into: int, bpw: float) -> List[int]:
+    """Two paths of equal rank, a multiple of 8, whose layer takes at most `bpw` bits per weight, scales included."""
+    rank = (bpw * out * into - 32 * (out + into)) / (2 * (out + into + 16))
+    return [max(8, int(rank) // 8 * 8)] * 2
+
+
+def layer(out: int, into: int, ranks: List[int], seed: int) -> List[torch.Tensor]:
+    """Random packed parts."""
+    draw = torch.Generator().manual_seed(seed)
+    parts = []
+    for shape, dtype in factor_shapes(into, out, ranks).values():
+        if dtype == torch.int32:
+            parts.append(torch.randint(-(2**31), 2**31, shape, generator=draw, dtype=torch.int64).to(dtype))
+        elif dtype == torch.uint8:
+            parts.append(torch.randint(0, 256, shape, generator=draw, dtype=torch.int64).to(dtype))
+        else:
+            parts.append(torch.randn(shape, generator=draw).to(dtype))
+    names = list(factor_shapes(into, out, ranks))
+    by_name = dict(zip(names, parts))  # noqa: B905 Python 3.9
+    return [by_name.get(name) for name in ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")]
+
+
+def error(parts: List[torch.Tensor], ranks: List[int], x: torch.Tensor) -> float:
+    """Of the fp32 product, relative to the sum of magnitudes."""
+    u, u_tail, v, v_tail, h, ell, g = parts
+    signs, y, size = unpack_signs(v, v_tail, x.shape[-1], torch.float64), 0.0, 0.0
+    word = byte = column = 0
+    for path, rank in enumerate(ranks):
+        words, tail = rank // 32, -(-(rank % 32) // 8)
+        side = unpack_signs(u[word : word + words], None if u_tail is None else u_tail[byte : byte + tail], rank)
+        columns = slice(column, column + rank)
+        scaled, l_path, h_path = x.double() * g[path].double(), ell[columns].double(), h[path].double()
+        y = y + (scaled @ signs[:, columns] * l_path) @ side.double() * h_path
+        size = size + scaled.abs().sum(-1, keepdim=True) * l_path.abs().sum() * h_path.abs()
+        word, byte, column = word + words, byte + tail, column + rank
+    return ((cpu.littlebit_linear(x, *parts, None, ranks) - y).abs() / size).max().item()
+
+
+def turns(candidates: Candidates, rounds: int) -> Dict[str, float]:
+    """Median seconds of each candidate; they alternate, so that a busy moment of the machine meets all of them."""
+    seconds: Dict[str, List[float]] = {name: [] for name in candidates}
+    for index in range(-2, rounds):
+        for name, run in candidates.items():
+            for call in range(BURST):
+                start = time.perf_counter()
+                run(BURST * (index + 2) + call)
+                if index >= 0 and call:
+                    seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def bandwidth() -> float:
+    """Bytes per second that a sum over memory reads, the best of ten passes over 1 GiB."""
+    data = torch.ones(1 << 27, dtype=torch.int64)
+    best = 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        data.sum()
+        best = max(best, data.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def measure(out: int, into: int, rounds: int) -> Iterator[dict]:
+    """One row per batch and bits per weight; all bits per weight of a batch and the dense layers in the same turns."""
+    dense = [torch.randn(out, into).bfloat16() for _ in range(1 + COLD // (2 * out * into))]
+    single = [torch.randn(out, into) for _ in range(1 + COLD // (4 * out * into))]
+    ranks = {bpw: ranks_of(out, into, bpw) for bpw in BPW}
+    packed = {}
+    for bpw in BPW:
+        copies = [layer(out, into, ranks[bpw], seed) for seed in range(2)]
+        count = 1 + COLD // sum(part.nbytes for part in copies[0] if part is not None)
+        copies += [[None if p is None else p.clone() for p in copies[i % 2]] for i in range(count - 2)]
+        packed[bpw] = copies
+    for batch in BATCHES:
+        x = torch.randn(batch, into, generator=torch.Generator().manual_seed(1))
+        half = x.bfloat16()
+        wrong = {bpw: error(packed[bpw][0], ranks[bpw], x) for bpw in BPW}
+        for bpw in BPW:
+            assert wrong[bpw] < 1e-6, f"{out}x{into} at {bpw}, batch {batch}: error {wrong[bpw]:.1e}, limit 1e-6"
+        candidates: Candidates = {
+            "bf16": lambda i, half=half: torch.nn.functional.linear(half, dense[i % len(dense)]),
+            "fp32": lambda i, x=x: torch.nn.functional.linear(x, single[i % len(single)]),
+        }
+        plain: Candidates = {}
+        for bpw in BPW:
+            c, r = packed[bpw], ranks[bpw]
+            candidates[f"packed {bpw}"] = lambda i, c=c, r=r, x=half: cpu.littlebit_linear(x, *c[i % len(c)], None, r)
+            plain[f"reference {bpw}"] = lambda i, c=c, r=r, x=half: reference.littlebit_linear(x, *c[0], None, r)
+        times = turns(candidates, rounds if batch == 1 else max(3, rounds // 3))
+        if batch == 1:
+            times.update(turns(plain, 1))
+        for bpw in BPW:
+            row = {"out": out, "in": into, "batch": batch, "bpw": bpw, "ranks": ranks[bpw], "error": wrong[bpw]}
+            row.update({name: round(times[name] * 1e6, 1) for name in ("bf16", "fp32")})
+            row["packed"] = round(times[f"packed {bpw}"] * 1e6, 1)
+            row["reference"] = round(times[f"reference {bpw}"] * 1e6, 1) if batch == 1 else None
+            yield row
+
+
+def call() -> Dict[str, float]:
+    """Microseconds of a call that has next to nothing to compute: 32 x 32."""
+    half, weight, parts = torch.randn(1, 32).bfloat16(), torch.randn(32, 32).bfloat16(), layer(32, 32, [8], 0)
+    candidates: Candidates = {
+        "bf16": lambda _: [torch.nn.functional.linear(half, weight) for _ in range(100)],
+        "packed": lambda _: [cpu.littlebit_linear(half, *parts, None, [8]) for _ in range(100)],
+    }
+    return {name: round(seconds * 1e4, 2) for name, seconds in turns(candidates, 10).items()}
+
+
+def machine() -> Dict[str, object]:
+    name = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    versions["wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
+    return {"cpu": name, "cores": os.cpu_count(), "system": platform.system(), "isa": cpu.select(), **versions}
+
+
+def show(row: dict, limit: float) -> Tuple[float, float]:
+    """Print one row of the table; how many times faster than bf16, and than the memory's bound of it."""
+    faster = row["bf16"] / row["packed"]
+    bound = 2e6 * row["out"] * row["in"] / limit / row["packed"]
+    slow = f"{row['reference'] / row['packed']:7.0f}x" if row["reference"] else "       -"
+    print(
+        f"{row['out']:6}x{row['in']:<6}{row['batch']:5}{row['bpw']:6}{row['packed']:10.0f}{row['bf16']:10.0f}{row['fp32']:10.0f}"
+        f"{faster:9.1f}x{row['fp32'] / row['packed']:8.1f}x{bound:9.1f}x{slow}   {row['error']:.0e}",
+        flush=True,
+    )
+    return faster, bound
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--isa", default="auto", help="amx, avx512, avx2, neon, generic")
+    parser.add_argument("--out", type=Path, help="also write the JSON line here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if not cpu.load():
+        print("there is no compiled CPU kernel to measure; see the warning above", file=sys.stderr)
+        return 1
+    cpu.select(options.isa)
+    others = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    limit = bandwidth()
+    print(
+        f"{options.threads} threads, {cpu.select()}, memory {limit / 1e9:.1f} GB/s; times in µs, ratios: how many times faster"
+    )
+    print("   out x in     batch   bpw    packed      bf16      fp32   x bf16   x fp32  x bound  x ref.   error")
+    rows, missed = [], []
+    with torch.inference_mode():
+        calls = call()
+        for out, into in SHAPES:
+            for row in measure(out, into, options.rounds):
+                batch, (faster, bound) = row["batch"], show(row, limit)
+                rows.append({**row, "x_bf16": round(faster, 2), "x_bound": round(bound, 2)})
+                marks = MARKS[row["bpw"]] if (batch, out, into) == (1, 4096, 4096) else (1.0 if batch > 1 else 0, 0)
+                if options.threads == 1 and (faster < marks[0] or bound < marks[1]):
+                    missed.append(f"{out}x{into} batch {batch} bpw {row['bpw']}")
+    print(f"a call with nothing to compute: packed {calls['packed']} µs, bf16 {calls['bf16']} µs")
+    line = json.dumps({
+        "benchmark": "cpu", "machine": machine(), "threads": options.threads, "load_before": others,
+        "bandwidth_gb_s": round(limit / 1e9, 2),
+        "call_us": calls, "marks_missed": missed, "rows": rows,
+    })  # fmt: skip
+    if options.out:
+        options.out.write_text(line + "\n")
+    print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

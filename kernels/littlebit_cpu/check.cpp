@@ -1,0 +1,165 @@
+// Runs the kernel without torch over odd shapes, in buffers of exactly the size that the layout gives, against fp64: meant to
+// be built with -fsanitize=address,undefined, or run under valgrind or qemu-user. Prints the worst error of every
+// instruction set; returns 1 if one is above the limit.
+//
+//     error = |y - exact| / sum of magnitudes
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "littlebit.h"
+
+using littlebit::Array;
+using littlebit::Dtype;
+
+namespace {
+
+constexpr double kLimit = 1e-6, kRounding[] = {0.0, 1.0 / 256, 1.0 / 2048};
+std::mt19937 source(1);
+
+double uniform() { return std::uniform_real_distribution<double>(-1.0, 1.0)(source); }
+int64_t below(int64_t limit) { return static_cast<int64_t>(source() % static_cast<uint64_t>(limit)); }
+
+// Numbers that all three types hold exactly: 7 significant bits.
+double exact() { return std::ldexp(std::floor(64 * (1 + std::fabs(uniform()))), -6) * (source() & 1 ? 1 : -1); }
+
+double value(const char* data, Dtype dtype, int64_t i) {
+  uint32_t bits = 0;
+  if (dtype == Dtype::f32) {
+    std::memcpy(&bits, data + 4 * i, 4);
+  } else {
+    uint16_t half;
+    std::memcpy(&half, data + 2 * i, 2);
+    if (dtype == Dtype::f16) {
+      const int exponent = half >> 10 & 31, fraction = half & 1023;
+      const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+      return half & 0x8000 ? -size : size;
+    }
+    bits = static_cast<uint32_t>(half) << 16;
+  }
+  float single;
+  std::memcpy(&single, &bits, 4);
+  return single;
+}
+
+struct Buffer {
+  Dtype dtype;
+  int64_t size;
+  std::vector<char> bytes;
+
+  Buffer(Dtype type, int64_t count) : dtype(type), size(count), bytes(static_cast<size_t>(count) * (type == Dtype::f32 ? 4 : 2)) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float number = static_cast<float>(exact());
+      uint32_t bits;
+      std::memcpy(&bits, &number, 4);
+      uint16_t half = static_cast<uint16_t>(bits >> 16);
+      if (type == Dtype::f16) half = static_cast<uint16_t>((bits >> 16 & 0x8000) | ((bits >> 13) - (112u << 10)) % 32768);
+      if (type == Dtype::f32) std::memcpy(bytes.data() + 4 * i, &bits, 4);
+      else std::memcpy(bytes.data() + 2 * i, &half, 2);
+    }
+    bytes.shrink_to_fit();
+  }
+  Array array() const { return {bytes.data(), dtype}; }
+  double at(int64_t i) const { return value(bytes.data(), dtype, i); }
+};
+
+template <class T>
+std::vector<T> bits(int64_t count) {
+  std::vector<T> result(static_cast<size_t>(count));
+  for (T& word : result) word = static_cast<T>(source());
+  return result;
+}
+
+// Sign k of column n of a factor whose words begin at row `word` and whose tail begins at row `byte`.
+double sign(const std::vector<uint32_t>& words, const std::vector<uint8_t>& tail, int64_t word, int64_t byte,
+            int64_t stride, int64_t length, int64_t k, int64_t n) {
+  const int64_t rest = k - length / 32 * 32;
+  const size_t at = static_cast<size_t>(rest < 0 ? (word + k / 32) * stride + n : (byte + rest / 8) * stride + n);
+  return ((rest < 0 ? words[at] >> (k % 32) : tail[at] >> (rest % 8)) & 1) ? -1.0 : 1.0;
+}
+
+void threads(int64_t count, void (*task)(int64_t, void*), void* context) {
+  std::vector<std::thread> running;
+  for (int64_t i = 0; i < count; ++i) running.emplace_back(task, i, context);
+  for (std::thread& thread : running) thread.join();
+}
+
+double check(int64_t in, int64_t out, std::vector<int64_t> ranks, int64_t tokens, Dtype dtype, Dtype scales, bool bias,
+             int64_t pool) {
+  const int64_t paths = static_cast<int64_t>(ranks.size());
+  int64_t rank = 0, words = 0, bytes = 0;
+  for (const int64_t r : ranks) rank += r, words += r / 32, bytes += (r % 32 + 7) / 8;
+  const std::vector<uint32_t> u = bits<uint32_t>(words * out), v = bits<uint32_t>(in / 32 * rank);
+  const std::vector<uint8_t> ut = bits<uint8_t>(bytes * out), vt = bits<uint8_t>((in % 32 + 7) / 8 * rank);
+  const Buffer h(scales, paths * out), l(scales, rank), g(scales, paths * in), b(dtype, bias ? out : 0);
+  const littlebit::Layer layer = {in, out, paths, ranks.data(), u.data(), ut.data(), v.data(), vt.data(),
+                                  h.array(), l.array(), g.array(), bias ? b.array() : Array{}};
+  // w [out, in], and the magnitudes that are summed in its place.
+  std::vector<double> w(static_cast<size_t>(in * out)), size(w.size());
+  int64_t first = 0, word = 0, byte = 0;
+  for (int64_t p = 0; p < paths; ++p) {
+    const int64_t r = ranks[static_cast<size_t>(p)];
+    for (int64_t n = 0; n < out; ++n) {
+      for (int64_t k = 0; k < in; ++k) {
+        double sum = 0.0, magnitude = 0.0;
+        for (int64_t j = 0; j < r; ++j) {
+          const double left = sign(u, ut, word, byte, out, r, j, n), right = sign(v, vt, 0, 0, rank, in, k, first + j);
+          sum += left * right * l.at(first + j), magnitude += std::fabs(l.at(first + j));
+        }
+        const double scale = h.at(p * out + n) * g.at(p * in + k);
+        w[static_cast<size_t>(n * in + k)] += sum * scale, size[static_cast<size_t>(n * in + k)] += magnitude * std::fabs(scale);
+      }
+    }
+    first += r, word += r / 32, byte += (r % 32 + 7) / 8;
+  }
+  const littlebit::Pool runner = {pool, threads};
+  double worst = 0.0;
+  for (const bool back : {false, true}) {
+    const int64_t from = back ? out : in, to = back ? in : out, stride = from + below(3);
+    const Buffer x(dtype, tokens ? (tokens - 1) * stride + from : 0);
+    Buffer y(dtype, tokens * to);
+    (back ? littlebit::backward : littlebit::forward)(layer, x.array(), stride, tokens, y.bytes.data(), runner);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t n = 0; n < to; ++n) {
+        double sum = !back && bias ? b.at(n) : 0.0, magnitude = std::fabs(sum);
+        for (int64_t k = 0; k < from; ++k) {
+          const size_t at = static_cast<size_t>(back ? k * in + n : n * in + k);
+          sum += x.at(t * stride + k) * w[at], magnitude += std::fabs(x.at(t * stride + k)) * size[at];
+        }
+        const double off = std::fabs(y.at(t * to + n) - sum) - kRounding[static_cast<int>(dtype)] * std::fabs(sum);
+        if (magnitude > 0 && off / magnitude > worst) worst = off / magnitude;
+      }
+    }
+  }
+  return worst;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int rounds = count > 1 ? std::atoi(arguments[1]) : 40;
+  bool good = true;
+  for (const char* isa : {"amx", "avx512", "avx2", "neon", "generic"}) {
+    if (!littlebit::select(isa)) continue;
+    double worst = 0.0;
+    const int64_t tokens[] = {0, 1, 2, 3, 8, 17, 33, 64, 70};
+    for (int round = 0; round < rounds; ++round) {
+      std::vector<int64_t> ranks;
+      for (int64_t p = 0; p < 1 + round % 3; ++p) ranks.push_back(round % 5 ? 8 * (1 + below(8)) : 1 + below(70));
+      const Dtype dtype = static_cast<Dtype>(round % 3), scales = static_cast<Dtype>(round / 3 % 3);
+      const double error = check(1 + below(round % 7 ? 90 : 300), 1 + below(round % 4 ? 90 : 300), ranks,
+                                 tokens[round % 9], dtype, scales, round % 2, 1);
+      if (error > worst) worst = error;
+    }
+    const double wide = check(96, 2500, {40}, 3, Dtype::f32, Dtype::bf16, true, 1);
+    const double threaded = check(600, 700, {104, 40}, 70, Dtype::f32, Dtype::bf16, true, 3);
+    worst = std::fmax(worst, std::fmax(wide, threaded));
+    good = good && worst < kLimit;
+    std::printf("%-8s worst error %.2e of %.0e: %s\n", isa, worst, kLimit, worst < kLimit ? "ok" : "TOO LARGE");
+  }
+  return good ? 0 : 1;
+}

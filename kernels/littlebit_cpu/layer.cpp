@@ -1,0 +1,305 @@
+// The layer's two stages and its gradient over the products of kernels.h, and how they are split over threads.
+//
+// Stage 1 (V) splits the inputs: every thread sums its rows of words into a buffer of its own, and the buffers are added in
+// a fixed order. Stage 2 (U) splits the outputs. Many tokens are split themselves. The bounds depend on the number of
+// threads alone, so results do too.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "kernels.h"
+
+namespace littlebit {
+namespace {
+
+constexpr int64_t kSmall = 4 << 20;      // multiply-adds under which waking a second thread costs more than it brings
+constexpr int64_t kTokens = 64;          // tokens at a time: bounds the buffers
+constexpr int64_t kOutputs = 2048;       // outputs at a time in stage 2, for more than one token
+constexpr int64_t kOutputsOfOne = 8192;
+constexpr int64_t kTransposed = 16;      // rows of transposed words at a time
+constexpr int64_t kLanes = 16;
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels* find(const std::string& isa) {
+  const Kernels* found[] = {amx_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels(), generic_kernels()};
+  for (const Kernels* kernels : found) {
+    if (kernels && (isa == "auto" || isa == kernels->name)) return kernels;
+  }
+  return nullptr;
+}
+
+const Kernels& kernels() {
+  const Kernels* now = chosen.load(std::memory_order_relaxed);
+  if (!now) chosen.store(now = find("auto"), std::memory_order_relaxed);
+  return *now;
+}
+
+using Floats = std::unique_ptr<float[]>;
+
+Floats floats(int64_t count) { return Floats(new float[static_cast<size_t>(std::max<int64_t>(count, 1))]); }
+
+template <class F>
+void run(const Pool& pool, int64_t count, const F& f) {
+  if (count > 1 && pool.run) {
+    pool.run(count, [](int64_t i, void* context) { (*static_cast<const F*>(context))(i); }, const_cast<F*>(&f));
+  } else {
+    for (int64_t i = 0; i < count; ++i) f(i);
+  }
+}
+
+int64_t share(int64_t total, int64_t index, int64_t count) { return total * index / count; }
+
+// Columns of a packed factor: its whole words, then its tail as one more row of words whose missing bits are 0.
+struct Factor {
+  const uint32_t* words;
+  const uint8_t* tail;
+  int64_t stride, length;
+
+  int64_t whole() const { return length / 32; }
+  int64_t rows() const { return (length + 31) / 32; }
+
+  // The row of words made of the tail's bytes, for `count` columns from `column` on.
+  void assemble(int64_t column, int64_t count, uint32_t* out) const {
+    std::fill_n(out, count, 0u);
+    for (int64_t byte = 0; 8 * byte < length % 32; ++byte) {
+      const uint8_t* row = tail + byte * stride + column;
+      for (int64_t i = 0; i < count; ++i) out[i] |= static_cast<uint32_t>(row[i]) << (8 * byte);
+    }
+  }
+};
+
+void call_product(const Kernels& isa, const Words& words, const Input& input, int64_t tokens, float* acc, int64_t lda) {
+  const bool batch = isa.batch_product && tokens >= isa.batch;
+  (batch ? isa.batch_product : isa.product)(words, input, tokens, acc, lda);
+}
+
+// acc[t, n - column] += sum over the rows [begin, end) of words of input(t, k) * factor(k, n), n = column .. + count
+void multiply(const Kernels& isa, const Factor& factor, int64_t column, int64_t count, int64_t begin, int64_t end,
+              const Input& input, int64_t tokens, float* acc, int64_t lda, const uint32_t* after, int64_t after_stride) {
+  const int64_t whole = std::min(end, factor.whole());
+  if (begin < whole) {
+    const uint32_t* first = factor.words + begin * factor.stride + column;
+    const Words words = {first, factor.stride, whole - begin, begin, count, after, after_stride};
+    call_product(isa, words, input, tokens, acc, lda);
+  }
+  if (end > factor.whole() && begin < end) {
+    std::unique_ptr<uint32_t[]> row(new uint32_t[static_cast<size_t>(count)]);
+    factor.assemble(column, count, row.get());
+    call_product(isa, {row.get(), count, 1, factor.whole(), count, after, after_stride}, input, tokens, acc, lda);
+  }
+}
+
+// The transposed product: acc[t, k - 32 begin] += sum_n input(t, n) * factor(k, column + n), n < count, for the inputs k
+// of the rows [begin, end) of words. `acc` has room for whole rows of words.
+void multiply_transposed(const Kernels& isa, const Factor& factor, int64_t column, int64_t count, int64_t begin,
+                         int64_t end, const Input& input, int64_t tokens, float* acc, int64_t lda) {
+  const int64_t width = 32 * (end - begin), whole = std::max(begin, std::min(end, factor.whole()));
+  std::unique_ptr<uint32_t[]> turned(new uint32_t[static_cast<size_t>(kTransposed * width)]);
+  const int64_t blocks = (count + 31) / 32;
+  for (int64_t first = 0; first < blocks; first += kTransposed) {
+    const int64_t rows = std::min(kTransposed, blocks - first);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t start = 32 * (first + row), size = std::min<int64_t>(32, count - start);
+      uint32_t* out = turned.get() + row * width;
+      if (begin < whole) {
+        const uint32_t* words = factor.words + begin * factor.stride + column + start;
+        isa.transpose(words, factor.stride, whole - begin, size, out);
+      }
+      if (end > factor.whole()) {
+        uint32_t last[32];
+        factor.assemble(column + start, size, last);
+        isa.transpose(last, 32, 1, size, out + 32 * (whole - begin));
+      }
+    }
+    call_product(isa, {turned.get(), width, rows, first, width}, input, tokens, acc, lda);
+  }
+}
+
+Array shifted(Array array, int64_t offset) {
+  const int64_t size = array.dtype == Dtype::f32 ? 4 : 2;
+  return {static_cast<const char*>(array.data) + offset * size, array.dtype};
+}
+
+// Rows of a buffer are kept from beginning a power of two apart: they would share a few lines of the cache.
+int64_t pitch(int64_t columns) { return columns + kLanes; }
+
+struct Shape {
+  int64_t in, out, rank;
+
+  explicit Shape(const Layer& layer) : in(layer.in_features), out(layer.out_features), rank(0) {
+    for (int64_t p = 0; p < layer.paths; ++p) rank += layer.ranks[p];
+  }
+};
+
+Factor factor_v(const Layer& layer, const Shape& shape) { return {layer.v, layer.v_tail, shape.rank, shape.in}; }
+
+// Calls f(path, first rank of the path, its U) for every path.
+template <class F>
+void each_path(const Layer& layer, const Shape& shape, const F& f) {
+  int64_t word = 0, byte = 0, first = 0;
+  for (int64_t p = 0; p < layer.paths; ++p) {
+    const int64_t rank = layer.ranks[p];
+    const uint8_t* tail = layer.u_tail ? layer.u_tail + byte * shape.out : nullptr;
+    f(p, first, Factor{layer.u + word * shape.out, tail, shape.out, rank});
+    word += rank / 32, byte += (rank % 32 + 7) / 8, first += rank;
+  }
+}
+
+// Stage 1 over the rows [begin, end) of V's words: inner[t, r] = sum_k g[k] x[t, k] V[k, r].
+void reduce(const Kernels& isa, const Layer& layer, const Shape& shape, Array x, int64_t stride, int64_t tokens,
+            int64_t begin, int64_t end, float* inner) {
+  std::fill_n(inner, tokens * pitch(shape.rank), 0.0f);
+  each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
+    const Input input = {x, stride, shifted(layer.scale_in, p * shape.in), shape.in};
+    const bool last = p + 1 == layer.paths;
+    const uint32_t* after = last ? layer.u : layer.v + begin * shape.rank + first + u.length;
+    multiply(isa, factor_v(layer, shape), first, u.length, begin, end, input, tokens, inner + first, pitch(shape.rank),
+             after, last ? u.length : shape.rank);
+  });
+}
+
+// Between the stages: inner *= l.
+void scale_inner(const Layer& layer, const Shape& shape, int64_t tokens, float* inner) {
+  Floats l = floats(shape.rank);
+  shared::load(layer.scale_rank, 0, shape.rank, l.get());
+  for (int64_t t = 0; t < tokens; ++t, inner += pitch(shape.rank)) {
+    for (int64_t r = 0; r < shape.rank; ++r) inner[r] *= l[static_cast<size_t>(r)];
+  }
+}
+
+// Stage 2 for the outputs [begin, end): y = sum_p h_p * (U_p inner_p) + bias.
+void expand(const Kernels& isa, const Layer& layer, const Shape& shape, const float* inner, int64_t tokens,
+            int64_t begin, int64_t end, void* y, Dtype dtype) {
+  const int64_t step = std::min(end - begin, tokens > 1 ? kOutputs : kOutputsOfOne);
+  const int64_t row = pitch(step);
+  Floats buffer = floats(2 * tokens * row);
+  float* part = buffer.get();
+  float* total = part + tokens * row;
+  for (int64_t column = begin; column < end; column += step) {
+    const int64_t count = std::min(step, end - column);
+    each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
+      std::fill_n(part, tokens * row, 0.0f);
+      const Input input = {{inner + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
+      multiply(isa, u, column, count, 0, u.rows(), input, tokens, part, row,
+               u.words + u.whole() * shape.out + column, shape.out);
+      const Array scale = shifted(layer.scale_out, p * shape.out);
+      for (int64_t t = 0; t < tokens; ++t) {
+        isa.combine(part + t * row, scale, column, layer.bias, p == 0, count, total + t * row);
+      }
+    });
+    for (int64_t t = 0; t < tokens; ++t) isa.store(total + t * row, count, y, dtype, t * shape.out + column);
+  }
+}
+
+void* advance(void* y, Dtype dtype, int64_t offset) {
+  return static_cast<char*>(y) + offset * (dtype == Dtype::f32 ? 4 : 2);
+}
+
+void forward_tokens(const Kernels& isa, const Layer& layer, const Shape& shape, Array x, int64_t stride, int64_t tokens,
+                    void* y, const Pool& pool, int64_t threads) {
+  const int64_t rows = factor_v(layer, shape).rows(), size = tokens * pitch(shape.rank);
+  const int64_t parts = std::min(threads, std::max<int64_t>(rows, 1));
+  Floats inner = floats(parts * size);
+  run(pool, parts, [&](int64_t i) {
+    const int64_t begin = share(rows, i, parts), end = share(rows, i + 1, parts);
+    reduce(isa, layer, shape, x, stride, tokens, begin, end, inner.get() + i * size);
+  });
+  for (int64_t i = 1; i < parts; ++i) {
+    const float* other = inner.get() + i * size;
+    for (int64_t j = 0; j < size; ++j) inner[static_cast<size_t>(j)] += other[j];
+  }
+  scale_inner(layer, shape, tokens, inner.get());
+  const int64_t lanes = (shape.out + kLanes - 1) / kLanes;
+  run(pool, std::min(threads, lanes), [&](int64_t i) {
+    const int64_t count = std::min(threads, lanes);
+    const int64_t begin = kLanes * share(lanes, i, count), end = std::min(shape.out, kLanes * share(lanes, i + 1, count));
+    expand(isa, layer, shape, inner.get(), tokens, begin, end, y, x.dtype);
+  });
+}
+
+void backward_tokens(const Kernels& isa, const Layer& layer, const Shape& shape, Array grad, int64_t stride,
+                     int64_t tokens, void* grad_x) {
+  // The transposed products write whole rows of words: a path's ranks begin at a multiple of 32 of `wide`.
+  int64_t longest = 0;
+  for (int64_t p = 0; p < layer.paths; ++p) longest = std::max(longest, 32 * ((layer.ranks[p] + 31) / 32));
+  longest = pitch(longest);
+  Floats inner = floats(tokens * pitch(shape.rank)), wide = floats(tokens * longest);
+  each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
+    std::fill_n(wide.get(), tokens * longest, 0.0f);
+    const Input input = {grad, stride, shifted(layer.scale_out, p * shape.out), shape.out};
+    multiply_transposed(isa, u, 0, shape.out, 0, u.rows(), input, tokens, wide.get(), longest);
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::copy_n(wide.get() + t * longest, u.length, inner.get() + t * pitch(shape.rank) + first);
+    }
+  });
+  scale_inner(layer, shape, tokens, inner.get());
+  const Factor v = factor_v(layer, shape);
+  const int64_t step = kOutputs / 32, row = pitch(kOutputs);
+  Floats buffer = floats(2 * tokens * row);
+  float* part = buffer.get();
+  float* total = part + tokens * row;
+  for (int64_t begin = 0; begin < v.rows(); begin += step) {
+    const int64_t end = std::min(begin + step, v.rows());
+    const int64_t count = std::min(shape.in, 32 * end) - 32 * begin;
+    each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
+      std::fill_n(part, tokens * row, 0.0f);
+      const Input input = {{inner.get() + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
+      multiply_transposed(isa, v, first, u.length, begin, end, input, tokens, part, row);
+      const Array scale = shifted(layer.scale_in, p * shape.in);
+      for (int64_t t = 0; t < tokens; ++t) {
+        isa.combine(part + t * row, scale, 32 * begin, {}, p == 0, count, total + t * row);
+      }
+    });
+    for (int64_t t = 0; t < tokens; ++t) {
+      isa.store(total + t * row, count, grad_x, grad.dtype, t * shape.in + 32 * begin);
+    }
+  }
+}
+
+}  // namespace
+
+void forward(const Layer& layer, Array x, int64_t stride, int64_t tokens, void* y, const Pool& pool) {
+  const Kernels& isa = kernels();
+  const Shape shape(layer);
+  const int64_t work = shape.rank * (shape.in + shape.out) * tokens;
+  const int64_t threads = work < kSmall ? 1 : pool.threads, chunks = (tokens + kTokens - 1) / kTokens;
+  const auto chunk = [&](int64_t i, int64_t parts) {
+    const int64_t begin = i * kTokens, count = std::min(kTokens, tokens - begin);
+    forward_tokens(isa, layer, shape, shifted(x, begin * stride), stride, count,
+                   advance(y, x.dtype, begin * shape.out), pool, parts);
+  };
+  if (threads > 1 && chunks >= threads) {
+    run(pool, threads, [&](int64_t i) {
+      for (int64_t j = share(chunks, i, threads); j < share(chunks, i + 1, threads); ++j) chunk(j, 1);
+    });
+  } else {
+    for (int64_t i = 0; i < chunks; ++i) chunk(i, threads);
+  }
+}
+
+void backward(const Layer& layer, Array grad, int64_t stride, int64_t tokens, void* grad_x, const Pool& pool) {
+  const Kernels& isa = kernels();
+  const Shape shape(layer);
+  const int64_t work = shape.rank * (shape.in + shape.out) * tokens;
+  const int64_t threads = std::max<int64_t>(1, std::min(work < kSmall ? 1 : pool.threads, tokens));
+  run(pool, threads, [&](int64_t i) {
+    const int64_t last = share(tokens, i + 1, threads);
+    for (int64_t begin = share(tokens, i, threads); begin < last; begin += kTokens) {
+      backward_tokens(isa, layer, shape, shifted(grad, begin * stride), stride, std::min(kTokens, last - begin),
+                      advance(grad_x, grad.dtype, begin * shape.in));
+    }
+  });
+}
+
+bool select(const char* isa) {
+  const Kernels* found = find(isa);
+  if (found) chosen.store(found);
+  return found != nullptr;
+}
+
+const char* selected() { return kernels().name; }
+
+}  // namespace littlebit

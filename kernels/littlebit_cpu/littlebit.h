@@ -1,0 +1,48 @@
+// The layer on packed bits, for a CPU, with plain pointers: no torch type here, so that it can be driven by any program.
+//
+//     y = sum_p h_p * (U_p (l_p * (V_p^T (g_p * x)))) + bias
+//
+// The layout of U and V is that of torch-ext/littlebit/packing.py. All strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace littlebit {
+
+enum class Dtype { f32, bf16, f16 };
+
+struct Array {
+  const void* data = nullptr;  // null where a layer has no such part
+  Dtype dtype = Dtype::f32;
+};
+
+struct Layer {
+  int64_t in_features, out_features, paths;
+  const int64_t* ranks;     // [paths]
+  const uint32_t* u;        // [sum_p r_p // 32, out]
+  const uint8_t* u_tail;    // [sum_p ceil(r_p % 32 / 8), out] or null
+  const uint32_t* v;        // [in // 32, sum_p r_p] or null
+  const uint8_t* v_tail;    // [ceil(in % 32 / 8), sum_p r_p] or null
+  Array scale_out;          // h [paths, out]
+  Array scale_rank;         // l [sum_p r_p]
+  Array scale_in;           // g [paths, in]
+  Array bias;               // [out] or null
+};
+
+// Runs task(i, context) for every i < count, in any order and on any threads. Results depend on `threads` alone.
+struct Pool {
+  int64_t threads = 1;
+  void (*run)(int64_t count, void (*task)(int64_t, void*), void* context) = nullptr;
+};
+
+// x [tokens, in], its rows `stride` apart -> y [tokens, out] contiguous, of x's dtype.
+void forward(const Layer& layer, Array x, int64_t stride, int64_t tokens, void* y, const Pool& pool);
+
+// grad [tokens, out], rows `stride` apart -> the gradient with respect to x, [tokens, in] contiguous, of grad's dtype.
+void backward(const Layer& layer, Array grad, int64_t stride, int64_t tokens, void* grad_x, const Pool& pool);
+
+// The instruction sets, best first; "auto" is the best this machine has. `select` returns false for one it has not.
+bool select(const char* isa);
+const char* selected();
+
+}  // namespace littlebit
