@@ -12,10 +12,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
 from hf_littlebit.flips import SignFlips
+from hf_littlebit.linear import part_name
 from hf_littlebit.topk import save_topk
 from hf_littlebit.trainer import LittleBitTrainer
 from hf_littlebit.training import LittleBitCallback
-from hf_littlebit.twins import factor_modules, latent_model, latents_and_scales, pack_model, unpack_model
+from hf_littlebit.twins import (
+    balance_scales,
+    factor_modules,
+    latent_model,
+    latents_and_scales,
+    pack_model,
+    unpack_model,
+    weight_ranks,
+)
 
 CONFIG = LittleBitConfig(bpw=3.0, init="dual_svid", residual=False)
 
@@ -194,7 +203,10 @@ def test_best_model_at_the_end(tmp_path):
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
-    plain, checkpointed = trained(tmp_path), trained(tmp_path, activation_checkpointing=True)
+    # Its name before transformers 5.20 or so; later versions warn about it.
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    option = {"activation_checkpointing" if new else "gradient_checkpointing": True}
+    plain, checkpointed = trained(tmp_path), trained(tmp_path, **option)
     assert equal(plain, checkpointed)
 
 
@@ -404,6 +416,20 @@ def test_a_loss_that_bypasses_the_model_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="no distillation"):
         trainer.train()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_balanced_scales_are_the_same_weight(family):
+    model = latent_model(build(family), LittleBitConfig(bpw=4.0, init="dual_svid", residual=True), progress=False)
+    before, dense = logits(model.eval()), [m.dense() for m in factor_modules(model).values() if hasattr(m, "dense")]
+    balance_scales(model)
+    for module in factor_modules(model).values():
+        for weight in weight_ranks(module):
+            sizes = [getattr(module, part_name(weight, f"scale_{side}")).abs().mean() for side in ("out", "rank", "in")]
+            assert max(sizes) < 4 * min(sizes), (weight, sizes)
+    after = [module.dense() for module in factor_modules(model).values() if hasattr(module, "dense")]
+    assert all(torch.equal(a, b) for a, b in zip(dense, after, strict=True))  # powers of two change no bit
+    assert torch.equal(logits(model), before)
 
 
 def test_in_place_conversions_refuse_what_they_cannot_do():

@@ -1,0 +1,68 @@
+"""What a training step costs: forward and backward of a latent model against the dense one of the same shape.
+
+    python examples/experiments/step_speed.py [--hidden 1024] [--tokens 512] [--bf16]
+
+Random weights, cross-entropy alone (a teacher costs both the same), steps of the two interleaved, the fastest of each
+counts. The last line is JSON: seconds, their ratio, and the bytes of parameters, gradients and Adam's state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_littlebit import LittleBitConfig, latent_model
+
+
+def step(model: torch.nn.Module, tokens: torch.Tensor, bf16: bool) -> float:
+    """Seconds of one forward and backward."""
+    start = time.perf_counter()
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=bf16):
+        loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    model.zero_grad()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--bpw", type=float, default=0.55)
+    parser.add_argument("--repeat", type=int, default=8)
+    parser.add_argument("--bf16", action="store_true", help="autocast; weights stay fp32")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 11 // 4,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 128,
+        num_key_value_heads=args.hidden // 128,
+        vocab_size=512,
+        max_position_embeddings=args.tokens,
+    )
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(config).train().to(device)
+    latent = LlamaForCausalLM(config).train().to(device)
+    latent_model(latent, LittleBitConfig(bpw=args.bpw, init="dual_svid"), progress=False)
+    tokens = torch.randint(0, 512, (1, args.tokens), device=device)
+    times = [(step(dense, tokens, args.bf16), step(latent, tokens, args.bf16)) for _ in range(args.repeat)]
+    best = [min(column) for column in zip(*times, strict=True)]
+    state = [16 * sum(value.numel() for value in model.parameters()) for model in (dense, latent)]
+    result = {"device": device, "machine": platform.machine(), "threads": torch.get_num_threads(), **vars(args)}
+    result |= {"dense_s": best[0], "latent_s": best[1], "ratio": best[1] / best[0]}
+    result |= {"dense_state_bytes": state[0], "latent_state_bytes": state[1]}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
