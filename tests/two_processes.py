@@ -84,7 +84,9 @@ def main() -> None:
     if trainer.is_world_process_zero():
         torch.save({"weights": weights, "history": history, "same": same}, os.path.join(out, "final.pt"))
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # Taking gloo down beside a live DDP reducer hangs now and then; what was to be shown is on disk.
+        dist.barrier()
+        os._exit(0)
 
 
 if __name__ == "__main__":
