@@ -134,8 +134,8 @@ def plot(results: dict, file: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(names) + 1), layout="constrained")
     colours = ["#d1495b" if "default" in n else "#999999" if "reference" in n else "#3b7dd8" for n in names]
     axis.barh(names, [results["arms"][name]["excess"] for name in names], color=colours)
-    axis.set(xlabel="loss over the dense model's on held-out text, nats per token", xscale="log")
-    axis.grid(alpha=0.3, axis="x", which="both")
+    axis.set(xlabel="loss over the dense model's on held-out text, nats per token")
+    axis.grid(alpha=0.3, axis="x")
     figure.savefig(file, dpi=130)
 
 
