@@ -66,6 +66,7 @@ def test_resume_and_self_written_text(tmp_path, capsys, stories):
         (["--data", "self", "more.txt"], "stands alone"),
         (["--resume"], "no checkpoint to resume"),
         (["--init", "best"], "init is 'best'"),
+        (["--format", "latent"], "train packs its result"),
         (["--blocks", "1"], "--blocks is 1"),
         (["--data", "./missing.txt"], "does not exist"),
     ],

@@ -140,6 +140,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--blocks is {args.blocks}; it must be at least 2")
     if args.lr is not None and not 0 < args.lr < 1:
         raise ValueError(f"--lr is {args.lr:g}; it must be above 0 and below 1")
+    if args.format not in (None, "packed"):
+        raise ValueError(
+            f"--format is {args.format!r}, but train packs its result; the checkpoints in --out are latent"
+        )
     if "self" in args.data and len(args.data) > 1:
         raise ValueError("--data self stands alone: the teacher writes all of the text")
     out = args.out
