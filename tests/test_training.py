@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-import transformers.trainer
+import transformers
 from conftest import build, load, logits
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -444,3 +444,11 @@ def test_in_place_conversions_refuse_what_they_cannot_do():
         absent = build("llama")
     with pytest.raises(ValueError, match="offloaded"):
         latent_model(absent, CONFIG)
+
+
+def test_a_model_in_memory_is_converted_whole(family_dir):
+    """Whatever class its checkpoint had: in memory there is no telling what is new, and all of it may be trained by now."""
+    kind = transformers.AutoModelForSequenceClassification
+    model = latent_model(kind.from_pretrained(family_dir("bert"), num_labels=3), CONFIG, progress=False)
+    assert isinstance(model.bert.pooler.dense, LatentLittleBitLinear)
+    assert model.hf_quantizer.quantization_config is model.config.quantization_config

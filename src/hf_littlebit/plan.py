@@ -18,7 +18,6 @@ from torch import nn
 from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of, matches
 from .experts import LittleBitExperts, expert_sizes, is_stack
 from .linear import FactorModule, part_name
-from .skeleton import saved_names
 
 __all__ = ["Plan", "WeightPlan", "aliases", "plan_model"]
 
@@ -115,16 +114,23 @@ class Plan:
         return messages
 
 
-def plan_model(model: nn.Module, config: LittleBitConfig, stored: Collection[str] | None = None) -> Plan:
+def plan_model(
+    model: nn.Module,
+    config: LittleBitConfig,
+    stored: Collection[str] | None = None,
+    saved: Collection[str] | None = None,
+) -> Plan:
     """The plan for a dense model, or the one that a quantized model was built by.
 
     Args:
-        stored: names of the tensors in the file of a saved model; a weight is then replaced if its parts are among them.
+        stored: names of the tensors of a quantized model or its file; a weight is replaced if its parts are among them.
+        saved: names of the tensors that a dense checkpoint to be read holds, where that is of another class; what it
+            lacks is new and stays dense.
 
     Raises:
         ValueError: if nothing in the model can be replaced, or none of its weights' parts is stored.
     """
-    walk = _Walk(model, config, stored)
+    walk = _Walk(model, config, stored, saved)
     for name, module in model.named_modules():
         walk.visit(name, module)
     plan = walk.plan
@@ -153,13 +159,14 @@ def aliases(name: str, prefix: str) -> tuple[str, ...]:
 class _Walk:
     """One pass over a module tree."""
 
-    def __init__(self, model: Any, config: LittleBitConfig, stored: Collection[str] | None):
+    def __init__(
+        self, model: Any, config: LittleBitConfig, stored: Collection[str] | None, saved: Collection[str] | None
+    ):
         self.plan, self.config, self.stored = Plan(), config, stored
         self.prefix: str = getattr(model, "base_model_prefix", "")
         self.kept = _kept_modules(model)
         self.fp32 = _fp32_modules(model)
-        # What only this class has is not in a dense checkpoint of another: it is new, and stays dense until it is trained.
-        self.saved = saved_names(model) if stored is None else None
+        self.saved = saved
         self.inside: tuple[str, ...] = ()  # modules that were replaced, or kept, with all they hold
         self.excluding: set[str] = set()  # entries of modules_to_not_convert that matched
 
@@ -194,7 +201,7 @@ class _Walk:
             self.plan.keep("the model's code needs them in floats (_keep_in_fp32_modules)", name, numel)
             return True
         parts = [f"{alias}.{part}" for alias in aliases(name, self.prefix) for part, _ in module.named_parameters()]
-        if self.saved is not None and not self.saved.intersection(parts):
+        if self.saved is not None and not any(part in self.saved for part in parts):
             self.plan.keep("the checkpoint's class does not have them, so they are new", name, numel)
             return True
         return False

@@ -28,6 +28,7 @@ from .experts import LittleBitExperts
 from .kernels.packing import factor_shape
 from .linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from .plan import Plan, WeightPlan, plan_model
+from .skeleton import saved_names
 from .source import HUB_ID
 
 __all__ = ["LittleBitHfQuantizer", "replace_modules"]
@@ -132,7 +133,7 @@ class LittleBitHfQuantizer(HfQuantizer):
             return
         header = read_headers([file for file in files if str(file).endswith(".safetensors")])
         refuse_quantized(header)
-        self.plan = plan_model(model, config)
+        self.plan = plan_model(model, config, saved=saved_names(model))
         self._pending = {weight.name: weight for weight in self.plan.weights}
         if header:
             verify_dense(model, header, self._pending)

@@ -202,9 +202,9 @@ def _with_format(config: LittleBitConfig, format: str) -> LittleBitConfig:
 
 def _mark(model: Any, config: LittleBitConfig) -> None:
     """Make `model` one that `from_pretrained` could have returned: saved, shared and checked as such."""
-    model.config.quantization_config = config
     model.hf_quantizer = LittleBitHfQuantizer(config, pre_quantized=True)
-    model.hf_quantizer.plan = plan_model(model, config)
+    model.hf_quantizer.plan = plan_model(model, config, stored=model.state_dict().keys())
+    model.config.quantization_config = model.hf_quantizer.quantization_config
     model.is_quantized = True
     model.quantization_method = config.quant_method
     # Saved under the names they have; see quantizer.py.
