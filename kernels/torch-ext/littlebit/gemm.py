@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import INTERPRETED, locate, sign_tile
+from .tiles import INTERPRETED, in_units, locate, rank_sum, sign_tile
 
 __all__ = ["product"]
 
@@ -51,10 +51,10 @@ def _expand(
     result,
     tokens,
     features,
-    total,
     stride_x,
     span,
     ranks,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -63,7 +63,8 @@ def _expand(
     SPLIT: tl.constexpr,
 ):
     split = tl.program_id(2)
-    path, rank, before, words_before, tails_before, inside = locate(tl.program_id(1), ranks, BLOCK_N)
+    path, rank, before, words_before, tails_before, inside = locate(tl.program_id(1), ranks, UNIT, BLOCK_N)
+    total = rank_sum(ranks, UNIT)
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     if TRANSPOSED:
         words += words_before * features
@@ -75,7 +76,8 @@ def _expand(
             tail += before
     scale_in += path * features
     total_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(split * span, min((split + 1) * span, features), BLOCK_K):
+    for block in range(split * span, min((split + 1) * span, tl.cdiv(features, BLOCK_K))):
+        start = block * BLOCK_K
         k = start + tl.arange(0, BLOCK_K)
         live = (rows < tokens)[:, None] & (k < features)[None, :]
         values = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=live, other=0.0).to(tl.float32)
@@ -117,8 +119,8 @@ def _contract(
     y,
     tokens,
     features,
-    total,
     ranks,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -126,6 +128,7 @@ def _contract(
     TRANSPOSED: tl.constexpr,
 ):
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    total = rank_sum(ranks, UNIT)
     made = tl.program_id(1) * BLOCK_N
     columns = made + tl.arange(0, BLOCK_N)
     inside = columns < features
@@ -134,7 +137,7 @@ def _contract(
         result += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     latent += rows[:, None] * total
     for path in tl.static_range(len(ranks)):
-        rank = ranks[path]
+        rank = ranks[path] * UNIT
         path_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, rank, BLOCK_K):
             j = start + tl.arange(0, BLOCK_K)
@@ -186,8 +189,10 @@ def product(
     else:
         first, first_tail, scale_first, second, second_tail, scale_last = v, v_tail, scale_in, u, u_tail, scale_out
     (tokens, features), total = x.shape, scale_rank.shape[0]
-    span = -(-features // (config.splits * config.block_k)) * config.block_k
-    splits = -(-features // span)
+    units, unit = in_units(ranks)
+    steps = -(-features // config.block_k)
+    span = -(-steps // config.splits)
+    splits = -(-steps // span)
     # One term is all that the second product reads of the latent.
     latent_dtype = torch.bfloat16 if config.terms == 1 else torch.float32
     latent = torch.empty(tokens, total, dtype=latent_dtype, device=x.device)
@@ -205,10 +210,10 @@ def product(
         partial,
         tokens,
         features,
-        total,
         x.stride(0),
         span,
-        tuple(ranks),
+        units,
+        UNIT=unit,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_r,
         BLOCK_K=config.block_k,
@@ -228,8 +233,8 @@ def product(
         y,
         tokens,
         y.shape[1],
-        total,
-        tuple(ranks),
+        units,
+        UNIT=unit,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

@@ -16,18 +16,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import locate, word_tile
+from .tiles import in_units, locate, rank_sum, word_tile
 
 __all__ = ["product"]
 
 
 @triton.jit
 def _signed_sum(values, words):
-    """sum over b of values[i, b] with the sign of bit b of words[i, j]: [rows, 32], [rows, columns] -> [rows, columns]."""
+    """sum over b of values[b, i] with the sign of bit b of words[i, j]: [32, rows], [rows, columns] -> [rows, columns]."""
+    # The bits come first, because the compiler spreads threads over the last axes: a thread then adds all bits of its words.
     bits = 31 - tl.arange(0, 32)
-    flips = (words[:, None, :] << bits[None, :, None]) & -0x80000000
+    flips = (words[None, :, :] << bits[:, None, None]) & -0x80000000
     signed = values.to(tl.int32, bitcast=True)[:, :, None] ^ flips
-    return tl.sum(signed.to(tl.float32, bitcast=True), axis=1)
+    return tl.sum(signed.to(tl.float32, bitcast=True), axis=0)
 
 
 @triton.jit(do_not_specialize=["span"])
@@ -38,15 +39,16 @@ def _stage_one(
     scale_in,
     partial,
     in_features,
-    total,
     stride_x,
     span,
     ranks,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     split, token = tl.program_id(1), tl.program_id(2)
-    path, rank, before, _, _, inside = locate(tl.program_id(0), ranks, BLOCK_N)
+    path, rank, before, _, _, inside = locate(tl.program_id(0), ranks, UNIT, BLOCK_N)
+    total = rank_sum(ranks, UNIT)
     columns = inside + tl.arange(0, BLOCK_N)
     x += token.to(tl.int64) * stride_x
     scale_in += path * in_features
@@ -56,7 +58,7 @@ def _stage_one(
         words = word_tile(
             v + before, None if v_tail is None else v_tail + before, rows, columns, in_features, rank, total
         )
-        k = rows[:, None] * 32 + tl.arange(0, 32)[None, :]
+        k = rows[None, :] * 32 + tl.arange(0, 32)[:, None]
         values = tl.load(x + k, mask=k < in_features, other=0.0).to(tl.float32)
         values *= tl.load(scale_in + k, mask=k < in_features, other=0.0).to(tl.float32)
         total_sum += _signed_sum(values, words)
@@ -74,13 +76,14 @@ def _stage_two(
     bias,
     y,
     out_features,
-    total,
     ranks,
+    UNIT: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     token = tl.program_id(1)
+    total = rank_sum(ranks, UNIT)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < out_features
     partial += token.to(tl.int64) * SPLITS * total
@@ -89,13 +92,13 @@ def _stage_two(
         result += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     before = 0
     for path in tl.static_range(len(ranks)):
-        rank = ranks[path]
+        rank = ranks[path] * UNIT
         path_sum = tl.zeros([BLOCK_W, BLOCK_N], tl.float32)
         for row in range(0, tl.cdiv(rank, 32), BLOCK_W):
             rows = row + tl.arange(0, BLOCK_W)
             words = word_tile(u, u_tail, rows, columns, rank, out_features, out_features)
-            j = rows[:, None] * 32 + tl.arange(0, 32)[None, :]
-            values = tl.zeros([BLOCK_W, 32], tl.float32)
+            j = rows[None, :] * 32 + tl.arange(0, 32)[:, None]
+            values = tl.zeros([32, BLOCK_W], tl.float32)
             for split in tl.static_range(SPLITS):
                 values += tl.load(partial + split * total + before + j, mask=j < rank, other=0.0)
             values *= tl.load(scale_rank + before + j, mask=j < rank, other=0.0).to(tl.float32)
@@ -131,6 +134,7 @@ def product(
     """
     tokens, in_features = x.shape
     out_features, total = y.shape[1], scale_rank.shape[0]
+    units, unit = in_units(ranks)
     rows = -(-in_features // 32)
     span = -(-rows // (config.splits * config.words_one)) * config.words_one
     splits = -(-rows // span)
@@ -143,10 +147,10 @@ def product(
         scale_in,
         partial,
         in_features,
-        total,
         x.stride(0),
         span,
-        tuple(ranks),
+        units,
+        UNIT=unit,
         BLOCK_N=config.columns_one,
         BLOCK_W=config.words_one,
         num_warps=config.warps_one,
@@ -160,8 +164,8 @@ def product(
         bias,
         y,
         out_features,
-        total,
-        tuple(ranks),
+        units,
+        UNIT=unit,
         SPLITS=splits,
         BLOCK_N=config.columns_two,
         BLOCK_W=config.words_two,

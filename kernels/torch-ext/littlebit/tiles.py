@@ -7,20 +7,22 @@ product of V sums along its bits, the gradient sums along its columns.
 Places outside the factor read as 0, which is the sign +1: whoever multiplies must have zeros there on the other side.
 """
 
+from typing import Sequence, Tuple
+
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "locate", "sign_tile", "word_tile"]
+__all__ = ["INTERPRETED", "in_units", "locate", "rank_sum", "sign_tile", "word_tile"]
 
 
 @triton.jit
-def locate(block, ranks, BLOCK: tl.constexpr):
-    """Where a block lies when every path's ranks are cut into blocks of their own.
+def locate(block, ranks, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a block lies when every path's ranks (ranks[p] * UNIT) are cut into blocks of their own.
 
     Returns (path, its rank, ranks before it, its word rows before it, its tail rows before it, first rank inside the path).
     """
     path = 0
-    rank = ranks[0]
+    rank = ranks[0] * UNIT
     before = 0
     words = 0
     tails = 0
@@ -30,18 +32,28 @@ def locate(block, ranks, BLOCK: tl.constexpr):
     words_seen = 0
     tails_seen = 0
     for index in tl.static_range(1, len(ranks)):
-        blocks += tl.cdiv(ranks[index - 1], BLOCK)
-        ranks_seen += ranks[index - 1]
-        words_seen += ranks[index - 1] // 32
-        tails_seen += tl.cdiv(ranks[index - 1] % 32, 8)
+        last = ranks[index - 1] * UNIT
+        blocks += tl.cdiv(last, BLOCK)
+        ranks_seen += last
+        words_seen += last // 32
+        tails_seen += tl.cdiv(last % 32, 8)
         here = block >= blocks
         path = tl.where(here, index, path)
-        rank = tl.where(here, ranks[index], rank)
+        rank = tl.where(here, ranks[index] * UNIT, rank)
         before = tl.where(here, ranks_seen, before)
         words = tl.where(here, words_seen, words)
         tails = tl.where(here, tails_seen, tails)
         inside = tl.where(here, (block - blocks) * BLOCK, inside)
     return path, rank, before, words, tails, inside
+
+
+@triton.jit
+def rank_sum(ranks, UNIT: tl.constexpr):
+    """The ranks of all paths together."""
+    total = 0
+    for index in tl.static_range(len(ranks)):
+        total += ranks[index] * UNIT
+    return total
 
 
 @triton.jit
@@ -93,3 +105,9 @@ def sign_tile(
 
 # TRITON_INTERPRET=1 was set when triton first saw the kernels: they run as numpy on CPU tensors, for tests.
 INTERPRETED = not isinstance(locate, triton.runtime.JITFunction)
+
+
+def in_units(ranks: Sequence[int]) -> Tuple[Tuple[int, ...], int]:
+    """(ranks / UNIT, UNIT): a factor of 8 that the compiler can see lets it load 16 bytes at a time."""
+    unit = 1 if any(rank % 8 for rank in ranks) else 8
+    return tuple(rank // unit for rank in ranks), unit

@@ -199,11 +199,8 @@ def tune(
             x = torch.randn(tokens, features, device=device).to(dtype)
             y = x.new_empty(tokens, into if transposed else out)
 
-            def run(config: Any, product: Any = product, x: Any = x, y: Any = y, last: Any = (transposed,)) -> float:
-                extra = last if product is gemm.product else ()
-                return _seconds(lambda parts: product(x, *parts, None, ranks, y, config, *extra), copies)
-
-            best, seconds = _search(start, run)
+            last = (transposed,) if product is gemm.product else ()
+            best, seconds = _search(start, functools.partial(_run, product, copies, x, y, ranks, last))
             configs[key] = list(best)
             print(f"{key}: {best} {seconds * 1e6:.1f} us", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +209,10 @@ def tune(
     for cached in (_measured, decode, tiles):
         cached.cache_clear()
     return path
+
+
+def _run(product: Any, copies: Sequence[Any], x: Any, y: Any, ranks: Tuple[int, ...], last: Any, config: Any) -> float:
+    return _seconds(lambda parts: product(x, *parts, None, ranks, y, config, *last), copies)
 
 
 def _search(start: Any, run: Callable[[Any], float]) -> Tuple[Any, float]:
