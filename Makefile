@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint asan bench-cpu clean
+.PHONY: demo test lint asan bench-cpu bench-gpu clean
 
 $(VENV)/.installed: pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf-littlebit needs Python 3.11 or later; run: make PYTHON=python3.12 ...")'
@@ -37,6 +37,10 @@ asan:
 
 bench-cpu: $(VENV)/.installed
 	$(RUN) kernels/benchmarks/bench_cpu.py
+
+# Needs a CUDA or ROCm GPU and the torch built for it.
+bench-gpu: $(VENV)/.installed
+	$(RUN) kernels/benchmarks/bench_gpu.py
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info src/*.egg-info
