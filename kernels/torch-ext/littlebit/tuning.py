@@ -147,16 +147,22 @@ def tiles(
     """Tiles for a bucket of tokens of a layer, forward or (transposed) for the gradient."""
     count = terms(device, dtype, tokens)
     found = _measured(_name(device)).get(_key("tiles", out, into, ranks, tokens, count, "gradient" * transposed))
-    return Tiles(*found) if found else _tiles_rule(_cores(device), out if transposed else into, ranks, tokens, count)
+    if found:
+        return Tiles(*found)
+    summed, made = (out, into) if transposed else (into, out)
+    return _tiles_rule(_cores(device), summed, made, ranks, tokens, count)
 
 
-def _tiles_rule(cores: int, summed: int, ranks: Tuple[int, ...], tokens: int, count: int) -> Tiles:
-    many = tokens > 64
-    side = 128 if many and count == 1 else 64
+def _tiles_rule(cores: int, summed: int, made: int, ranks: Tuple[int, ...], tokens: int, count: int) -> Tiles:
+    # Large tiles make each word's signs serve more tokens; their registers leave room for one program per core, not two.
+    large = tokens > FEW and count == 1
+    side = 128 if large else 64
     height = min(tokens, side)
-    blocks = -(-tokens // height) * sum(-(-rank // side) for rank in ranks)
-    splits = min(32, _power(max(1.0, 2 * cores / blocks)), _power(max(1.0, summed / 256)))
-    return Tiles(height, side, side, 64 if count else 32, 8 if side == 128 else 4, 3, splits, count)
+    across = -(-tokens // height)
+    narrow = side if across * -(-made // side) >= cores else side // 2
+    blocks = across * sum(-(-rank // side) for rank in ranks)
+    splits = min(32, _power(max(1.0, (1 if large else 2) * cores / blocks)), _power(max(1.0, summed / 256)))
+    return Tiles(height, side, narrow, 64 if count else 32, 8 if large else 4, 3, splits, count)
 
 
 def tune(
