@@ -31,6 +31,16 @@ def _signed_sum(values, words):
     return tl.sum(signed.to(tl.float32, bitcast=True), axis=0)
 
 
+@triton.jit
+def _inputs(x, scale_in, v, v_tail, row, columns, length, rank, total, BLOCK_W: tl.constexpr):
+    """(scaled x [32, BLOCK_W], words [BLOCK_W, columns]) of stage one from word row `row` on."""
+    rows = row + tl.arange(0, BLOCK_W)
+    k = rows[None, :] * 32 + tl.arange(0, 32)[:, None]
+    values = tl.load(x + k, mask=k < length, other=0.0).to(tl.float32)
+    values *= tl.load(scale_in + k, mask=k < length, other=0.0).to(tl.float32)
+    return values, word_tile(v, v_tail, rows, columns, length, rank, total)
+
+
 @triton.jit(do_not_specialize=["span"])
 def _stage_one(
     x,
@@ -53,17 +63,30 @@ def _stage_one(
     x += token.to(tl.int64) * stride_x
     scale_in += path * in_features
     total_sum = tl.zeros([BLOCK_W, BLOCK_N], tl.float32)
-    for row in range(split * span, min((split + 1) * span, tl.cdiv(in_features, 32)), BLOCK_W):
-        rows = row + tl.arange(0, BLOCK_W)
-        words = word_tile(
-            v + before, None if v_tail is None else v_tail + before, rows, columns, in_features, rank, total
-        )
-        k = rows[None, :] * 32 + tl.arange(0, 32)[:, None]
-        values = tl.load(x + k, mask=k < in_features, other=0.0).to(tl.float32)
-        values *= tl.load(scale_in + k, mask=k < in_features, other=0.0).to(tl.float32)
+    v += before
+    if v_tail is not None:
+        v_tail += before
+    # The split's end takes the place of the factor's, so that nothing past it is fetched.
+    length = min(in_features, (split + 1) * span * 32)
+    values, words = _inputs(x, scale_in, v, v_tail, split * span, columns, length, rank, total, BLOCK_W)
+    for row in range(split * span, tl.cdiv(length, 32), BLOCK_W):
+        # The next words travel while these are added. Left to the compiler's own stages, some versions of triton scale the
+        # same values again in every thread that reads them.
+        next_values, next_words = _inputs(x, scale_in, v, v_tail, row + BLOCK_W, columns, length, rank, total, BLOCK_W)
         total_sum += _signed_sum(values, words)
+        values, words = next_values, next_words
     place = (token * tl.num_programs(1) + split).to(tl.int64) * total + before
     tl.store(partial + place + columns, tl.sum(total_sum, axis=0), mask=columns < rank)
+
+
+@triton.jit
+def _latent(partial, scale_rank, row, before, rank, total, SPLITS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Scaled sums of the splits, [32, BLOCK_W], from word row `row` of a path on."""
+    j = (row + tl.arange(0, BLOCK_W))[None, :] * 32 + tl.arange(0, 32)[:, None]
+    values = tl.zeros([32, BLOCK_W], tl.float32)
+    for split in tl.static_range(SPLITS):
+        values += tl.load(partial + split * total + before + j, mask=j < rank, other=0.0)
+    return values * tl.load(scale_rank + before + j, mask=j < rank, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -94,15 +117,13 @@ def _stage_two(
     for path in tl.static_range(len(ranks)):
         rank = ranks[path] * UNIT
         path_sum = tl.zeros([BLOCK_W, BLOCK_N], tl.float32)
+        words = word_tile(u, u_tail, tl.arange(0, BLOCK_W), columns, rank, out_features, out_features)
         for row in range(0, tl.cdiv(rank, 32), BLOCK_W):
-            rows = row + tl.arange(0, BLOCK_W)
-            words = word_tile(u, u_tail, rows, columns, rank, out_features, out_features)
-            j = rows[None, :] * 32 + tl.arange(0, 32)[:, None]
-            values = tl.zeros([32, BLOCK_W], tl.float32)
-            for split in tl.static_range(SPLITS):
-                values += tl.load(partial + split * total + before + j, mask=j < rank, other=0.0)
-            values *= tl.load(scale_rank + before + j, mask=j < rank, other=0.0).to(tl.float32)
+            rows = row + BLOCK_W + tl.arange(0, BLOCK_W)
+            next_words = word_tile(u, u_tail, rows, columns, rank, out_features, out_features)
+            values = _latent(partial, scale_rank, row, before, rank, total, SPLITS, BLOCK_W)
             path_sum += _signed_sum(values, words)
+            words = next_words
         scale = tl.load(scale_out + path * out_features + columns, mask=inside, other=0.0).to(tl.float32)
         result += tl.sum(path_sum, axis=0) * scale
         before += rank
