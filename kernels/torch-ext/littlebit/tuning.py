@@ -23,6 +23,7 @@ __all__ = ["CONFIGS", "Decode", "Tiles", "bucket", "decode", "terms", "tiles", "
 
 CONFIGS = Path(__file__).with_name("configs")
 LARGEST = 4096  # tokens of the last bucket
+LEAST = 20  # calls in a graph that is timed
 FEW = 64  # tokens up to which a second term costs nothing: the matrix units wait for memory
 
 
@@ -102,6 +103,10 @@ def _key(kind: str, out: int, into: int, ranks: Sequence[int], *more: Any) -> st
     return " ".join([kind, f"{out}x{into}", "+".join(map(str, ranks)), *map(str, more)])
 
 
+def _way(transposed: bool) -> str:
+    return "gradient" if transposed else "forward"
+
+
 @functools.lru_cache(maxsize=None)
 def terms(device: torch.device, dtype: torch.dtype, tokens: int) -> int:
     """bf16 terms of an fp32 factor (gemm.py): as exact as the result's dtype shows, where that costs no time."""
@@ -146,7 +151,7 @@ def tiles(
 ) -> Tiles:
     """Tiles for a bucket of tokens of a layer, forward or (transposed) for the gradient."""
     count = terms(device, dtype, tokens)
-    found = _measured(_name(device)).get(_key("tiles", out, into, ranks, tokens, count, "gradient" * transposed))
+    found = _measured(_name(device)).get(_key("tiles", out, into, ranks, tokens, count, _way(transposed)))
     if found:
         return Tiles(*found)
     summed, made = (out, into) if transposed else (into, out)
@@ -188,9 +193,9 @@ def tune(
     configs = dict(json.loads(path.read_text())["configs"]) if path.exists() else {}
     for out, into, some in layers:
         ranks = tuple(some)
-        copies = [
-            _random_parts(out, into, ranks, device) for _ in range(1 + (64 << 20) * 8 // (sum(ranks) * (out + into)))
-        ]
+        # Rotated, so that the weights are cold; the smallest layers stay in the cache, as they do in a model.
+        count = min(64, 1 + (256 << 20) * 8 // (sum(ranks) * (out + into)))
+        copies = [_random_parts(out, into, ranks, device) for _ in range(count)]
         cases: Dict[str, Tuple[Any, Callable[..., None], int, int, bool]] = {}
         for tokens in batches:
             for transposed in (False, True) if gradient else (False,):
@@ -199,7 +204,7 @@ def tune(
                     cases[_key("decode", out, into, ranks)] = (start, gemv.product, tokens, into, False)
                     continue
                 start = tiles(device, out, into, ranks, bucket(tokens), dtype, transposed)
-                key = _key("tiles", out, into, ranks, bucket(tokens), start.terms, "gradient" * transposed)
+                key = _key("tiles", out, into, ranks, bucket(tokens), start.terms, _way(transposed))
                 cases[key] = (start, gemm.product, tokens, out if transposed else into, transposed)
         for key, (start, product, tokens, features, transposed) in cases.items():
             x = torch.randn(tokens, features, device=device).to(dtype)
@@ -211,7 +216,7 @@ def tune(
             print(f"{key}: {best} {seconds * 1e6:.1f} us", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
-    path.write_text(json.dumps({**about, "configs": configs}, indent=1) + "\n")
+    path.write_text(json.dumps({**about, "configs": configs}).replace('], "', '],\n"') + "\n")
     for cached in (_measured, decode, tiles):
         cached.cache_clear()
     return path
@@ -256,14 +261,14 @@ def _random_parts(out: int, into: int, ranks: Tuple[int, ...], device: torch.dev
 
 
 def _seconds(call: Callable[[Any], None], copies: Sequence[Any], repeats: int = 5) -> float:
-    """Seconds of one call inside a CUDA graph that goes through all copies, so that the weights are cold."""
+    """Seconds of one call inside a CUDA graph that goes through all copies."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call(copies[0])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    calls = max(len(copies), 20)
+    calls = max(len(copies), LEAST)
     with torch.cuda.graph(graph):
         for index in range(calls):
             call(copies[index % len(copies)])
