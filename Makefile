@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint asan bench-cpu clean
+.PHONY: demo test lint asan bench-cpu bench-gpu clean
 
 $(VENV)/.installed: pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf-littlebit needs Python 3.11 or later; run: make PYTHON=python3.12 ...")'
@@ -16,11 +16,17 @@ $(VENV)/.installed: pyproject.toml setup.cfg setup.py $(wildcard kernels/littleb
 	$(RUN) -m pip install --quiet --editable '.[dev,optimum]'
 	touch $@
 
+# Triton's interpreter tests the GPU kernels on a CPU. A torch for GPUs has brought its own; elsewhere than on Linux there is none.
+$(VENV)/.triton: $(VENV)/.installed
+	$(RUN) -c 'import triton' 2>/dev/null || \
+	  $(RUN) -m pip install --quiet "triton>=3.7; sys_platform == 'linux' and platform_machine == 'x86_64'"
+	touch $@
+
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(RUN) examples/demo.py --out demo-output
 
 # One thread: on few or shared cores, threads that wait for each other cost more than they bring.
-test: $(VENV)/.installed
+test: $(VENV)/.triton
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 lint: $(VENV)/.installed
@@ -37,6 +43,10 @@ asan:
 
 bench-cpu: $(VENV)/.installed
 	$(RUN) kernels/benchmarks/bench_cpu.py
+
+# Needs a CUDA or ROCm GPU and the torch built for it.
+bench-gpu: $(VENV)/.installed
+	$(RUN) kernels/benchmarks/bench_gpu.py
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info src/*.egg-info

@@ -281,7 +281,10 @@ def test_without_the_library_one_warning_and_the_reference():
     assert "missing" not in done.stdout and done.stdout.rstrip().endswith(reference.__name__), done.stderr
     errors = (
         ("cpu", "RuntimeError: LITTLEBIT_BACKEND=cpu, but there is no"),
-        ("quick", "ValueError: LITTLEBIT_BACKEND='quick' is unknown; set it to one of reference, cpu, or unset it"),
+        (
+            "quick",
+            "ValueError: LITTLEBIT_BACKEND='quick' is unknown; set it to one of reference, cpu, triton, or unset it",
+        ),
     )
     for backend, text in errors:
         done = python(PRODUCT.format(library=ABSENT), LITTLEBIT_BACKEND=backend)

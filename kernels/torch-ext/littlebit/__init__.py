@@ -1,13 +1,16 @@
 """littlebit: matrix products with packed binary factors, W ~ sum_p diag(h_p) U_p diag(l_p) V_p^T diag(g_p).
 
 The public functions take and return tensors and know nothing of transformers. `packing` is the layout (the file format),
-`reference` the product in plain torch, `cpu` the compiled one; the functions here choose at each call, from x's device.
+`reference` the product in plain torch, `cpu` the compiled one, `gpu` the Triton kernels; the functions here choose at each
+call, from x's device. Every other device computes in plain torch, after one warning.
 
-The environment variable LITTLEBIT_BACKEND names the implementation for CPU tensors. It is read once, at the first product of
-the process, because from then on the dispatcher calls the compiled operators without asking Python:
+The environment variable LITTLEBIT_BACKEND names the implementation. It is read once per kind of device, at its first product
+in the process, because from then on the dispatcher calls the compiled operators without asking Python:
 
-    reference   plain torch, and the compiled library is not even loaded        cpu   an error where there is no library
-    unset       the library if it loads; else plain torch, and one warning, because that unpacks at every call
+    reference   plain torch everywhere, and the compiled library is not even loaded
+    cpu         CPU tensors: an error where there is no library       triton   GPUs: an error where there is no triton;
+                (GPUs: as if unset)                                            CPU tensors: TRITON_INTERPRET=1 or an error
+    unset       the library, or triton, if it loads; else plain torch, and one warning, because that unpacks at every call
 """
 
 import functools
@@ -17,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import cpu, packing, reference
+from . import cpu, gpu, packing, reference
 from .packing import LAYOUT_VERSION, factor_shape, factor_shapes, pack_signs, stored_bits, unpack_signs
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "cpu",
     "factor_shape",
     "factor_shapes",
+    "gpu",
     "littlebit_linear",
     "littlebit_linear_grad",
     "pack_signs",
@@ -35,7 +39,7 @@ __all__ = [
     "unpack_signs",
 ]
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 def littlebit_linear(x: torch.Tensor, *parts: Any, **named: Any) -> torch.Tensor:
@@ -50,8 +54,14 @@ def littlebit_linear_grad(grad: torch.Tensor, *parts: Any, **named: Any) -> torc
 
 def _backend(x: torch.Tensor) -> Any:
     """The module that computes for x."""
-    choice = _choice()
-    return choice if x.device.type == "cpu" else reference
+    return _choice() if x.device.type == "cpu" else _accelerated(x.device.type)
+
+
+def _asked() -> str:
+    name = os.environ.get("LITTLEBIT_BACKEND", "")
+    if name not in ("", *BACKENDS):
+        raise ValueError(f"LITTLEBIT_BACKEND={name!r} is unknown; set it to one of {', '.join(BACKENDS)}, or unset it")
+    return name
 
 
 @functools.lru_cache(maxsize=None)
@@ -60,13 +70,17 @@ def _choice() -> Any:
 
     Raises:
         ValueError: LITTLEBIT_BACKEND holds an unknown name.
-        RuntimeError: LITTLEBIT_BACKEND=cpu, and the library is missing or does not load.
+        RuntimeError: LITTLEBIT_BACKEND=cpu, and the library is missing or does not load; or LITTLEBIT_BACKEND=triton, and
+            triton is missing or compiles.
     """
-    name = os.environ.get("LITTLEBIT_BACKEND", "")
-    if name not in ("", *BACKENDS):
-        raise ValueError(f"LITTLEBIT_BACKEND={name!r} is unknown; set it to one of {', '.join(BACKENDS)}, or unset it")
+    name = _asked()
     if name == "reference":
         return reference
+    if name == "triton":
+        if gpu.interpreted():
+            return gpu
+        why = "triton compiles for GPUs only, and x is on the CPU: move the model" if gpu.load() else gpu.missing()
+        raise RuntimeError(f"LITTLEBIT_BACKEND=triton, but {why}; or unset the variable")
     if cpu.load():
         return cpu
     if name == "cpu":
@@ -74,6 +88,30 @@ def _choice() -> Any:
     warnings.warn(
         f"littlebit: {cpu.missing()}. Until then packed layers run in plain torch on the CPU, which unpacks them at every "
         "call and is 10 to 100 times slower; to silence this, set LITTLEBIT_BACKEND=reference.",
+        stacklevel=4,
+    )
+    return reference
+
+
+@functools.lru_cache(maxsize=None)
+def _accelerated(kind: str) -> Any:
+    """The module for tensors on devices of this type; errors as `_choice`."""
+    name = _asked()
+    known = kind in gpu.DEVICES
+    if name == "reference" or kind == "meta":
+        return reference
+    if known and gpu.load():
+        return gpu
+    why = (
+        gpu.missing()
+        if known
+        else f"there are no kernels for {kind} devices, only for {', '.join(gpu.DEVICES)} and cpu"
+    )
+    if name == "triton":
+        raise RuntimeError(f"LITTLEBIT_BACKEND=triton, but {why}; or unset the variable")
+    warnings.warn(
+        f"littlebit: {why}. Packed layers run in plain torch on {kind}, which unpacks them at every call and is slower than "
+        "the dense layer; to silence this, set LITTLEBIT_BACKEND=reference.",
         stacklevel=4,
     )
     return reference

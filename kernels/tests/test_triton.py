@@ -1,0 +1,221 @@
+"""The Triton kernels where there may be no GPU: interpreted, compiled ahead of time for two vendors, and their dispatch.
+
+The cases themselves are in triton_cases.py and run in a process of their own.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_littlebit.kernels import factor_shapes, gpu
+
+CASES = Path(__file__).with_name("triton_cases.py")
+found = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not found, reason="triton is not installed")
+recent = found and tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 7)
+interprets = pytest.mark.skipif(not recent, reason="triton is not installed, or is older than 3.7 and cannot interpret")
+has_gpu = any(getattr(torch, kind).is_available() for kind in gpu.DEVICES)
+compiles = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"
+)
+NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+def python(*arguments, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment, cwd=CASES.parent
+    )
+
+
+def run_cases(**variables):
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist")
+    done = python("-m", "pytest", *options, str(CASES), **variables, LITTLEBIT_BACKEND="triton")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@interprets
+def test_the_cases_in_the_interpreter():
+    run_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@needs_triton
+@pytest.mark.skipif(not has_gpu, reason="no GPU")
+def test_the_cases_on_the_gpu():
+    run_cases(TRITON_INTERPRET="0")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A function that calls gpu.py on CPU tensors and returns the launches that it would do on an H200."""
+    import triton
+    from hf_littlebit.kernels import tuning
+
+    found = []
+    monkeypatch.setattr(gpu, "interpreted", lambda: True)
+    monkeypatch.setattr(tuning, "_cores", lambda device: 132)
+    monkeypatch.setattr(
+        triton.runtime.JITFunction,
+        "run",
+        lambda self, *arguments, grid, warmup, **options: found.append((self, arguments, options)),
+    )
+
+    def launch(shape, tokens, dtype, gradient):
+        found.clear()
+        tuning.decode.cache_clear()
+        tuning.tiles.cache_clear()
+        parts = {
+            name: torch.empty(size, dtype=kind)
+            for name, (size, kind) in factor_shapes(shape[1], shape[0], shape[2]).items()
+        }
+        parts = [parts.get(name) for name in NAMES]
+        if gradient:
+            gpu.littlebit_linear_grad(torch.empty(tokens, shape[0], dtype=dtype), *parts, shape[2])
+        else:
+            bias = torch.empty(shape[0], dtype=dtype)
+            gpu.littlebit_linear(torch.empty(tokens, shape[1], dtype=dtype), *parts, bias, shape[2])
+        return list(found)
+
+    yield launch
+    tuning.decode.cache_clear()
+    tuning.tiles.cache_clear()
+
+
+def compile_ahead(kernel, arguments, options, target):
+    """What the launch would compile for `target`, without a device."""
+    import triton
+    from triton.compiler import ASTSource
+
+    signature, constants, hints = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, place = parameter.name, (index,)
+        if index >= len(arguments) or arguments[index] is None:
+            signature[name], constants[place] = "constexpr", options.get(name)
+            continue
+        value = arguments[index]
+        if isinstance(value, torch.Tensor):
+            signature[name], hints[place] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[name] = ("i32",) * len(value)
+            hints.update({(index, i): [["tt.divisibility", 16]] for i, item in enumerate(value) if item % 16 == 0})
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                hints[place] = [["tt.divisibility", 16]]
+    wanted = {name: value for name, value in options.items() if name.startswith("num_")}
+    return triton.compile(ASTSource(kernel, signature, constants, hints), target=target, options=wanted)
+
+
+def resources(compiled, folder):
+    """(registers, bytes of stack) a thread, by NVIDIA's own tool, which comes with triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this triton has no cuobjdump")
+    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    done = subprocess.run([tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True)
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", done.stdout).groups()))
+
+
+@needs_triton
+@compiles
+@pytest.mark.parametrize("vendor", ["nvidia", "amd"])
+@pytest.mark.parametrize(
+    "shape, tokens, dtype, gradient",
+    [
+        ((8192, 28672, (296, 296)), 1, torch.bfloat16, False),
+        ((1024, 4096, (352, 352)), 1, torch.float16, False),
+        ((4096, 4096, (104, 104)), 16, torch.bfloat16, False),
+        ((4096, 4096, (968, 968)), 512, torch.bfloat16, False),
+        ((4096, 4096, (104, 104)), 512, torch.float32, False),
+        ((4096, 4096, (104, 104)), 512, torch.bfloat16, True),
+        ((129, 257, (33, 7, 64)), 7, torch.float32, True),
+        ((129, 257, (33, 7, 64)), 3, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_kernels_compile_without_a_gpu(launches, tmp_path, monkeypatch, vendor, shape, tokens, dtype, gradient):
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    target = GPUTarget("cuda", 90, 32) if vendor == "nvidia" else GPUTarget("hip", "gfx942", 64)
+    found = launches(shape, tokens, dtype, gradient)
+    names = [kernel.fn.__name__ for kernel, _, _ in found]
+    decode = tokens <= gpu.DECODE and not gradient
+    assert (
+        names == ["_stage_one", "_stage_two"] if decode else names[::2] == ["_expand", "_contract"] or len(names) == 2
+    )
+    for kernel, arguments, options in found:
+        compiled = compile_ahead(kernel, arguments, options, target)
+        # 64 KiB is what an AMD compute unit has, 99 what every NVIDIA GPU since Ampere lets a program take.
+        assert compiled.metadata.shared <= (99 if vendor == "nvidia" else 64) * 1024
+        if vendor == "nvidia":
+            registers, stack = resources(compiled, tmp_path)
+            print(
+                f"{kernel.fn.__name__} {options}: {registers} registers, {stack} B stack, {compiled.metadata.shared} B shared"
+            )
+            assert stack <= (0 if decode else 128), "registers are spilled"
+
+
+DISPATCH = """
+import sys, warnings, torch, hf_littlebit.kernels as k
+assert not [m for m in sys.modules if m.startswith("hf_littlebit.kernels.g") and m.endswith(("gemv", "gemm"))]
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for kind in {kinds!r}:
+        for _ in range(2):
+            print(kind, k._accelerated(kind).__name__.split(".")[-1])
+print([str(w.message) for w in seen])
+"""
+WITHOUT = "import sys; sys.modules['triton'] = None\n"
+
+
+def test_an_accelerator_without_kernels_says_so_once():
+    done = python("-c", WITHOUT + DISPATCH.format(kinds=["cuda", "mps", "meta"]), LITTLEBIT_BACKEND="")
+    lines = done.stdout.splitlines()
+    assert lines[:-1] == [f"{kind} reference" for kind in ("cuda", "mps", "meta") for _ in range(2)], done.stderr
+    assert lines[-1].count("triton is not installed") == 1 and "pip install triton" in lines[-1]
+    assert lines[-1].count("no kernels for mps devices") == 1 and lines[-1].count("'littlebit: ") == 2
+    done = python("-c", WITHOUT + DISPATCH.format(kinds=["cuda"]), LITTLEBIT_BACKEND="reference")
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    done = python("-c", WITHOUT + DISPATCH.format(kinds=["cuda"]), LITTLEBIT_BACKEND="triton")
+    assert "RuntimeError: LITTLEBIT_BACKEND=triton, but triton is not installed" in done.stderr
+
+
+@needs_triton
+def test_triton_is_chosen_for_gpus():
+    for name in ("", "cpu", "triton"):
+        done = python("-c", DISPATCH.format(kinds=["cuda", "xpu"]), LITTLEBIT_BACKEND=name, TRITON_INTERPRET="0")
+        assert done.stdout.splitlines() == ["cuda gpu"] * 2 + ["xpu gpu"] * 2 + ["[]"], done.stdout + done.stderr
+
+
+PRODUCT = """
+import torch, hf_littlebit.kernels as k
+byte, one = torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1)
+parts = (torch.zeros(0, 1, dtype=torch.int32), byte, None, byte, one, one[0], one)
+print({call}(one, *parts, None, [1]).item())
+"""
+
+
+@interprets
+def test_cpu_tensors_need_the_interpreter():
+    done = python("-c", PRODUCT.format(call="k.littlebit_linear"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="1")
+    assert done.stdout == "1.0\n", done.stderr
+    done = python("-c", PRODUCT.format(call="k.littlebit_linear"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="0")
+    assert "RuntimeError: LITTLEBIT_BACKEND=triton, but triton compiles for GPUs only" in done.stderr
+    done = python("-c", PRODUCT.format(call="k.gpu.littlebit_linear"), LITTLEBIT_BACKEND="", TRITON_INTERPRET="0")
+    assert "RuntimeError: x is on the CPU" in done.stderr

@@ -1,0 +1,89 @@
+"""Tile sizes: the rule fits every shape, a measured file is obeyed, the search finds what is faster."""
+
+import json
+
+import pytest
+import torch
+from hf_littlebit.kernels import tuning
+
+CPU = torch.device("cpu")
+RANKS = (296, 296)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """No remembered choices, and an empty folder of measured ones."""
+    caches = (tuning._measured, tuning.decode, tuning.tiles)
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    yield tmp_path
+    for cache in caches:
+        cache.cache_clear()
+
+
+def power(value):
+    return value > 0 and value & (value - 1) == 0
+
+
+@pytest.mark.parametrize("cores", [1, 16, 132, 304])
+@pytest.mark.parametrize(
+    "out, into, rank", [(1, 5, 8), (33, 70, 16), (1024, 4096, 24), (8192, 28672, 3168), (128256, 4096, 8)]
+)
+def test_the_rule_gives_sizes_that_triton_takes(cores, out, into, rank):
+    decode = tuning._decode_rule(cores, out, into, (rank, rank))
+    assert all(map(power, decode)) and decode.splits <= 32
+    # Signs of a tile in a thread's registers.
+    assert 32 * decode.columns_one * decode.words_one <= 64 * 32 * decode.warps_one
+    assert 32 * decode.columns_two * decode.words_two <= 64 * 32 * decode.warps_two
+    for tokens in (16, 64, 128, 4096):
+        for terms in (0, 1, 2, 3):
+            tiles = tuning._tiles_rule(cores, into, out, (rank, rank), tokens, terms)
+            assert all(map(power, tiles._replace(stages=1, terms=1))) and tiles.terms == terms
+            assert min(tiles.block_m, tiles.block_k) >= 16 and min(tiles.block_r, tiles.block_n, tiles.block_k) >= 32
+            assert tiles.block_m <= tokens
+
+
+def test_buckets_are_few():
+    assert {tuning.bucket(tokens) for tokens in range(1, 100000)} == {16, 32, 64, 128, 256, 512, 1024, 2048, 4096}
+    assert all(tuning.bucket(tokens) >= tokens for tokens in range(1, 4097))
+
+
+def test_precision_follows_the_dtype():
+    assert [tuning.terms(CPU, dtype, 16) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [3, 2, 2]
+    assert [tuning.terms(CPU, dtype, 512) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [3, 1, 2]
+
+
+def test_a_measured_file_is_obeyed(fresh):
+    decode, tiles = tuning.Decode(16, 4, 2, 4, 16, 4, 2), tuning.Tiles(64, 32, 32, 32, 4, 2, 1, 1)
+    rule = tuning.tiles(CPU, 64, 160, RANKS, 128, torch.bfloat16, True)
+    configs = {
+        tuning._key("decode", 64, 160, RANKS): decode,
+        tuning._key("tiles", 64, 160, RANKS, 128, 1, "forward"): tiles,
+    }
+    (fresh / "cpu.json").write_text(json.dumps({"device": "cpu", "configs": configs}))
+    for cache in (tuning._measured, tuning.decode, tuning.tiles):
+        cache.cache_clear()
+    assert tuning.decode(CPU, 64, 160, RANKS) == decode
+    assert tuning.tiles(CPU, 64, 160, RANKS, 128, torch.bfloat16, False) == tiles
+    assert tuning.tiles(CPU, 64, 160, RANKS, 128, torch.bfloat16, True) == rule
+    assert tuning.tiles(CPU, 64, 160, RANKS, 128, torch.float32, False).terms == 3
+
+
+def test_the_search_finds_the_fastest_and_passes_over_failures(capsys):
+    start = tuning.Tiles(128, 64, 64, 64, 4, 3, 1, 1)
+
+    def seconds(tiles):
+        if tiles.block_n == 256:
+            raise RuntimeError("out of resources")
+        return (
+            abs(tiles.block_m - 64)
+            + abs(tiles.block_r - 32)
+            + abs(tiles.splits - 8)
+            + abs(tiles.warps - 8)
+            + 1 / tiles.block_n
+        )
+
+    best, cost = tuning._search(start, seconds)
+    assert best == start._replace(block_m=64, block_r=32, splits=8, warps=8, block_n=128) and cost == seconds(best)
+    assert "passed over" in capsys.readouterr().out

@@ -1,0 +1,216 @@
+"""The Triton kernels against fp64 and the reference: on a GPU, or on CPU tensors under TRITON_INTERPRET=1.
+
+Run by test_triton.py in a process of its own, because triton reads TRITON_INTERPRET when it first sees a kernel; or by hand:
+
+    TRITON_INTERPRET=1 LITTLEBIT_BACKEND=triton pytest kernels/tests/triton_cases.py         LITTLEBIT_BACKEND=triton pytest ...
+"""
+
+import os
+
+import pytest
+import torch
+from hf_littlebit.kernels import gpu, reference, tuning
+from test_cpu import layer, worst
+
+from hf_littlebit import LittleBitLinear
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else next((kind for kind in gpu.DEVICES if getattr(torch, kind).is_available()), "cpu")
+on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+SHAPES = [(33, 70, (16, 16)), (1, 5, (8,)), (129, 257, (40, 8)), (96, 31, (32, 32)), (100, 131, (33, 7, 64))]
+TOKENS = [(), (0,), (1,), (4,), (2, 0), (2, 3), (5, 13)]
+# The 16-bit results are rounded once; with one term (many tokens in bf16) every factor is rounded before it is multiplied.
+# The interpreter cuts bf16 off where a GPU rounds, which is twice the error.
+CUT = 2 if INTERPRETED else 1
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: CUT * 2**-8, torch.float16: 2**-11}
+
+
+def put(*tensors):
+    return [None if tensor is None else tensor.to(DEVICE) for tensor in tensors]
+
+
+def check(y, x, matrix, size, bias=None):
+    """y against x @ matrix in fp64: fp32's error relative to the magnitudes that are summed, plus one rounding."""
+    y, x = y.cpu(), x.cpu()
+    exact, scale = x.double() @ matrix, x.double().abs() @ size
+    if bias is not None:
+        exact, scale = exact + bias.double(), scale + bias.double().abs()
+    limit = 1e-6 * scale + ROUNDING[y.dtype] * exact.abs()
+    if tuning.terms(torch.device(DEVICE), y.dtype, tuning.bucket(max(1, x.numel() // x.shape[-1]))) == 1:
+        limit += CUT * 2**-8 * scale
+    elif y.dtype != torch.float32:
+        limit += CUT * 2**-16 * scale
+    assert y.shape == exact.shape and not y.isnan().any()
+    assert ((y.double() - exact).abs() <= limit).all(), ((y.double() - exact).abs() / scale).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", TOKENS, ids=str)
+def test_products_are_exact_in_fp32(shape, tokens):
+    parts, dense, size = layer(*shape)
+    x, bias, grad = torch.randn(*tokens, shape[1]), torch.randn(shape[0]), torch.randn(*tokens, shape[0])
+    y = gpu.littlebit_linear(*put(x, *parts, bias), shape[2])
+    assert y.dtype == torch.float32 and y.shape == grad.shape
+    assert worst(y.cpu(), x, dense.T, size.T, bias) < 1e-6
+    dx = gpu.littlebit_linear_grad(*put(grad, *parts), shape[2])
+    assert dx.shape == x.shape and worst(dx.cpu(), grad, dense, size) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 6, 70])
+def test_half_precision(dtype, scales, tokens):
+    parts, dense, size = layer(45, 70, (40, 16), scale_dtype=scales)
+    x, grad, bias = ((0.1 * torch.randn(*s)).to(dtype) for s in ((tokens, 70), (tokens, 45), (45,)))
+    check(gpu.littlebit_linear(*put(x, *parts, bias), (40, 16)), x, dense.T, size.T, bias)
+    check(gpu.littlebit_linear_grad(*put(grad, *parts), (40, 16)), grad, dense, size)
+
+
+@pytest.mark.parametrize("terms", [0, 1, 2, 3])
+def test_terms_and_tiles_of_other_sizes(monkeypatch, terms):
+    """Several blocks and splits along every axis, and the product without matrix units."""
+    shape = (90, 170, (72, 40))
+    parts, dense, size = layer(*shape)
+    monkeypatch.setattr(tuning, "tiles", lambda *_: tuning.Tiles(16, 32, 64, 32, 4, 2, 3, terms))
+    limit = {0: 1e-6, 1: CUT * 2**-8, 2: CUT * 2**-16, 3: 1e-6}[terms]
+    x, grad = torch.randn(20, 170), torch.randn(20, 90)
+    assert worst(gpu.littlebit_linear(*put(x, *parts), None, shape[2]).cpu(), x, dense.T, size.T) < limit
+    assert worst(gpu.littlebit_linear_grad(*put(grad, *parts), shape[2]).cpu(), grad, dense, size) < limit
+
+
+def test_decode_with_tiles_of_other_sizes(monkeypatch):
+    shape = (40, 300, (40, 8))
+    parts, dense, size = layer(*shape)
+    monkeypatch.setattr(tuning, "decode", lambda *_: tuning.Decode(16, 2, 4, 3, 32, 1, 4))
+    x = torch.randn(2, 300)
+    y = gpu.littlebit_linear(*put(x, *parts), None, shape[2])
+    assert worst(y.cpu(), x, dense.T, size.T) < 1e-6
+    assert torch.equal(y, gpu.littlebit_linear(*put(x, *parts), None, shape[2]))
+
+
+def test_strides_and_absent_parts():
+    parts, dense, size = layer(33, 64, (32, 64))
+    parts = [part if part.shape[0] else None for part in parts]
+    assert parts[1] is None and parts[3] is None
+    backing = torch.randn(64, 3, 14)
+    for x in (
+        backing[:, 1, ::2].T,
+        torch.randn(7, 99)[:, 20:84],
+        torch.randn(1, 64).expand(7, 64),
+        backing[:, 0, :2].T,
+    ):
+        assert worst(gpu.littlebit_linear(*put(x, *parts), None, (32, 64)).cpu(), x, dense.T, size.T) < 1e-6
+    scattered = [None if part is None else torch.stack([part, part], dim=-1)[..., 0] for part in parts]
+    assert worst(gpu.littlebit_linear(*put(x, *scattered), None, (32, 64)).cpu(), x, dense.T, size.T) < 1e-6
+
+
+def test_wrong_parts_are_errors():
+    parts, *_ = layer(33, 70, (16, 40))
+    x, *good = put(torch.randn(2, 70), *parts)
+    for index, part in enumerate(good):
+        for wrong in (part[..., :-1], part.to(torch.float64), part.to("meta"), None):
+            if wrong is None and not part.shape[0]:
+                continue
+            with pytest.raises(RuntimeError):
+                gpu.littlebit_linear(x, *good[:index], wrong, *good[index + 1 :], None, (16, 40))
+    for x_wrong, bias, ranks, text in (
+        (x[:, :-1], None, (16, 40), "last dimension must be 70"),
+        (x, x.new_ones(32), (16, 40), r"bias is \[32\]"),
+        (x, None, (56,), r"must be \[1, 33\]"),
+        (x, None, (), "one path or more"),
+        (x, None, (-8, 64), "one path or more"),
+        (x.double(), None, (16, 40), "float64"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            gpu.littlebit_linear(x_wrong, *good, bias, ranks)
+
+
+def module(out_features, in_features, ranks, dtype=torch.float32, bias=True):
+    linear = LittleBitLinear(in_features, out_features, list(ranks), bias=bias).requires_grad_(False)
+    parts, dense, size = layer(out_features, in_features, ranks)
+    names = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
+    held = linear.parts("weight", names)
+    for name, part in zip(names, parts):  # noqa: B905 Python 3.9
+        if held[name] is not None:
+            held[name].data.copy_(part)
+    if bias:
+        linear.bias.data.copy_(torch.randn(out_features))
+    return linear.to(DEVICE), dense, size
+
+
+def test_the_operator_and_its_gradient():
+    linear, dense, size = module(33, 70, (16, 40))
+    bias = linear.bias.detach().cpu()
+    for tokens in (1, 9):
+        x = torch.randn(tokens, 70, device=DEVICE, requires_grad=True)
+        y = linear(x)
+        grad = torch.randn_like(y)
+        y.backward(grad)
+        assert worst(y.detach().cpu(), x.detach().cpu(), dense.T, size.T, bias) < 1e-6
+        assert worst(x.grad.cpu(), grad.cpu(), dense, size) < 1e-6
+
+
+@on_a_gpu
+@pytest.mark.parametrize("bpw", [0.1, 0.55, 1.0])
+@pytest.mark.parametrize(
+    "size", [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (8192, 28672), (28672, 8192)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_grid(size, bpw, dtype):
+    out, into = size
+    rank = max(8, int((bpw * out * into - 32 * (out + into)) / (2 * (out + into + 16))) // 8 * 8)
+    parts = tuning._random_parts(out, into, (rank, rank), torch.device(DEVICE))
+    for tokens in (1, 2, 4, 16, 64, 512):
+        x, grad = torch.randn(tokens, into, device=DEVICE).to(dtype), torch.randn(tokens, out, device=DEVICE).to(dtype)
+        for ours, oracle, argument, more in (
+            (gpu.littlebit_linear, reference.littlebit_linear, x, (None,)),
+            (gpu.littlebit_linear_grad, reference.littlebit_linear_grad, grad, ()),
+        ):
+            exact = oracle(argument.float(), *parts, *more, (rank, rank))
+            error = (ours(argument, *parts, *more, (rank, rank)).float() - exact).norm() / exact.norm()
+            assert error < (1e-5 if dtype == torch.float32 else 5e-3), (tokens, ours.__name__, error)
+
+
+@on_a_gpu
+def test_nothing_is_compiled_again_as_tokens_grow():
+    import triton
+
+    parts, *_ = layer(129, 257, (40, 8))
+    parts, seen = put(*parts), []
+    for tokens in (1, 4, 16, 32, 64, 128, 4096):
+        gpu.littlebit_linear(torch.randn(tokens, 257, device=DEVICE), *parts, None, (40, 8))
+    triton.knobs.runtime.jit_post_compile_hook = lambda **about: seen.append(about)
+    try:
+        for tokens in (2, 3, 5, 15, 17, 33, 48, 100, 1000, 3000):
+            gpu.littlebit_linear(torch.randn(tokens, 257, device=DEVICE), *parts, None, (40, 8))
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert not seen
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA GPU")
+@pytest.mark.parametrize("tokens", [1, 16, 512])
+def test_a_graph_replays_the_product(tokens):
+    parts, *_ = layer(129, 257, (40, 8))
+    parts = put(*parts)
+    x = torch.randn(tokens, 257, device=DEVICE)
+    gpu.littlebit_linear(x, *parts, None, (40, 8))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = gpu.littlebit_linear(x, *parts, None, (40, 8))
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, gpu.littlebit_linear(x, *parts, None, (40, 8)))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_modules(mode):
+    linear, dense, size = module(129, 257, (40, 8))
+    compiled = torch.compile(linear, fullgraph=True, mode=mode)
+    for tokens in (1, 1, 1, 7, 9):
+        x = torch.randn(tokens, 257, device=DEVICE)
+        with torch.inference_mode():
+            y = compiled(x).clone()
+        assert worst(y.cpu(), x.cpu(), dense.T, size.T, linear.bias.detach().cpu()) < 1e-6

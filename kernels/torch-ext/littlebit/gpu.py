@@ -1,0 +1,199 @@
+"""The layer and its gradient on a GPU, by the Triton kernels: finding triton, checking the parts, choosing by tokens.
+
+    y = sum_p h_p * (U_p (l_p * (V_p^T (g_p * x)))) + bias          as reference.py, same arguments
+
+One to four tokens go to gemv.py (two launches), more and every gradient to gemm.py (two, or three where the long sum is cut
+into splits); tuning.py says how large the tiles are. The kernels are triton's common language, so NVIDIA (cuda), AMD (cuda
+under ROCm) and Intel (xpu) compile the same source. Nothing here waits for the device or asks it for a value, and a kernel
+is compiled per dtype, tile size and divisibility of the layer's sizes, never per number of tokens: a call can be captured
+in a CUDA graph once it has run.
+
+triton is imported at the first product, not with the package.
+"""
+
+import contextlib
+import functools
+import importlib
+from typing import Any, List, Optional, Sequence, Tuple
+
+import torch
+
+from .packing import factor_shapes
+
+__all__ = ["DEVICES", "interpreted", "littlebit_linear", "littlebit_linear_grad", "load", "missing"]
+
+DEVICES = ("cuda", "xpu")
+DECODE = 4  # tokens up to which gemv.py computes
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
+
+
+@functools.lru_cache(maxsize=None)
+def _failure() -> Optional[str]:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton is not installed or does not load ({error})"
+    return None
+
+
+def load() -> bool:
+    """True if triton is there; the first call imports it. Never warns and never raises: see `missing`."""
+    return _failure() is None
+
+
+def missing() -> str:
+    """Why `load` returned False, and what to do about it."""
+    return f"{_failure() or 'triton is there'}; to have it, pip install triton (pytorch-triton-xpu on Intel GPUs)"
+
+
+def interpreted() -> bool:
+    """True if TRITON_INTERPRET=1 was set when the kernels were loaded: they then run on CPU tensors, for tests only."""
+    if not load():
+        return False
+    from .tiles import INTERPRETED
+
+    return INTERPRETED
+
+
+@functools.lru_cache(maxsize=None)
+def _kernels() -> Tuple[Any, Any, Any]:
+    """gemv, gemm and tuning."""
+    if not load():
+        raise RuntimeError(missing())
+    from . import gemm, gemv, tuning
+
+    return gemv, gemm, tuning
+
+
+def littlebit_linear(
+    x: torch.Tensor,
+    u: torch.Tensor,
+    u_tail: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    v_tail: Optional[torch.Tensor],
+    scale_out: torch.Tensor,
+    scale_rank: torch.Tensor,
+    scale_in: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    ranks: Sequence[int],
+) -> torch.Tensor:
+    """x [..., in_features] of fp32, bf16 or fp16 -> [..., out_features] of the same dtype.
+
+    Raises:
+        RuntimeError: a part is missing, or has another shape, dtype or device than the ranks and x ask for; x is on the CPU
+            and the kernels are not interpreted; there is no triton.
+    """
+    return _product(x, (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in), bias, tuple(ranks), False)
+
+
+def littlebit_linear_grad(
+    grad: torch.Tensor,
+    u: torch.Tensor,
+    u_tail: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    v_tail: Optional[torch.Tensor],
+    scale_out: torch.Tensor,
+    scale_rank: torch.Tensor,
+    scale_in: torch.Tensor,
+    ranks: Sequence[int],
+) -> torch.Tensor:
+    """The gradient with respect to x: grad [..., out_features] -> [..., in_features]; errors as `littlebit_linear`."""
+    return _product(grad, (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in), None, tuple(ranks), True)
+
+
+def _product(
+    x: torch.Tensor,
+    parts: Sequence[Optional[torch.Tensor]],
+    bias: Optional[torch.Tensor],
+    ranks: Tuple[int, ...],
+    transposed: bool,
+) -> torch.Tensor:
+    gemv, gemm, tuning = _kernels()
+    if x.device.type == "cpu" and not interpreted():
+        raise RuntimeError(
+            "x is on the CPU, but triton compiles for GPUs only; move the layer, or set TRITON_INTERPRET=1"
+        )
+    ready = _checked(x, parts, bias, ranks, transposed)
+    out_features, in_features = ready[4].shape[1], ready[6].shape[1]
+    features, made = (out_features, in_features) if transposed else (in_features, out_features)
+    y = x.new_empty(*x.shape[:-1], made)
+    rows = x.reshape(-1, features)
+    if rows.stride(1) != 1 and features > 1:
+        rows = rows.contiguous()
+    tokens = rows.shape[0]
+    if not tokens:
+        return y
+    arguments = (rows, *ready, None if bias is None else bias.contiguous(), ranks, y.view(tokens, made))
+    with _on(x.device):
+        if tokens <= DECODE and not transposed:
+            gemv.product(*arguments, tuning.decode(x.device, out_features, in_features, ranks))
+        else:
+            config = tuning.tiles(
+                x.device, out_features, in_features, ranks, tuning.bucket(tokens), x.dtype, transposed
+            )
+            gemm.product(*arguments, config, transposed)
+    return y
+
+
+def _on(device: torch.device) -> Any:
+    """triton launches on the current device, whatever the tensors are on."""
+    return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _expected(in_features: int, out_features: int, ranks: Tuple[int, ...]) -> List[Tuple[Tuple[int, ...], str]]:
+    """(shape, kind) of every part: int32, uint8 or float; a part of no rows has the shape (0, columns)."""
+    if not ranks or min(ranks) < 1:
+        raise RuntimeError(f"ranks is {list(ranks)}, but a layer has one path or more, each of rank 1 or more")
+    shapes = factor_shapes(in_features, out_features, ranks)
+    kinds = {torch.int32: "int32", torch.uint8: "uint8"}
+    absent = {"u": "int32", "u_tail": "uint8", "v": "int32", "v_tail": "uint8"}
+    found = []
+    for name in _NAMES:
+        shape, dtype = shapes.get(name, ((0, out_features if name[0] == "u" else sum(ranks)), None))
+        found.append((shape, kinds.get(dtype, "float") if dtype else absent[name]))
+    return found
+
+
+def _checked(
+    x: torch.Tensor,
+    parts: Sequence[Optional[torch.Tensor]],
+    bias: Optional[torch.Tensor],
+    ranks: Tuple[int, ...],
+    transposed: bool,
+) -> List[Any]:
+    """The parts, contiguous, as the kernels take them: a wrong shape would read past the end of a tensor.
+
+    A tail of no rows becomes None; words of no rows become u's, which are then never read.
+    """
+    u, scale_out, scale_in = parts[0], parts[4], parts[6]
+    if u is None or scale_out is None or scale_in is None or scale_out.dim() != 2 or scale_in.dim() != 2:
+        raise RuntimeError("u, scale_out and scale_in are needed, the scales with 2 dimensions: [paths, features]")
+    features = (scale_out if transposed else scale_in).shape[1]
+    if x.dtype not in _DTYPES:
+        raise RuntimeError(f"x is {x.dtype}, but must be float32, bfloat16 or float16")
+    if not x.dim() or x.shape[-1] != features:
+        raise RuntimeError(f"x is {list(x.shape)}, but its last dimension must be {features}")
+    ready: List[Any] = []
+    for name, part, (shape, kind) in zip(_NAMES, parts, _expected(scale_in.shape[1], scale_out.shape[1], ranks)):  # noqa: B905
+        if part is None:
+            if shape[0]:
+                raise RuntimeError(f"{name} is missing: the layer needs {list(shape)}")
+            ready.append(None)
+            continue
+        if tuple(part.shape) != tuple(shape):
+            raise RuntimeError(f"{name} is {list(part.shape)}, but must be {list(shape)}")
+        if part.device != x.device:
+            raise RuntimeError(f"{name} is on {part.device}, but x is on {x.device}; move both to one device")
+        right = part.dtype in _DTYPES if kind == "float" else str(part.dtype) == f"torch.{kind}"
+        if not right:
+            raise RuntimeError(f"{name} is {part.dtype}, but must be {kind if kind != 'float' else 'a float'}")
+        ready.append(part.contiguous() if shape[0] else None)
+    if bias is not None and (tuple(bias.shape) != (scale_out.shape[1],) or bias.device != x.device):
+        raise RuntimeError(
+            f"bias is {list(bias.shape)} on {bias.device}, but must be [{scale_out.shape[1]}] on {x.device}"
+        )
+    for index in (0, 2):
+        ready[index] = u if ready[index] is None else ready[index]
+    return ready
