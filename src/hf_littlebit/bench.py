@@ -2,6 +2,8 @@
 
     prefill   tokens of the prompt / seconds from the call of `generate` to the first new token
     decode    the other new tokens / seconds from the first to the last
+    per CPU s the same, by the process's CPU seconds, all threads together: on a busy machine, and with one thread, about
+              what the model does on a quiet one; with more threads, their waiting counts too
 
 The two models take turns in one process, so that a busy moment of the machine meets both, and medians over the rounds are
 given; a ratio is the median of the rounds' ratios. What is not on the disk (the packed form of a dense model, the dense form
@@ -49,6 +51,7 @@ class Speed:
     growth_bytes: int | None  # None where the system does not tell
     prefill: float = 0.0
     decode: float = 0.0
+    decode_cpu: float = 0.0  # tokens per CPU second
     prefill_ms: dict[str, float] = field(default_factory=dict)  # of the whole step
     decode_ms: dict[str, float] = field(default_factory=dict)  # of one token
 
@@ -76,11 +79,11 @@ class Bench:
         for name, speed in self.models.items():
             growth = "-" if speed.growth_bytes is None else format_bytes(speed.weight_bytes + speed.growth_bytes)
             memory = [format_bytes(speed.weight_bytes), growth]
-            rows.append([name, f"{speed.prefill:.2f}", f"{speed.decode:.2f}", *memory])
+            rows.append([name, f"{speed.prefill:.2f}", f"{speed.decode:.2f}", f"{speed.decode_cpu:.2f}", *memory])
             rows[-1].append("-" if speed.load_seconds is None else f"{speed.load_seconds:.2f}")
         if self.ratio:
-            rows.append(["packed / dense", *(f"{self.ratio[key]:.3g}" for key in self.ratio)])
-        head = ["", "prefill tok/s", "decode tok/s", "weights", "peak", "load s"]
+            rows.append(["packed / dense", *(f"{value:.3g}" for value in self.ratio.values())])
+        head = ["", "prefill tok/s", "decode tok/s", "per CPU s", "weights", "peak", "load s"]
         times = [(name, step) for name in self.models for step in ("prefill", "decode")]
         shares = []
         for part in (*PARTS, "total"):
@@ -139,7 +142,7 @@ def bench(
     runs: dict[str, _Run] = {}
     for kind in ("packed",) if packed_only else ("dense", "packed"):
         runs[kind] = _Run(source, plan, used if kind == "packed" else None, kept, torch.device(device), prompt, new)
-    ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
+    ratios: dict[str, list[float]] = {"prefill": [], "decode": [], "decode_cpu": []}
     for _ in range(rounds):
         speeds = {kind: run.turn() for kind, run in runs.items()}
         for index, step in enumerate(ratios):
@@ -208,7 +211,7 @@ class _Run:
         with growth(device) as grown:
             self.generate()
         self.speed = Speed("loaded" if loaded else "random", seconds if loaded else None, size, grown[0])
-        self.times: list[tuple[float, float]] = []
+        self.times: list[tuple[float, float, float]] = []
 
     def generate(self, streamer: Ticks | None = None) -> None:
         with torch.inference_mode():
@@ -216,18 +219,22 @@ class _Run:
                 self.tokens, attention_mask=torch.ones_like(self.tokens), max_new_tokens=self.new, streamer=streamer
             )
 
-    def turn(self) -> tuple[float, float]:
-        """Tokens per second of prefill and decode."""
+    def turn(self) -> tuple[float, float, float]:
+        """Tokens per second of prefill and decode, and per CPU second of decode."""
         wait(self.device)
         start, ticks = time.perf_counter(), Ticks()
         self.generate(ticks)
         _, first, *_, last = ticks.times
-        self.times.append((self.prompt / (first - start), (self.new - 1) / (last - first)))
+        steps = self.new - 1
+        self.times.append(
+            (self.prompt / (first - start), steps / (last - first), steps / (ticks.cpu[-1] - ticks.cpu[1]))
+        )
         return self.times[-1]
 
     def result(self) -> Speed:
         """The medians, and the shares."""
-        self.speed.prefill, self.speed.decode = (statistics.median(values) for values in zip(*self.times, strict=True))
+        medians = [statistics.median(values) for values in zip(*self.times, strict=True)]
+        self.speed.prefill, self.speed.decode, self.speed.decode_cpu = medians
         clocks = [Clock(self.groups, self.device) for _ in range(min(SHARES, len(self.times)))]
         for clock in clocks:
             clock.measure(self.generate)

@@ -28,9 +28,11 @@ class Ticks:
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.cpu: list[float] = []  # the process's CPU seconds by then
 
     def put(self, value: Any) -> None:
         self.times.append(time.perf_counter())
+        self.cpu.append(time.process_time())
 
     def end(self) -> None: ...
 

@@ -34,7 +34,7 @@ def growth(device: torch.device) -> Iterator[list[int | None]]:
         yield result
         return
     yield result
-    result[0] = _status("VmHWM") - first
+    result[0] = max(0, _status("VmHWM") - first)  # Linux counts in batches of pages
 
 
 def _status(key: str) -> int:
