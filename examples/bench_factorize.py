@@ -11,7 +11,8 @@ shape and rank, hardly on its values. A shape that is another's transpose is not
 
 The error column of the SVD table is the excess over the exact truncated SVD, relative; that of the initialisers is the
 mean over the layers of the squared weight error over the squared norm. The last line of the output is one JSON object
-with every figure; --out writes it to a file too. cpu_seconds, all threads together, are what a busy machine does not change.
+with every figure; --out writes it to a file too, with --config after every initialiser. cpu_seconds, all threads together, are
+what a busy machine hardly changes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import collections
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -111,17 +112,15 @@ def layers(model: FilePath, limit: int | None) -> list[tuple[str, Tensor]]:
 
 def bench_model(
     config: FilePath, bpws: list[float], inits: list[str], steps: int | None, device: torch.device
-) -> list[dict[str, Any]]:
-    """One random layer of each shape in the model of `config` by each initialiser, and the sum over its layers."""
+) -> Iterator[dict[str, Any]]:
+    """One random layer of each shape in the model of `config`, and the sum over its layers; a row per initialiser."""
     model = empty_model(AutoConfig.from_pretrained(config, trust_remote_code=False))
-    rows = []
     for bpw in bpws:
         for init in inits:
             alike: dict[tuple[int, int], list[WeightPlan]] = collections.defaultdict(list)
             for plan in plan_model(model, LittleBitConfig(bpw=bpw, init=init)).weights:
                 alike[plan.out_features, plan.in_features].append(plan)
             row: dict[str, Any] = {"bpw": bpw, "init": init, "shapes": []}
-            rows.append(row)
             for (out, into), plans in alike.items():
                 weight, count, ranks = spectrum(out, into, 0.6, device), sum(p.count for p in plans), plans[0].ranks
                 begin = time.process_time()
@@ -136,7 +135,7 @@ def bench_model(
             for key in ("seconds", "cpu_seconds"):
                 row[f"model_{key}"] = round(sum(layer["layers"] * layer[key] for layer in row["shapes"]))
             print(f"{bpw:5.2f} {init:10s} {'the model':>12s} {row['model_seconds']:9d} {row['model_cpu_seconds']:9d}")
-    return rows
+            yield row
 
 
 def bench_initialisers(
@@ -161,6 +160,14 @@ def bench_initialisers(
                 flush=True,
             )
     return rows
+
+
+def write(figures: dict[str, Any], file: FilePath | None) -> str:
+    """The figures so far as one line, also in `file`."""
+    line = json.dumps({**figures, "machine": machine()})
+    if file is not None:
+        file.write_text(line + "\n")
+    return line
 
 
 def main() -> None:
@@ -193,11 +200,11 @@ def main() -> None:
     if args.config:
         print("  bpw init              shape   seconds  cpu sec.")
         figures["model"] = str(args.config)
-        figures["factorization"] = bench_model(args.config, args.bpw, args.init, args.steps, args.device)
-    line = json.dumps({**figures, "machine": machine()})
-    if args.out:
-        args.out.write_text(line + "\n")
-    print(line)
+        figures["factorization"] = []
+        for row in bench_model(args.config, args.bpw, args.init, args.steps, args.device):
+            figures["factorization"].append(row)
+            write(figures, args.out)
+    print(write(figures, args.out))
 
 
 if __name__ == "__main__":
