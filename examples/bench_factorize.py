@@ -3,18 +3,25 @@
     python examples/bench_factorize.py                              # 4096 x 11008, ranks 128, 256, 544: a minute
     python examples/bench_factorize.py --exact                      # and a full torch.linalg.svd, for the reference
     python examples/bench_factorize.py --ranks --model path/to/model --bpw 1.0 0.55
+    python examples/bench_factorize.py --ranks --config examples/configs/llama2-7b.json --bpw 0.55 0.1 --threads 2
+
+With --config, one random layer of every shape in the model is factored, and the time of the whole model is the sum of
+each shape's time by the number of such layers: an extrapolation, which holds because the time of a layer depends on its
+shape and rank, hardly on its values. A shape that is another's transpose is not assumed to take the same time.
 
 The error column of the SVD table is the excess over the exact truncated SVD, relative; that of the initialisers is the
 mean over the layers of the squared weight error over the squared norm. The last line of the output is one JSON object
-with every figure.
+with every figure; --out writes it to a file too, with --config after every initialiser. cpu_seconds, all threads together, are
+what a busy machine hardly changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -22,9 +29,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
+from hf_littlebit import LittleBitConfig
 from hf_littlebit.config import layer_ranks
 from hf_littlebit.factorize import factorize, relative_error
+from hf_littlebit.machine import machine
+from hf_littlebit.plan import WeightPlan, plan_model
+from hf_littlebit.skeleton import empty_model
 from hf_littlebit.svd import truncated_svd
 
 PATHS = {"dual_svid": 2, "joint_itq": 2, "admm": 1}
@@ -98,6 +110,34 @@ def layers(model: FilePath, limit: int | None) -> list[tuple[str, Tensor]]:
     return found[:limit]
 
 
+def bench_model(
+    config: FilePath, bpws: list[float], inits: list[str], steps: int | None, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """One random layer of each shape in the model of `config`, and the sum over its layers; a row per initialiser."""
+    model = empty_model(AutoConfig.from_pretrained(config, trust_remote_code=False))
+    for bpw in bpws:
+        for init in inits:
+            alike: dict[tuple[int, int], list[WeightPlan]] = collections.defaultdict(list)
+            for plan in plan_model(model, LittleBitConfig(bpw=bpw, init=init)).weights:
+                alike[plan.out_features, plan.in_features].append(plan)
+            row: dict[str, Any] = {"bpw": bpw, "init": init, "shapes": []}
+            for (out, into), plans in alike.items():
+                weight, count, ranks = spectrum(out, into, 0.6, device), sum(p.count for p in plans), plans[0].ranks
+                begin = time.process_time()
+                call = partial(factorize, weight, ranks, init, steps=steps if init == "admm" else None)
+                result, seconds = timed(call, device)
+                layer = {"out": out, "in": into, "layers": count, "ranks": list(ranks), "seconds": round(seconds, 2)}
+                layer["cpu_seconds"] = round(time.process_time() - begin, 2)
+                layer["relative_error"] = round(relative_error(weight, result), 4)
+                row["shapes"].append(layer)
+                shape = f"{out}x{into}"
+                print(f"{bpw:5.2f} {init:10s} {shape:>12s} {seconds:9.1f} {layer['cpu_seconds']:9.1f}", flush=True)
+            for key in ("seconds", "cpu_seconds"):
+                row[f"model_{key}"] = round(sum(layer["layers"] * layer[key] for layer in row["shapes"]))
+            print(f"{bpw:5.2f} {init:10s} {'the model':>12s} {row['model_seconds']:9d} {row['model_cpu_seconds']:9d}")
+            yield row
+
+
 def bench_initialisers(
     weights: list[tuple[str, Tensor]], bpws: list[float], steps: int | None, device: torch.device
 ) -> list[dict[str, Any]]:
@@ -122,6 +162,14 @@ def bench_initialisers(
     return rows
 
 
+def write(figures: dict[str, Any], file: FilePath | None) -> str:
+    """The figures so far as one line, also in `file`."""
+    line = json.dumps({**figures, "machine": machine()})
+    if file is not None:
+        file.write_text(line + "\n")
+    return line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 11008], metavar=("OUT", "IN"))
@@ -132,9 +180,12 @@ def main() -> None:
     parser.add_argument("--model", type=FilePath, help="checkpoint whose *_proj.weight layers are factored")
     parser.add_argument("--layers", type=int, help="only the first so many layers")
     parser.add_argument("--bpw", type=float, nargs="+", default=[1.0, 0.55])
+    parser.add_argument("--config", type=FilePath, help="config.json: one random layer of each of its shapes, summed")
+    parser.add_argument("--init", nargs="+", choices=PATHS, default=list(PATHS), help="with --config: only these")
     parser.add_argument("--steps", type=int, help="ADMM steps")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--out", type=FilePath, help="also write the JSON line here")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -146,7 +197,14 @@ def main() -> None:
         print("  bpw init        paths  mean error seconds/layer")
         weights = layers(args.model, args.layers)
         figures["initialisers"] = bench_initialisers(weights, args.bpw, args.steps, args.device)
-    print(json.dumps(figures))
+    if args.config:
+        print("  bpw init              shape   seconds  cpu sec.")
+        figures["model"] = str(args.config)
+        figures["factorization"] = []
+        for row in bench_model(args.config, args.bpw, args.init, args.steps, args.device):
+            figures["factorization"].append(row)
+            write(figures, args.out)
+    print(write(figures, args.out))
 
 
 if __name__ == "__main__":

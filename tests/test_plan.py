@@ -8,13 +8,14 @@ from torch import nn
 
 from hf_littlebit import LittleBitLinear
 from hf_littlebit.experts import LittleBitExperts
+from hf_littlebit.head import OutputHead
 
 
 def test_head_embeddings_and_named_modules_stay_dense(family_dir):
     options = config(modules_to_not_convert=["down_proj", r"model\.layers\.0\.self_attn\..*"])
     model = load(family_dir("llama"), quantization_config=options)
     kinds = {name: type(m) for name, m in model.named_modules()}
-    assert kinds["lm_head"] is nn.Linear and isinstance(model.get_input_embeddings(), nn.Embedding)
+    assert kinds["lm_head"] is OutputHead and isinstance(model.get_input_embeddings(), nn.Embedding)
     assert kinds["model.layers.1.mlp.down_proj"] is nn.Linear
     assert kinds["model.layers.0.self_attn.q_proj"] is nn.Linear
     assert kinds["model.layers.1.self_attn.q_proj"] is LittleBitLinear

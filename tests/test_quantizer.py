@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
 from hf_littlebit.experts import LittleBitExperts
+from hf_littlebit.head import OutputHead
 from hf_littlebit.plan import plan_model
 
 
@@ -28,7 +29,7 @@ def test_save_and_reload_is_bit_equal(family, family_dir, tmp_path):
     assert len(linears) + 2 * len(experts) == len(plan.weights) > 0
     dense = build(family)
     count = sum(type(m) is nn.Linear for m in dense.modules())
-    head = sum(type(m) is nn.Linear for m in model.modules())
+    head = sum(type(m) in (nn.Linear, OutputHead) for m in model.modules())
     assert len(linears) + head == count and head <= 2  # the output head (BERT: its last module too)
     before = logits(model)
     assert torch.isfinite(before).all()

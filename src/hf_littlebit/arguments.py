@@ -24,6 +24,7 @@ examples:
   littlebit train org/model --bpw 0.3 --data corpus.txt --steps 1000 --out packed
   littlebit eval packed --text wiki.test.txt             perplexity
   littlebit generate packed --prompt "Once upon a time"
+  littlebit bench packed                                 tokens per second, dense against packed
   littlebit push packed me/model-littlebit               upload with a model card
 
 MODEL is a folder that save_pretrained wrote, or a Hub id such as org/model.
@@ -103,6 +104,21 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     generate.add_argument("--seed", metavar="N", type=int, default=0, help="of sampling (default: 0)")
     _add_place(generate)
 
+    bench = add("bench", "measure speed and memory, dense against packed", "bench org/model --bpw 0.1 --threads 1")
+    bench.add_argument(
+        "model",
+        metavar="MODEL_OR_CONFIG",
+        help="packed or dense folder, Hub id, or config.json; forms that are not stored get random weights",
+    )
+    bench.add_argument("--packed-only", action="store_true", help="leave the dense model out, to save memory and time")
+    bench.add_argument("--prompt-tokens", metavar="N", type=int, default=32, help="tokens that are read (default: 32)")
+    bench.add_argument("--max-new-tokens", metavar="N", type=int, default=32, help="tokens that are made (default: 32)")
+    bench.add_argument("--rounds", metavar="N", type=int, default=5, help="turns that each model takes (default: 5)")
+    bench.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: torch's)")
+    bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    _add_place(bench)
+    _add_method(bench, required=False)
+
     push = add("push", "upload a saved packed model with a model card", "push packed me/model-littlebit")
     push.add_argument("folder", metavar="DIR", help="folder of a packed model, as `quantize` writes it")
     push.add_argument("repo", metavar="REPO", help="Hub id to upload to; created if it does not exist")
@@ -139,7 +155,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def quantization_config(args: argparse.Namespace) -> Any:
-    """The LittleBitConfig that the options of `quantize` or `info` say, or None if there are none.
+    """The LittleBitConfig that the options of `quantize`, `info` or `bench` say, or None if there are none.
 
     Raises:
         ValueError: for options without --bpw, and for values that LittleBitConfig refuses.

@@ -1,4 +1,4 @@
-"""The command `littlebit`: quantize, train, info, eval, generate, push. `optimum-cli littlebit` is the same.
+"""The command `littlebit`: quantize, train, info, eval, generate, bench, push. `optimum-cli littlebit` is the same.
 
 Results go to stdout, progress and notes to stderr. Bad input ends with one line, "littlebit: error: ...", and exit code 2;
 a failure of the machine or the network with the same line and 1; Ctrl-C with 130. torch and transformers are imported by
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "littlebit") -> int:
         "info": run_info,
         "eval": run_eval,
         "generate": run_generate,
+        "bench": run_bench,
         "push": run_push,
     }
     try:
@@ -184,6 +185,30 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench(args: argparse.Namespace) -> int:
+    """`littlebit bench`."""
+    import torch
+
+    from .bench import bench
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads is {args.threads}; it must be at least 1")
+        torch.set_num_threads(args.threads)
+    result = bench(
+        args.model,
+        quantization_config(args),
+        packed_only=args.packed_only,
+        prompt=args.prompt_tokens,
+        new=args.max_new_tokens,
+        rounds=args.rounds,
+        device=_device(args),
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+    )
+    print(json.dumps(result.as_dict()) if args.json else result.table())
+    return 0
+
+
 def run_push(args: argparse.Namespace) -> int:
     """`littlebit push`."""
     from .upload import push_folder
@@ -194,10 +219,20 @@ def run_push(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) of `args.model` on `args.device`."""
-    import torch
-
     from .skeleton import model_class
     from .source import find_source
+
+    device = _device(args)
+    source = find_source(args.model)
+    tokenizer = _tokenizer(args.model, required=True)
+    place = {"dtype": args.dtype, "device_map": device, "variant": source.variant}
+    model = model_class(source.config).from_pretrained(args.model, **place)
+    return model.eval(), tokenizer
+
+
+def _device(args: argparse.Namespace) -> str:
+    """--device, checked: that is, whether this machine has it."""
+    import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -205,11 +240,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device is {device!r}, which this machine does not offer ({reason}); use cpu") from None
-    source = find_source(args.model)
-    tokenizer = _tokenizer(args.model, required=True)
-    place = {"dtype": args.dtype, "device_map": device, "variant": source.variant}
-    model = model_class(source.config).from_pretrained(args.model, **place)
-    return model.eval(), tokenizer
+    return device
 
 
 def _tokenizer(model: str, required: bool) -> Any:

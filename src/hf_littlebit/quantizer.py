@@ -25,6 +25,7 @@ from .checkpoint import read_headers, refuse_missing, refuse_quantized, verify, 
 from .config import FORMAT_VERSION, LittleBitConfig
 from .conversion import LittleBitConversion, part_shapes
 from .experts import LittleBitExperts
+from .head import attach_head, detach_head
 from .kernels.packing import factor_shape
 from .linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from .plan import Plan, WeightPlan, plan_model
@@ -176,6 +177,7 @@ class LittleBitHfQuantizer(HfQuantizer):
             for module in _factor_modules(model).values():
                 for name, parameter in module.named_parameters(recurse=False):
                     parameter.requires_grad_(name == "bias")
+        attach_head(model)
         # Saved under the names they have: the file's names would be turned back to an older layout otherwise, and a
         # trainer that restores a checkpoint by name would miss them.
         model._weight_conversions = []
@@ -218,6 +220,7 @@ class LittleBitHfQuantizer(HfQuantizer):
             if parameter.dtype == former:
                 parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
+        detach_head(model)
         # Back to an ordinary model: saved and shared as its own class does.
         for attribute in ("_weight_conversions", "_upload_modified_files"):
             model.__dict__.pop(attribute, None)

@@ -1,0 +1,71 @@
+"""The machine that a benchmark runs on: what its figures depend on, waiting for its device, and the memory that work takes."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .kernels import cpu
+
+__all__ = ["growth", "machine", "wait"]
+
+
+@contextmanager
+def growth(device: torch.device) -> Iterator[list[int | None]]:
+    """A list that holds, after the block, by how many bytes memory grew at most in it; None where nothing tells."""
+    result: list[int | None] = [None]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield result
+        result[0] = torch.cuda.max_memory_allocated(device) - before
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        first = _status("VmHWM")
+    except (OSError, StopIteration):
+        yield result
+        return
+    yield result
+    result[0] = max(0, _status("VmHWM") - first)  # Linux counts in batches of pages
+
+
+def _status(key: str) -> int:
+    """Bytes in a line of Linux's /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures of a benchmark depend on: the machine, its load, the versions."""
+    name = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    packages = ("torch", "transformers", "hf-littlebit")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "kernel": "reference" if os.environ.get("LITTLEBIT_BACKEND") == "reference" or not cpu.load() else cpu.select(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in packages},
+    }

@@ -1,0 +1,173 @@
+"""The benchmark of whole models: what it measures on tiny ones, by which weights, the clock, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import SMALL, build, config, load
+from torch import nn
+
+from hf_littlebit import LittleBitConfig, clock, machine
+from hf_littlebit.bench import bench
+from hf_littlebit.cli import main
+from hf_littlebit.plan import plan_model
+from hf_littlebit.skeleton import empty_model
+from hf_littlebit.stand_in import random_state
+
+QUICK = {"prompt": 5, "new": 3, "rounds": 2}
+FAST = ["--prompt-tokens", "5", "--max-new-tokens", "3", "--rounds", "2"]
+
+
+@pytest.fixture(scope="module")
+def packed(family_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "packed"
+    load(family_dir("llama"), quantization_config=config()).save_pretrained(folder)
+    return str(folder)
+
+
+def check(result, kinds=("dense", "packed")):
+    assert tuple(result.models) == kinds
+    for speed in result.models.values():
+        assert speed.prefill > 0 and speed.decode > 0 and speed.weight_bytes > 0
+        assert (speed.growth_bytes or 0) >= 0
+        for spent in (speed.prefill_ms, speed.decode_ms):
+            assert tuple(spent) == clock.PARTS and all(math.isfinite(ms) and ms > 0 for ms in spent.values())
+    assert json.loads(json.dumps(result.as_dict()))["machine"]["torch"] == torch.__version__
+    return result
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "opt", "gemma3", "mixtral", "qwen3_moe"])
+def test_a_config_alone_is_measured_with_random_weights(family, tmp_path):
+    build(family).config.save_pretrained(tmp_path)
+    result = check(bench(str(tmp_path / "config.json"), config(), **QUICK))
+    dense, packed = result.models["dense"], result.models["packed"]
+    assert dense.weights == packed.weights == "random" and dense.load_seconds is None
+    assert dense.weight_bytes > packed.weight_bytes
+    assert result.ratio["weights"] == packed.weight_bytes / dense.weight_bytes
+    table = result.table()
+    assert all(part in table for part in (*clock.PARTS, "total", "packed / dense", "decode tok/s", "100 %"))
+
+
+def test_a_folder_is_loaded_and_its_other_form_is_made(packed, family_dir):
+    result = check(bench(packed, **QUICK))
+    assert [speed.weights for speed in result.models.values()] == ["random", "loaded"]
+    assert result.models["packed"].load_seconds > 0
+    result = check(bench(family_dir("llama"), config(), **QUICK))
+    assert [speed.weights for speed in result.models.values()] == ["loaded", "random"]
+    result = check(bench(packed, packed_only=True, **QUICK), ("packed",))
+    assert not result.ratio and "dense" not in result.table()
+
+
+def test_every_generation_is_as_long_as_asked(packed, monkeypatch):
+    """An end of text would end a random model's text at random."""
+    lengths, ticks = [], clock.Ticks.put
+    monkeypatch.setattr(clock.Ticks, "put", lambda self, value: (lengths.append(value.numel()), ticks(self, value)))
+    bench(packed, packed_only=True, prompt=7, new=40, rounds=3)
+    assert lengths == ([7] + [1] * 40) * 6
+
+
+def test_the_stand_in_is_the_model_that_would_be_saved(packed):
+    source = empty_model(build("llama").config)
+    state = random_state(source, torch.bfloat16, (plan_model(source, config()), config()))
+    stored = load(packed).state_dict()
+    assert {name: value.shape for name, value in state.items()} == {k: v.shape for k, v in stored.items()}
+    for name, value in state.items():
+        assert value.is_floating_point() or value.dtype == stored[name].dtype
+        if value.dtype == torch.int32 and value.numel():
+            assert 0.4 < (value < 0).float().mean() < 0.6
+
+
+def test_the_stand_in_has_finite_activations(tmp_path):
+    model = build("llama")
+    state = random_state(
+        empty_model(model.config), torch.float32, (plan_model(model, config(bpw=1.5)), config(bpw=1.5))
+    )
+    options = model.config
+    options.quantization_config = config(bpw=1.5).to_dict()
+    packed = type(model).from_pretrained(None, config=options, state_dict=state)
+    hidden = packed(torch.arange(24)[None], output_hidden_states=True).hidden_states
+    assert all(1e-3 < layer.std() < 1e3 for layer in hidden)
+
+
+# -- the clock ------------------------------------------------------------------------------------------------------------
+
+
+class Waits(nn.Module):
+    """Takes `seconds` of a clock that only such modules set forward, around `inner`."""
+
+    now = 0.0
+
+    def __init__(self, seconds, inner=None):
+        super().__init__()
+        self.seconds, self.inner = seconds, inner
+
+    def forward(self, x):
+        Waits.now += self.seconds
+        if self.inner is not None:
+            self.inner(x)
+        Waits.now += self.seconds
+
+
+def test_time_goes_to_the_innermost_part(monkeypatch):
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: Waits.now)
+    inner = Waits(1)
+    outer, other = Waits(10, inner), Waits(100)
+    watch = clock.Clock({inner: "linear layers", outer: "attention"}, torch.device("cpu"))
+
+    def run(streamer):
+        streamer.put(None)  # the prompt
+        outer(0)
+        other(0)
+        streamer.put(None)
+        for _ in range(3):
+            outer(0)
+            streamer.put(None)
+
+    watch.measure(run)
+    assert watch.prefill == {"linear layers": 2, "output head": 0, "attention": 20, "norms": 0, "rest": 200}
+    assert watch.decode == {"linear layers": 6, "output head": 0, "attention": 60, "norms": 0, "rest": 0}
+    assert not inner._forward_hooks and not outer._forward_pre_hooks
+
+
+def test_memory_that_work_takes_is_seen():
+    with machine.growth(torch.device("cpu")) as grown:
+        torch.ones(1 << 24)
+    assert grown[0] is None or 0.9 * (1 << 26) < grown[0] < 2 * (1 << 26)
+
+
+# -- errors and the command -----------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_measured_is_refused(packed, family_dir, tmp_path):
+    dense = family_dir("llama")
+    with pytest.raises(ValueError, match="BertForMaskedLM is no causal language model"):
+        bench(family_dir("bert"), config())
+    with pytest.raises(ValueError, match=r"dense model; say .* --bpw 0\.55"):
+        bench(dense)
+    with pytest.raises(ValueError, match=r"quantized already, at 2\.5 bits"):
+        bench(packed, config())
+    with pytest.raises(ValueError, match="'latent', which is for training"):
+        bench(dense, config(format="latent"))
+    limit = SMALL["max_position_embeddings"]
+    with pytest.raises(ValueError, match=f"60 tokens of prompt and 5 new ones exceed the context of {limit}"):
+        bench(packed, prompt=60, new=5)
+    for option, value, least in (("prompt", 0, 1), ("new", 1, 2), ("rounds", 0, 1)):
+        with pytest.raises(ValueError, match=f"{option} is {value}; it must be at least {least}"):
+            bench(packed, **{option: value})
+
+
+def test_the_command(packed, tmp_path, capsys):
+    assert main(["bench", packed, *FAST]) == 0
+    assert "packed / dense" in capsys.readouterr().out
+    build("llama").config.save_pretrained(tmp_path)
+    threads = torch.get_num_threads()
+    asked = ["--bpw", "2.5", "--init", "dual_svid", "--threads", str(threads), "--packed-only", "--json"]
+    assert main(["bench", str(tmp_path / "config.json"), *FAST, *asked, "--dtype", "float32"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert list(figures["models"]) == ["packed"] and figures["prompt"] == 5 and figures["new"] == 3
+    assert figures["machine"]["threads"] == threads
+    plan = plan_model(empty_model(build("llama").config), LittleBitConfig(bpw=2.5, init="dual_svid"))
+    assert figures["bpw"] == plan.bpw
+    assert main(["bench", packed, "--threads", "0"]) == 2
+    assert "--threads is 0; it must be at least 1" in capsys.readouterr().err
