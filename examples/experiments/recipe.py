@@ -154,7 +154,7 @@ def arguments(folder: str, args: argparse.Namespace, rate: float) -> TrainingArg
 
 
 def plot(results: dict, file: Path) -> None:
-    """One bar for each arm, the fewest bits first."""
+    """One bar for each arm, fewer bits further down."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,6 +166,7 @@ def plot(results: dict, file: Path) -> None:
     colours = ["#d1495b" if "default" in n else "#999999" if "reference" in n else "#3b7dd8" for n in names]
     axis.barh(names, [arms[name]["excess"] for name in names], color=colours)
     axis.set(xlabel="loss over the dense model's on held-out text, nats per token")
+    axis.margins(y=0.01)
     axis.grid(alpha=0.3, axis="x")
     figure.savefig(file, dpi=130)
 
