@@ -20,6 +20,7 @@ from .quantizer import LittleBitHfQuantizer
 from .size import size_report
 
 if TYPE_CHECKING:
+    from .calibration import calibrate
     from .data import sample_blocks, text_blocks
     from .topk import TopKTeacher, save_topk
     from .trainer import LittleBitTrainer
@@ -35,6 +36,7 @@ __all__ = [
     "LittleBitLinear",
     "LittleBitTrainer",
     "TopKTeacher",
+    "calibrate",
     "latent_model",
     "pack_model",
     "perplexity",
@@ -48,6 +50,7 @@ _TRAINING = {
     "LittleBitCallback": "training",
     "LittleBitTrainer": "trainer",
     "TopKTeacher": "topk",
+    "calibrate": "calibration",
     "latent_model": "twins",
     "pack_model": "twins",
     "sample_blocks": "data",

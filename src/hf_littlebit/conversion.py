@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.accelerate import offload_weight
 
+from .calibration import Importance
 from .config import LittleBitConfig
 from .experts import LittleBitExperts
 from .factorize import factorize
@@ -49,8 +50,12 @@ def part_shapes(plan: WeightPlan, config: LittleBitConfig) -> dict[str, tuple[tu
     }
 
 
-def factor_weight(weight: Tensor, plan: WeightPlan, config: LittleBitConfig) -> dict[str, Tensor]:
+def factor_weight(
+    weight: Tensor, plan: WeightPlan, config: LittleBitConfig, importance: Importance | None = None
+) -> dict[str, Tensor]:
     """{parameter name in the model: tensor} for one dense weight [out, in], or [experts, out, in].
+
+    `importance` (calibration.py) says where its errors cost most; None counts all alike.
 
     Raises:
         ValueError: for a weight of another shape, of integers, or with NaN or Inf; the message names the layer.
@@ -80,6 +85,8 @@ def factor_weight(weight: Tensor, plan: WeightPlan, config: LittleBitConfig) -> 
             seed=seed + offset,
             steps=config.steps,
             refit_rounds=config.refit_rounds,
+            row_importance=None if importance is None else importance.rows,
+            col_importance=None if importance is None else importance.cols,
             name=name,
         )
         for path in found:

@@ -6,7 +6,8 @@ of `args.learning_rate`, which the dense rest (embeddings, norms, biases, head) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from transformers import Trainer, TrainingArguments
 from .config import LittleBitConfig
 from .topk import TopKTeacher
 from .training import REBUILT, LittleBitCallback
-from .twins import factor_modules, is_latent, latents_and_scales, unpack_model
+from .twins import factor_modules, is_latent, latents_and_scales, unpack_model, unwrapped
 
-__all__ = ["LATENT_FACTOR", "LEARNING_RATE", "SCALE_FACTOR", "LittleBitTrainer"]
+__all__ = ["CALIBRATION", "LATENT_FACTOR", "LEARNING_RATE", "SCALE_FACTOR", "LittleBitTrainer"]
 
 LEARNING_RATE = 2e-4  # of the dense rest; what `littlebit train` uses
 LATENT_FACTOR = 2.5
 SCALE_FACTOR = 15.0
+CALIBRATION = 32  # examples
 
 
 class LittleBitTrainer(Trainer):
@@ -33,6 +35,8 @@ class LittleBitTrainer(Trainer):
         config, teacher: as for LittleBitCallback, which may be given among `callbacks` instead.
         latent_learning_rate, scale_learning_rate: of U and V, and of h, l and g; LATENT_FACTOR and SCALE_FACTOR times
             `args.learning_rate` if None. All follow the same schedule.
+        calibration: examples from all over `train_dataset` that a dense model is calibrated on before it is factorized
+            (calibration.py). 0, a dataset without a length, or batches given to the callback: none of them.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class LittleBitTrainer(Trainer):
         teacher: nn.Module | TopKTeacher | str | None = None,
         latent_learning_rate: float | None = None,
         scale_learning_rate: float | None = None,
+        calibration: int = CALIBRATION,
         callbacks: Sequence[Any] | None = None,
         **kwargs: Any,
     ):
@@ -52,6 +57,8 @@ class LittleBitTrainer(Trainer):
         for name, rate in (("latent", latent_learning_rate), ("scale", scale_learning_rate)):
             if rate is not None and not rate >= 0:
                 raise ValueError(f"{name}_learning_rate is {rate}; it must be 0 or more")
+        if calibration < 0:
+            raise ValueError(f"calibration is {calibration} examples; it must be 0 (off) or more")
         callbacks = list(callbacks or [])
         if not any(isinstance(callback, LittleBitCallback) for callback in callbacks):
             callbacks.append(LittleBitCallback(config, teacher))
@@ -63,7 +70,23 @@ class LittleBitTrainer(Trainer):
         modules = factor_modules(model).values()
         if modules and not any(is_latent(module) for module in modules):
             unpack_model(model)
+        listed = all(hasattr(kwargs.get("train_dataset"), method) for method in ("__len__", "__getitem__"))
+        for callback in callbacks:
+            if isinstance(callback, LittleBitCallback) and callback.calibration is None and calibration and listed:
+                callback.calibration = self._calibration_batches(calibration)
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
+
+    def _calibration_batches(self, examples: int) -> Iterator[dict[str, Any]]:
+        """Batches of the training set, in the same order on every process; read once Trainer has its collator."""
+        rows: Any = self.train_dataset
+        known = inspect.signature(unwrapped(self.model).forward).parameters
+        chosen = range(0, len(rows), max(1, len(rows) // examples))[:examples]
+        size = self.args.per_device_train_batch_size
+        for at in range(0, len(chosen), size):
+            batch = [rows[index] for index in chosen[at : at + size]]
+            if self.args.remove_unused_columns and all(isinstance(row, Mapping) for row in batch):
+                batch = [{key: value for key, value in row.items() if key in known or "label" in key} for row in batch]
+            yield dict(self.data_collator(batch))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `args.optim`, with groups for latents, scales, and the rest with and without weight decay."""

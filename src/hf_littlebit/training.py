@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .calibration import calibrate
 from .config import LittleBitConfig
 from .distill import HIDDEN_WEIGHT, Distillation
 from .flips import SignFlips
@@ -65,6 +66,8 @@ class LittleBitCallback(TrainerCallback):
         hidden_weight: of the error of hidden states against that of the logits, per token (distill.py).
         sign_gradient: "smooth" (tanh, the paper's) or "ste". alpha: steepness of the former.
         pack: pack the model when training ends. False leaves it latent.
+        calibration: a few batches of text (calibration.py), to factorize a dense model for what its errors cost rather
+            than for their size. A latent model, and the state of a resumed training, are taken as they are.
 
     Raises:
         ValueError: here, when the Trainer is made, or when training starts, for everything that would silently do something
@@ -80,6 +83,7 @@ class LittleBitCallback(TrainerCallback):
         sign_gradient: str = "smooth",
         alpha: float = ALPHA,
         pack: bool = True,
+        calibration: Iterable[Mapping[str, Any]] | None = None,
     ):
         if isinstance(teacher, str) and teacher != "self":
             raise ValueError(f"teacher is {teacher!r}; give a loaded model, a TopKTeacher, 'self' or None")
@@ -89,6 +93,7 @@ class LittleBitCallback(TrainerCallback):
             raise ValueError(f"alpha is {alpha}; it must be above 0 (the paper's is {ALPHA:g})")
         self.config, self.teacher = config, teacher
         self.hidden_weight, self.sign_gradient, self.alpha, self.pack = hidden_weight, sign_gradient, alpha, pack
+        self.calibration = calibration
         self.distillation: Distillation | None = None
         self.flips: SignFlips | None = None
         self._model: Any = None
@@ -117,7 +122,8 @@ class LittleBitCallback(TrainerCallback):
                     "the model is dense; say how to factorize it: LittleBitCallback(LittleBitConfig(bpw=...))"
                 )
             accelerator = args.device if args.device.type != "cpu" else None
-            latent_model(model, self.config, accelerator, progress=not args.disable_tqdm)
+            importance = None if self.calibration is None else calibrate(model, self.calibration)
+            latent_model(model, self.config, accelerator, progress=not args.disable_tqdm, importance=importance)
         balance_scales(model)
         for module in factor_modules(model).values():
             module.sign_gradient, module.alpha = self.sign_gradient, self.alpha

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .calibration import Importance
 from .card import upload_with_card
 from .config import LittleBitConfig
 from .conversion import factor_weight
@@ -53,12 +55,20 @@ def is_latent(module: FactorModule) -> bool:
     return module.latent if isinstance(module, LittleBitExperts) else isinstance(module, LatentLittleBitLinear)
 
 
-def latent_model(model: Any, config: LittleBitConfig, device: Any = None, progress: bool = True) -> Any:
+def latent_model(
+    model: Any,
+    config: LittleBitConfig,
+    device: Any = None,
+    progress: bool = True,
+    importance: Mapping[str, Importance] | None = None,
+) -> Any:
     """Factorize the layers of a dense `model` in place, one after the other, into latent ones; returns it.
 
     Args:
         config: as for `from_pretrained`; its `format` does not matter.
         device: that factorizes, if neither `config.svd_device` nor the weight's own is to.
+        importance: of the weights' rows and columns, by name, from `calibrate(model, batches)`; weights that it lacks
+            (stacked experts, and layers that no token reached) are factorized with all errors counted alike.
 
     Raises:
         ValueError: for a model that is quantized, offloaded or partitioned, and for weights that cannot be factorized.
@@ -71,7 +81,7 @@ def latent_model(model: Any, config: LittleBitConfig, device: Any = None, progre
     source = getattr(model.config, "name_or_path", "") or ""
     if config.base_model is None and HUB_ID.fullmatch(source) and not os.path.isdir(source):
         config.base_model = source
-    plan = plan_model(model, config)
+    plan, known = plan_model(model, config), dict(importance or {})
     _check_in_memory(model, plan)
     for message in plan.warnings():
         logger.warning("%s", message)
@@ -80,7 +90,7 @@ def latent_model(model: Any, config: LittleBitConfig, device: Any = None, progre
             dense = model.get_submodule(name)
             parts: dict[str, torch.Tensor] = {}
             for weight in weights:
-                parts |= factor_weight(getattr(dense, weight.weight).detach(), weight, config)
+                parts |= factor_weight(getattr(dense, weight.weight).detach(), weight, config, known.get(weight.name))
                 bar.update()
             replace_modules(model, Plan(weights), config, placeholders=False)
             latent = model.get_submodule(name)
