@@ -2,13 +2,15 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import SMALL, build, config, load
 from torch import nn
 
-from hf_littlebit import LittleBitConfig, clock, machine
+from hf_littlebit import LittleBitConfig, clock
 from hf_littlebit.bench import bench
 from hf_littlebit.cli import main
 from hf_littlebit.plan import plan_model
@@ -75,7 +77,7 @@ def test_the_stand_in_is_the_model_that_would_be_saved(packed):
     for name, value in state.items():
         assert value.is_floating_point() or value.dtype == stored[name].dtype
         if value.dtype == torch.int32 and value.numel():
-            assert 0.4 < (value < 0).float().mean() < 0.6
+            assert abs((value < 0).float().mean() - 0.5) < 3 / value.numel() ** 0.5  # six standard deviations
 
 
 def test_the_stand_in_has_finite_activations(tmp_path):
@@ -131,9 +133,15 @@ def test_time_goes_to_the_innermost_part(monkeypatch):
 
 
 def test_memory_that_work_takes_is_seen():
-    with machine.growth(torch.device("cpu")) as grown:
-        torch.ones(1 << 24)
-    assert grown[0] is None or 0.9 * (1 << 26) < grown[0] < 2 * (1 << 26)
+    """In a process of its own: after other tests, freed memory that is still resident serves again without growth."""
+    code = (
+        "import torch; from hf_littlebit import machine\n"
+        "with machine.growth(torch.device('cpu')) as grown: torch.ones(1 << 24)\n"
+        "print(grown[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    grown = done.stdout.split()[-1]
+    assert grown == "None" or 0.9 * (1 << 26) < int(grown) < 2 * (1 << 26)
 
 
 # -- errors and the command -----------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def test_quantize_saves_all_that_the_model_needs(packed, stories, capfd):
     names = set(os.listdir(packed))
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     model = AutoModelForCausalLM.from_pretrained(packed)
-    assert model.config.quantization_config.to_dict() == LittleBitConfig(bpw=4.0, init="dual_svid").to_dict()
+    # 4 bits: the ranks of the other layers end at their sizes, and what that leaves goes to keys and values.
+    assert model.config.quantization_config.to_dict() == LittleBitConfig(4.0, "dual_svid", kv_factor=4.0).to_dict()
     assert main(["quantize", stories, *FAST, "--out", packed, "--overwrite"]) == 0
     out, err = capfd.readouterr()
     assert f"{size_report(packed).bpw:.4g}" in out and out.endswith(f"saved to {packed}\n")
@@ -106,7 +107,9 @@ def test_info_of_a_config_alone(tmp_path, capfd):
     config = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     config.update(num_attention_heads=32, vocab_size=32000)
     (tmp_path / "meta-config.json").write_text(json.dumps(config))
-    assert main(["info", str(tmp_path / "meta-config.json"), "--bpw", "0.1", "--residual", "on"]) == 0
+    assert (
+        main(["info", str(tmp_path / "meta-config.json"), "--bpw", "0.1", "--residual", "on", "--kv-factor", "1"]) == 0
+    )
     out = capfd.readouterr().out
     assert "0.60 GB" in out and "13.48 GB" in out and "128+128" in out
 

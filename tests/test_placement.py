@@ -115,11 +115,16 @@ def test_memory_grows_by_one_layer_at_a_time(tmp_path):
     alive = []
     original = conversion.factor_weight
 
-    def spy(weight, *rest):
+    def of_a_weight():
         gc.collect()
         tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"]
-        found = {t.data_ptr() for t in tensors if t.is_floating_point() and tuple(t.shape) in weights}
-        alive.append(len(found))
+        return [t for t in tensors if t.is_floating_point() and tuple(t.shape) in weights]
+
+    earlier = of_a_weight()  # of other tests; held, so that no address of theirs is used again
+    others = {t.data_ptr() for t in earlier}
+
+    def spy(weight, *rest):
+        alive.append(len({t.data_ptr() for t in of_a_weight()} - others))
         return original(weight, *rest)
 
     conversion.factor_weight = spy

@@ -1,14 +1,18 @@
 """Which modules are replaced, with which options, and what is said about the others."""
 
+import json
+
 import pytest
 import torch
 import transformers
 from conftest import SMALL, config, equal_states, load
 from torch import nn
 
-from hf_littlebit import LittleBitLinear
+from hf_littlebit import LittleBitConfig, LittleBitLinear
 from hf_littlebit.experts import LittleBitExperts
 from hf_littlebit.head import OutputHead
+from hf_littlebit.plan import plan_model
+from hf_littlebit.skeleton import empty_model
 
 
 def test_head_embeddings_and_named_modules_stay_dense(family_dir):
@@ -38,10 +42,34 @@ def test_module_config_and_kv_factor(family_dir, tmp_path):
     model = load(family_dir("llama"), quantization_config=options)
     first, second = (layer.mlp.gate_proj.ranks for layer in model.model.layers)
     assert len(first) == 1 and len(second) == 2
-    plain = load(family_dir("llama"), quantization_config=config(bpw=2.0, residual=False))
+    plain = load(family_dir("llama"), quantization_config=config(bpw=2.0, residual=False, kv_factor=1.0))
     attention, other = model.model.layers[0].self_attn, plain.model.layers[0].self_attn
     assert attention.k_proj.ranks[0] > other.k_proj.ranks[0] and attention.q_proj.ranks == other.q_proj.ranks
     model.save_pretrained(tmp_path)
+    equal_states(model, load(tmp_path))
+
+
+@pytest.mark.parametrize(("bpw", "factor", "rank"), [(0.3, 3.875, 48), (0.55, 1.75, 64), (1.0, 1.25, 104)])
+def test_keys_and_values_get_the_bits_that_are_left_over(pycode, bpw, factor, rank):
+    """The bits of the whole stay within those asked, and the next larger factor would not."""
+    model = empty_model(transformers.AutoConfig.from_pretrained(pycode))
+    plan = plan_model(model, LittleBitConfig(bpw=bpw))
+    ranks = {weight.module.rpartition(".")[2]: weight.ranks for weight in plan.weights}
+    assert plan.kv_factor == factor and ranks["k_proj"] == ranks["v_proj"] == (rank,)
+    assert plan.bpw <= bpw < plan_model(model, LittleBitConfig(bpw=bpw, kv_factor=factor + 0.125)).bpw
+    asked = plan_model(model, LittleBitConfig(bpw=bpw, kv_factor=1.0))
+    assert all(a == b for a, b in zip(asked.weights, plan.weights, strict=True) if not b.options.leftover)
+
+
+def test_the_found_kv_factor_is_saved(pycode, tmp_path):
+    options = LittleBitConfig(bpw=0.3, init="dual_svid", module_config={"*.0.self_attn.k_proj": {"kv_factor": 1.0}})
+    model = load(pycode, quantization_config=options)
+    found = model.config.quantization_config.kv_factor
+    assert options.kv_factor is None and found == 4.0
+    ranks = [[layer.self_attn.k_proj.ranks, layer.self_attn.v_proj.ranks] for layer in model.model.layers]
+    assert ranks[0] == [[8], [56]] and ranks[1] == [[56], [56]]
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["kv_factor"] == found
     equal_states(model, load(tmp_path))
 
 

@@ -1,7 +1,9 @@
 """Training through transformers' Trainer: start, state, end, logs, and every misuse that would go unnoticed."""
 
 import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -392,6 +394,16 @@ def test_misuse_is_refused_when_training_starts(tmp_path):
     trainer.add_callback(LittleBitCallback(CONFIG))
     with pytest.raises(ValueError, match="existed already"):
         trainer.train()
+
+
+def test_nothing_outlives_its_trainer(tmp_path):
+    """What is kept for the logs must not keep model, latents and teacher."""
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    model = weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert model() is None
 
 
 def test_training_twice_is_refused(tmp_path):

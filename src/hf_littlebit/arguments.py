@@ -132,7 +132,9 @@ def _add_method(parser: argparse.ArgumentParser, required: bool, steps: str = "-
     group.add_argument("--bpw", metavar="B", type=float, required=required, help="bits per weight to keep, e.g. 0.3")
     group.add_argument("--init", metavar="NAME", help="admm (default, best), joint_itq, or dual_svid (the paper's)")
     group.add_argument("--residual", choices=SWITCH, default="auto", help="a second path per layer (default: auto)")
-    group.add_argument("--kv-factor", metavar="F", type=float, help="multiplies the rank of k_proj and v_proj")
+    group.add_argument(
+        "--kv-factor", metavar="F", type=float, help="of the ranks of k_proj and v_proj (default: what fits)"
+    )
     group.add_argument("--skip", metavar="NAME", nargs="+", action="extend", help="modules to leave dense")
     group.add_argument(
         "--module",

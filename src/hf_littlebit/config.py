@@ -82,6 +82,7 @@ class LayerConfig:
     init: str
     residual: bool | None
     factor: float  # multiplies the rank: kv_factor for k_proj and v_proj, else 1
+    leftover: bool = False  # the factor is for plan_model to find: k_proj and v_proj under kv_factor=None
 
     def ranks(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """The rank of each path of an `out_features x in_features` layer; their number says how many paths there are."""
@@ -106,8 +107,9 @@ class LittleBitConfig(QuantizationConfigMixin):
             `LittleBitConfig(dequantize=True)`, to load a saved model with, can do without: the saved one is used.
         init (`str`): how factors are found: "admm" (default, best and slowest), "joint_itq", or "dual_svid" (the paper's).
         residual (`bool`, *optional*): two paths (True), one (False), or chosen by initialiser and layer size (None).
-        kv_factor (`float`): multiplies the rank of layers named k_proj and v_proj. The paper uses 4 for grouped-query
-            models, whose key and value layers are so small that their rank collapses at 0.1 bits.
+        kv_factor (`float`, *optional*): multiplies the rank of layers named k_proj and v_proj. The paper uses 4 for
+            grouped-query models, whose key and value layers are so small that their rank collapses at 0.1 bits. None: the
+            largest up to 4 that the bits asked for the whole model allow, which rounding ranks down leaves some of.
         modules_to_not_convert (`list[str]`, *optional*): names, name endings or regular expressions of modules to leave
             dense, in addition to the output head, tied weights and the embeddings. Each is used as a regular expression
             from the start of a name, and must be a valid one.
@@ -134,7 +136,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         bpw: float | None = None,
         init: str = "admm",
         residual: bool | None = None,
-        kv_factor: float = 1.0,
+        kv_factor: float | None = None,
         modules_to_not_convert: list[str] | None = None,
         module_config: dict[str, dict[str, Any]] | None = None,
         format: str = "packed",
@@ -250,8 +252,9 @@ class LittleBitConfig(QuantizationConfigMixin):
         if options["bpw"] is None:
             raise ValueError(MISSING_BPW)
         kv_factor = options.pop("kv_factor")
-        factor = kv_factor if name.rpartition(".")[2] in KV_NAMES else 1.0
-        return LayerConfig(factor=factor, **options)
+        if name.rpartition(".")[2] not in KV_NAMES:
+            return LayerConfig(factor=1.0, **options)
+        return LayerConfig(factor=kv_factor or 1.0, leftover=kv_factor is None, **options)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained(saved, quantization_config=...)` may set for a saved model: where and how to load it."""
@@ -280,6 +283,8 @@ def _check_layer_options(options: dict[str, Any], where: str) -> None:
         if option == "bpw":
             _number(f"{where}bpw", value, MAX_BPW, "0.1 to 1 is what the method is for")
         elif option == "kv_factor":
+            if value is None and not where:
+                continue
             _number(f"{where}kv_factor", value, 64.0, "4 is the paper's choice for grouped-query models")
         elif option == "init":
             _choice(f"{where}init", value, INITS)

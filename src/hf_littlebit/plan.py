@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,7 @@ from .linear import FactorModule, part_name
 __all__ = ["Plan", "WeightPlan", "aliases", "plan_model"]
 
 DENSE_BITS = 16  # of a weight that is kept
+KV_FACTORS = tuple(eighths / 8 for eighths in range(32, 8, -1))  # tried in this order; 4 is the paper's choice
 SMALLEST_COUNTED = 16  # a kept matrix is worth a warning from this many rows and columns
 
 
@@ -62,6 +63,7 @@ class Plan:
     weights: list[WeightPlan] = field(default_factory=list)
     dense: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # reason -> (module, weights in it)
     unused: list[str] = field(default_factory=list)  # options that no module answers to
+    kv_factor: float = 1.0  # what an automatic one came to
 
     @property
     def numel(self) -> int:
@@ -146,6 +148,7 @@ def plan_model(
             f"Excluded by name: {', '.join(config.modules_to_not_convert or ()) or 'none'}"
         )
     plan.unused = walk.unused()
+    _share_leftover(plan)
     return plan
 
 
@@ -154,6 +157,27 @@ def aliases(name: str, prefix: str) -> tuple[str, ...]:
     if not prefix:
         return (name,)
     return (name, name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
+
+
+def _share_leftover(plan: Plan) -> None:
+    """Raise the ranks of keys and values by the bits that rounding all ranks down has left over.
+
+    They are the layers that need them most where queries are grouped: an eighth of the weights there, and ranks of a few
+    tens or less (README, table of the training).
+    """
+    budget = sum(weight.options.bpw * weight.numel for weight in plan.weights)
+    if not any(weight.options.leftover for weight in plan.weights):
+        return
+    for factor in KV_FACTORS:
+        weights = [_with_factor(weight, factor) if weight.options.leftover else weight for weight in plan.weights]
+        if sum(weight.bits for weight in weights) <= budget:
+            plan.weights, plan.kv_factor = weights, factor
+            return
+
+
+def _with_factor(weight: WeightPlan, factor: float) -> WeightPlan:
+    options = replace(weight.options, factor=factor)
+    return replace(weight, options=options, ranks=options.ranks(weight.out_features, weight.in_features))
 
 
 class _Walk:
@@ -256,7 +280,7 @@ class _Walk:
             answering = kv if set(options) == {"kv_factor"} else names
             if not any(matches(pattern, name) for each in answering for name in each):
                 unused.append(f"module_config entry {pattern!r}: {options}")
-        if config.kv_factor != 1.0 and not kv:
+        if config.kv_factor not in (None, 1.0) and not kv:
             unused.append(f"kv_factor={config.kv_factor:g} (it is for layers named {' and '.join(KV_NAMES)})")
         return unused
 

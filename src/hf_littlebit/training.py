@@ -50,7 +50,8 @@ from .twins import (
 __all__ = ["REBUILT", "LittleBitCallback"]
 
 logger = logging.getLogger("hf_littlebit")
-_CALLBACKS: weakref.WeakKeyDictionary[nn.Module, LittleBitCallback] = weakref.WeakKeyDictionary()
+# By the model; weak on both sides, because a callback holds its model, which would live as long as this module.
+_CALLBACKS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LittleBitCallback]] = weakref.WeakKeyDictionary()
 
 
 class LittleBitCallback(TrainerCallback):
@@ -136,7 +137,7 @@ class LittleBitCallback(TrainerCallback):
                 narrow[0],
             )
         self._model = model
-        _CALLBACKS[model] = self
+        _CALLBACKS[model] = weakref.ref(self)
         self.flips = SignFlips(latents_and_scales(model)[0])
 
     def on_train_begin(
@@ -301,7 +302,8 @@ class _Logs(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        callback = None if model is None else _CALLBACKS.get(unwrapped(model))
+        known = None if model is None else _CALLBACKS.get(unwrapped(model))
+        callback = None if known is None else known()
         if callback is None or logs is None or "loss" not in logs:
             return
         values = callback.logs()

@@ -82,6 +82,7 @@ def latent_model(
     if config.base_model is None and HUB_ID.fullmatch(source) and not os.path.isdir(source):
         config.base_model = source
     plan, known = plan_model(model, config), dict(importance or {})
+    config.kv_factor = plan.kv_factor if config.kv_factor is None else config.kv_factor
     _check_in_memory(model, plan)
     for message in plan.warnings():
         logger.warning("%s", message)
