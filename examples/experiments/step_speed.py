@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--bpw", type=float, default=0.55)
-    parser.add_argument("--repeat", type=int, default=8)
+    parser.add_argument("--paths", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--repeat", type=int, default=12)
     parser.add_argument("--bf16", action="store_true", help="autocast; weights stay fp32")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +54,9 @@ def main() -> None:
     torch.manual_seed(0)
     dense = LlamaForCausalLM(config).train().to(device)
     latent = LlamaForCausalLM(config).train().to(device)
-    latent_model(latent, LittleBitConfig(bpw=args.bpw, init="dual_svid"), progress=False)
+    # The shape of the default, ADMM's single path, without its work.
+    paths = LittleBitConfig(bpw=args.bpw, init="dual_svid", residual=args.paths == 2)
+    latent_model(latent, paths, progress=False)
     tokens = torch.randint(0, 512, (1, args.tokens), device=device)
     times = [(step(dense, tokens, args.bf16), step(latent, tokens, args.bf16)) for _ in range(args.repeat)]
     best = [min(column) for column in zip(*times, strict=True)]

@@ -20,13 +20,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
 from .factorize import Path
 from .kernels.packing import factor_shapes, pack_signs, unpack_signs
-from .sign import ALPHA, latent_sign
+from .product import factored_product
+from .sign import ALPHA, SignGradient
 
 __all__ = ["LatentLittleBitLinear", "LittleBitLinear", "latent_parts", "pack_parts", "part_name"]
 
@@ -294,23 +294,10 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
         return _describe(self)
 
 
-def latent_product(x: Tensor, parts: dict[str, Tensor], ranks: list[int], layer: Any) -> Tensor:
+def latent_product(x: Tensor, parts: dict[str, Tensor], ranks: Sequence[int], layer: Any) -> Tensor:
     """The layer's product on latent parts, in x's dtype; `layer` gives scale_dtype, sign_gradient and alpha."""
-    h, l, g = (_rounded(parts[part], layer.scale_dtype).to(x.dtype) for part in LATENT_PARTS[2:])  # noqa: E741
-    u, v = (latent_sign(parts[part], layer.sign_gradient, layer.alpha, x.dtype) for part in LATENT_PARTS[:2])
-    out: Tensor | None = None
-    columns = zip(u.split(ranks, dim=1), v.split(ranks, dim=1), l.split(ranks), strict=True)
-    for path, (u_path, v_path, l_path) in enumerate(columns):
-        inner = F.linear(x * g[path], v_path.T) * l_path
-        part = F.linear(inner, u_path) * h[path]
-        out = part if out is None else out + part
-    assert out is not None
-    return out
-
-
-def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` rounded to the stored dtype; the gradient passes unchanged."""
-    return scale + (scale.detach().to(dtype).to(scale.dtype) - scale.detach())
+    gradient = SignGradient(layer.sign_gradient, layer.alpha)
+    return factored_product(x, *(parts[part] for part in LATENT_PARTS), tuple(ranks), layer.scale_dtype, gradient)
 
 
 def _bias(size: int, bias: bool, device: Any, dtype: torch.dtype | None) -> nn.Parameter | None:
