@@ -297,7 +297,8 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
 def latent_product(x: Tensor, parts: dict[str, Tensor], ranks: Sequence[int], layer: Any) -> Tensor:
     """The layer's product on latent parts, in x's dtype; `layer` gives scale_dtype, sign_gradient and alpha."""
     gradient = SignGradient(layer.sign_gradient, layer.alpha)
-    return factored_product(x, *(parts[part] for part in LATENT_PARTS), tuple(ranks), layer.scale_dtype, gradient)
+    u, v, h, l, g = (parts[part] for part in LATENT_PARTS)  # noqa: E741
+    return factored_product(x, u, v, h, l, g, tuple(ranks), layer.scale_dtype, gradient)
 
 
 def _bias(size: int, bias: bool, device: Any, dtype: torch.dtype | None) -> nn.Parameter | None:
