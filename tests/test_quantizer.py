@@ -89,6 +89,24 @@ def test_real_model_keeps_most_of_its_knowledge(stories):
     assert out.shape[1] > 8 and tokenizer.decode(out[0], skip_special_tokens=True).startswith("Once upon")
 
 
+def test_generate_compiles_one_graph_for_every_length(family_dir):
+    """With a static cache, as transformers compiles on a GPU: no graph break, no new graph as the sequence grows."""
+    model = load(family_dir("llama"), quantization_config=config())
+    prompt = torch.arange(3, 8)[None]
+    length = {"max_new_tokens": 20, "do_sample": False}
+    compile_config = transformers.CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True  # transformers leaves the CPU out, unless told so
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for tokens in (prompt, torch.arange(3, 16)[None]):
+        out = model.generate(tokens, **length, cache_implementation="static", compile_config=compile_config)
+        assert torch.equal(out, model.generate(tokens, **length))
+        if tokens is prompt:
+            assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]  # two: the longer cache has a shape
+
+
 def test_file_holds_what_the_formula_says(family_dir, tmp_path):
     model = load(family_dir("llama"), quantization_config=config(init="joint_itq", residual=True))
     model.save_pretrained(tmp_path)

@@ -50,6 +50,7 @@ def add_options(train: argparse.ArgumentParser) -> None:
 
 def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     """`littlebit train`; `config` is the LittleBitConfig of the options, `tokenizer` the model's."""
+    import torch
     from transformers import TrainingArguments, set_seed
 
     from .data import read_texts, sample_blocks, text_blocks
@@ -95,7 +96,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         save_total_limit=2,
         prediction_loss_only=True,
         bf16=args.bf16,
-        use_cpu=args.cpu,
+        use_cpu=args.cpu or not torch.accelerator.is_available(),  # else Trainer refuses --bf16 without a GPU
         seed=seed,
         report_to=[],
     )
