@@ -4,11 +4,13 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import SMALL, build, config, load
 from torch import nn
+from transformers import CompileConfig
 
 from hf_littlebit import LittleBitConfig, clock
 from hf_littlebit.bench import bench
@@ -144,6 +146,19 @@ def test_memory_that_work_takes_is_seen():
     assert grown == "None" or 0.9 * (1 << 26) < int(grown) < 2 * (1 << 26)
 
 
+def test_compiled_decoding_is_measured(packed, monkeypatch):
+    quick = partial(CompileConfig, backend="aot_eager", mode=None, fullgraph=True)
+    monkeypatch.setattr("hf_littlebit.bench.CompileConfig", quick)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    lengths, ticks = [], clock.Ticks.put
+    monkeypatch.setattr(clock.Ticks, "put", lambda self, value: (lengths.append(value.numel()), ticks(self, value)))
+    result = bench(packed, packed_only=True, **QUICK, compiled=True)
+    assert result.compiled and ", compiled" in result.table() and result.as_dict()["compiled"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and lengths == ([5] + [1] * 3) * 4
+    assert result.models["packed"].decode_ms["linear layers"] > 0
+
+
 # -- errors and the command -----------------------------------------------------------------------------------------------
 
 
@@ -157,6 +172,9 @@ def test_what_cannot_be_measured_is_refused(packed, family_dir, tmp_path):
         bench(packed, config())
     with pytest.raises(ValueError, match="'latent', which is for training"):
         bench(dense, config(format="latent"))
+    load(family_dir("mixtral"), quantization_config=config()).save_pretrained(tmp_path / "experts")
+    with pytest.raises(ValueError, match=r"packed experts, .* leave --compile"):
+        bench(str(tmp_path / "experts"), packed_only=True, **QUICK, compiled=True)
     limit = SMALL["max_position_embeddings"]
     with pytest.raises(ValueError, match=f"60 tokens of prompt and 5 new ones exceed the context of {limit}"):
         bench(packed, prompt=60, new=5)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 
 from . import compat
 from .clock import PARTS, Clock, Ticks, groups_of
@@ -39,6 +39,7 @@ from .stand_in import random_state
 __all__ = ["Bench", "Speed", "bench"]
 
 SHARES = 3  # rounds with the clock
+WARM_UP = 3  # generations before a compiled one is measured: compiling, recording a graph, replaying it
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Bench:
     prompt: int
     new: int
     rounds: int
+    compiled: bool
     models: dict[str, Speed]  # "dense" and "packed"
     ratio: dict[str, float]  # packed over dense; empty without the dense model
     machine: dict[str, Any]
@@ -97,7 +99,7 @@ class Bench:
         where = ["a step of", *(f"{name} {step}" for name, step in times)]
         return (
             f"{self.model}, {self.bpw:.3g} bits per weight, {self.machine['threads']} thread(s), prompt of {self.prompt}, "
-            f"{self.new} new tokens\n\n{tabulate(rows, head, disable_numparse=True)}\n\n"
+            f"{self.new} new tokens{', compiled' if self.compiled else ''}\n\n{tabulate(rows, head, disable_numparse=True)}\n\n"
             f"{tabulate(shares, where, disable_numparse=True)}"
         )
 
@@ -112,6 +114,7 @@ def bench(
     rounds: int = 5,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> Bench:
     """Measure a causal language model, dense and packed.
 
@@ -120,6 +123,8 @@ def bench(
         packed_only: leave the dense model out, where memory does not hold both.
         prompt, new: tokens that are read and made. rounds: turns of each model.
         dtype: of what is dense; that of the model by default, bf16 where its config names none.
+        compiled: decode by torch.compile over a static cache (CUDA graphs on a GPU), as `generate` does with
+            `cache_implementation="static"`. The time shares are those of the same cache without compilation.
 
     Raises:
         ValueError: for a model that cannot generate, sizes beyond its context, or a dense one without `config`.
@@ -141,7 +146,8 @@ def bench(
     kept = dtype or compat.resolve_dtype(source.config.dtype or torch.bfloat16)
     runs: dict[str, _Run] = {}
     for kind in ("packed",) if packed_only else ("dense", "packed"):
-        runs[kind] = _Run(source, plan, used if kind == "packed" else None, kept, torch.device(device), prompt, new)
+        method = used if kind == "packed" else None
+        runs[kind] = _Run(source, plan, method, kept, torch.device(device), prompt, new, compiled)
     ratios: dict[str, list[float]] = {"prefill": [], "decode": [], "decode_cpu": []}
     for _ in range(rounds):
         speeds = {kind: run.turn() for kind, run in runs.items()}
@@ -155,7 +161,9 @@ def bench(
         ratio["weights"] = packed.weight_bytes / dense.weight_bytes
         if packed.growth_bytes is not None and dense.growth_bytes is not None:
             ratio["peak"] = (packed.weight_bytes + packed.growth_bytes) / (dense.weight_bytes + dense.growth_bytes)
-    return Bench(os.path.basename(name.rstrip("/")), plan.bpw, prompt, new, rounds, models, ratio, machine(device))
+    return Bench(
+        os.path.basename(name.rstrip("/")), plan.bpw, prompt, new, rounds, compiled, models, ratio, machine(device)
+    )
 
 
 def _choose(source: Source, given: LittleBitConfig | None) -> LittleBitConfig:
@@ -182,8 +190,12 @@ class _Run:
         device: torch.device,
         prompt: int,
         new: int,
+        compiled: bool,
     ):
         self.device, self.new, self.prompt = device, new, prompt
+        self.compile_config = CompileConfig()
+        self.compile_config._compile_all_devices = True  # type: ignore[assignment]  # else a CPU is left out
+        self.compiled = compiled
         loaded = not os.path.isfile(source.name) and (source.quantization is None) == (quantization is None)
         start = time.perf_counter()
         if loaded:
@@ -201,6 +213,12 @@ class _Run:
             self.model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device)
         seconds = time.perf_counter() - start
         self.model.eval()
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        if compiled and quantizer is not None and not quantizer.is_compileable:
+            raise ValueError(
+                f"{type(self.model).__name__} has packed experts, which are chosen by value and cannot be compiled; leave "
+                "--compile (compiled=True) out"
+            )
         # Without an end of text: every round makes as many tokens.
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
         vocabulary = self.model.get_input_embeddings().num_embeddings
@@ -208,16 +226,22 @@ class _Run:
         self.tokens = torch.randint(vocabulary, (1, prompt), generator=draw).to(device)
         self.groups = groups_of(self.model, plan)
         size = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers()))
+        for _ in range(WARM_UP if compiled else 0):
+            self.generate()
         with growth(device) as grown:
             self.generate()
         self.speed = Speed("loaded" if loaded else "random", seconds if loaded else None, size, grown[0])
         self.times: list[tuple[float, float, float]] = []
 
     def generate(self, streamer: Ticks | None = None) -> None:
+        options: dict[str, Any] = {"max_new_tokens": self.new, "streamer": streamer}
+        if self.compiled:
+            options["cache_implementation"] = "static"
+            # The clock's hooks would be compiled too, and their times with them.
+            by_parts = isinstance(streamer, Clock)
+            options |= {"disable_compile": True} if by_parts else {"compile_config": self.compile_config}
         with torch.inference_mode():
-            self.model.generate(
-                self.tokens, attention_mask=torch.ones_like(self.tokens), max_new_tokens=self.new, streamer=streamer
-            )
+            self.model.generate(self.tokens, attention_mask=torch.ones_like(self.tokens), **options)
 
     def turn(self) -> tuple[float, float, float]:
         """Tokens per second of prefill and decode, and per CPU second of decode."""

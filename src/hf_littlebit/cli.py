@@ -204,6 +204,7 @@ def run_bench(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         device=_device(args),
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        compiled=args.compile,
     )
     print(json.dumps(result.as_dict()) if args.json else result.table())
     return 0
