@@ -1,9 +1,9 @@
-"""What test_distributed.py starts: a short training, resumed once, by one process or by two that share the batch.
+"""What test_distributed.py starts: short trainings, by one process or by two that share the batch; one is resumed.
 
-    python two_processes.py OUT                                       alone, batches of 4
-    torchrun --nproc_per_node=2 two_processes.py OUT                  DDP over gloo, batches of 2 each
-    torchrun --nproc_per_node=2 two_processes.py OUT fsdp             FSDP2 over gloo, or fsdp_shards for saved shards
-    torchrun --nproc_per_node=2 two_processes.py OUT zero2            DeepSpeed over gloo, or zero3, zero3_shards
+    python two_processes.py OUT                                 alone, batches of 4
+    torchrun --nproc_per_node=2 two_processes.py OUT            DDP over gloo, batches of 2 each
+    torchrun --nproc_per_node=2 two_processes.py OUT fsdp       FSDP2 over gloo
+    torchrun --nproc_per_node=2 two_processes.py OUT zero2      DeepSpeed over gloo; or zero3
 
 Writes OUT/final.pt: the latents' state dict, the logged figures, and whether resuming from the middle gave the same.
 """
@@ -21,8 +21,10 @@ from accelerate.utils import DistributedType
 from conftest import build
 from test_training import CONFIG, Rows
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
+from hf_littlebit.engines import is_partitioned
+from hf_littlebit.trainer import LATENT_FACTOR, SCALE_FACTOR, LittleBitTrainer
 from hf_littlebit.training import LittleBitCallback
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -50,41 +52,71 @@ def deepspeed_on_cpu() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first; gloo does without
 
 
-def options(engine: str) -> dict[str, Any]:
-    """What TrainingArguments gets for `engine`."""
-    if engine.startswith("fsdp"):
-        kind = "SHARDED_STATE_DICT" if engine.endswith("shards") else "FULL_STATE_DICT"
+def options(engine: str, gathered: bool) -> dict[str, Any]:
+    """What TrainingArguments gets for `engine`; `gathered`: sharded weights are put together before they are saved."""
+    if engine == "fsdp":
+        kind = "FULL_STATE_DICT" if gathered else "SHARDED_STATE_DICT"
         layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         return {"use_cpu": True, "fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind, **layers}}
-    if engine.startswith("zero"):
-        stage = {"stage": int(engine[4]), "stage3_gather_16bit_weights_on_model_save": not engine.endswith("shards")}
-        # Small models fit under the threshold for parameters that are not partitioned at all.
-        stage |= {"stage3_param_persistence_threshold": 0} if stage["stage"] == 3 else {}
+    if engine in ("zero2", "zero3"):
+        zero: dict[str, Any] = {"stage": int(engine[4])}
+        if engine == "zero3":
+            # At 0 all parameters are partitioned, however small.
+            zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": gathered}
         sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-        return {"deepspeed": {"zero_optimization": stage, "gradient_clipping": "auto", **dict.fromkeys(sizes, "auto")}}
+        return {"deepspeed": {"zero_optimization": zero, "gradient_clipping": "auto", **dict.fromkeys(sizes, "auto")}}
     return {"use_cpu": True}
 
 
-def train(out: str, engine: str, resume: str | None = None) -> Trainer:
-    arguments = TrainingArguments(
+def arguments(out: str, engine: str, gathered: bool, **more: Any) -> TrainingArguments:
+    return TrainingArguments(
         out,
         per_device_train_batch_size=4 // WORLD,
-        max_steps=4,
         save_steps=2,
         logging_steps=2,
-        learning_rate=0.05,
         optim="adamw_torch",
         adam_epsilon=1e-2,  # far above the gradients: without it Adam turns rounding into steps of full size
         report_to=[],
         disable_tqdm=True,
-        **options(engine),
+        **options(engine, gathered),
+        **more,
     )
-    callback = LittleBitCallback(CONFIG, teacher="self", pack=False)
-    trainer = Trainer(model=build("llama"), args=arguments, train_dataset=Rows(), callbacks=[callback])
+
+
+def train(out: str, engine: str, resume: str | None = None) -> Trainer:
+    model = build("llama")
+    args = arguments(out, engine, gathered=False, max_steps=4, learning_rate=0.05)
+    teacher: Any = "self"
+    if resume and engine == "zero3":
+        teacher = LlamaForCausalLM.from_pretrained(os.path.join(out, "dense"))
+        assert is_partitioned(teacher.parameters())  # while it was loaded
+    callback = LittleBitCallback(CONFIG, teacher, pack=False)
+    trainer = Trainer(model=model, args=args, train_dataset=Rows(), callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
     first = next(trainer.model.parameters())
-    assert isinstance(first, DTensor) == engine.startswith("fsdp") and hasattr(first, "ds_id") == ("zero3" in engine)
+    assert isinstance(first, DTensor) == (engine == "fsdp") and hasattr(first, "ds_id") == (engine == "zero3")
     return trainer
+
+
+def train_and_pack(out: str, engine: str) -> None:
+    """OUT/packed by LittleBitTrainer, OUT/plain by a Trainer whose engine gathers, from OUT/whole/checkpoint-2."""
+    short: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.004, "lr_scheduler_type": "constant"}
+    args = arguments(out, engine, gathered=False, weight_decay=0.1, save_strategy="no", **short)
+    trainer: Trainer = LittleBitTrainer(
+        build("llama"), args, config=CONFIG, teacher="self", calibration=0, train_dataset=Rows()
+    )
+    trainer.train()
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {
+        0.004,
+        0.004 * LATENT_FACTOR,
+        0.004 * SCALE_FACTOR,
+    }
+    trainer.save_model(os.path.join(out, "packed"))
+    args = arguments(os.path.join(out, "whole"), engine, gathered=True, **short)
+    callback = LittleBitCallback(CONFIG, teacher="self")
+    trainer = Trainer(model=build("llama"), args=args, train_dataset=Rows(), callbacks=[callback])
+    trainer.train()
+    trainer.save_model(os.path.join(out, "plain"))
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -103,13 +135,16 @@ def main() -> None:
     out, engine = sys.argv[1], "".join(sys.argv[2:])
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(150, exit=True)  # processes that wait for each other end with their stacks
-    if engine.startswith("fsdp"):
+    if engine == "fsdp":
         shard_on_cpu()
     if engine.startswith("zero"):
         deepspeed_on_cpu()
+    if not int(os.environ.get("RANK", 0)):
+        build("llama").save_pretrained(os.path.join(out, "dense"))
     trainer = train(out, engine)
     weights, history = state(trainer), trainer.state.log_history
     again = state(train(out, engine, os.path.join(out, "checkpoint-2")))
+    train_and_pack(out, engine)
     same = all(torch.equal(weights[name], again[name]) for name in weights)
     if trainer.is_world_process_zero():
         torch.save({"weights": weights, "history": history, "same": same}, os.path.join(out, "final.pt"))
