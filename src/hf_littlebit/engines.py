@@ -78,8 +78,9 @@ def gather(model: nn.Module) -> dict[str, Tensor]:
     """
     main = dist.get_rank() == 0
     whole: dict[str, Tensor] = {}
-    value: Any
-    for name, value in model.state_dict(keep_vars=True).items():
+    parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    for name, saved in model.state_dict(keep_vars=True).items():
+        value: Any = parameters.get(name, saved)  # a layer may save another tensor than it has
         if isinstance(value, DTensor):
             # Shards that are offloaded wait on the CPU, where the group that they belong to may not communicate.
             full = value.detach().to(value.device_mesh.device_type).full_tensor()
