@@ -95,8 +95,10 @@ def run_pack(args: argparse.Namespace) -> int:
     from .twins import pack_model
 
     out = _out(args, args.checkpoint, "checkpoint")
+    tokenizer = _tokenizer(args.tokenizer, required=True) if args.tokenizer else None
     model = latent_checkpoint(args.checkpoint, args.dtype)
-    tokenizer = _tokenizer(args.tokenizer or args.checkpoint, required=args.tokenizer is not None)
+    if not args.tokenizer:
+        tokenizer = _tokenizer(args.checkpoint, required=False)
     with _folder(out):
         pack_model(model).save_pretrained(out)
         if tokenizer is not None:

@@ -18,7 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["agree", "check_optimizer", "gather", "is_partitioned", "is_sharded", "local_part", "run_partitioned"]
+__all__ = [
+    "agree",
+    "check_optimizer",
+    "check_weights",
+    "gather",
+    "is_partitioned",
+    "is_sharded",
+    "local_part",
+    "run_partitioned",
+]
 
 
 def is_partitioned(values: Iterable[Tensor]) -> bool:
@@ -56,6 +65,28 @@ def local_part(value: Any) -> tuple[Tensor, int | None]:
     return value.detach().flatten(), 0
 
 
+def check_weights(model: nn.Module, teacher: Any) -> None:
+    """Refuse a model whose weights an engine took away while it was loaded, and a teacher that has none.
+
+    Raises:
+        ValueError: with how to load it.
+    """
+    if is_partitioned(model.parameters()):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 partitioned the model while it was loaded, so its layers can be neither factorized nor copied. "
+            "Load it before TrainingArguments are made, or with from_pretrained(..., "
+            "quantization_config=LittleBitConfig(..., format='latent'))"
+        )
+    for name, one in (("model", model), ("teacher", teacher)):
+        if not isinstance(one, nn.Module) or hasattr(one, "hf_device_map"):
+            continue
+        if any(value.is_meta for value in one.parameters()):
+            raise ValueError(
+                f"the {name} has no weights in this process: FSDP's cpu_ram_efficient_loading gives them to the first alone. "
+                "Load it before TrainingArguments are made, or set cpu_ram_efficient_loading to false"
+            )
+
+
 def agree(values: Iterable[Tensor], device: torch.device) -> None:
     """Give every process the `values` of process 0, in place, by way of `device`.
 
@@ -78,12 +109,15 @@ def gather(model: nn.Module) -> dict[str, Tensor]:
     """
     main = dist.get_rank() == 0
     whole: dict[str, Tensor] = {}
+    # First the state: FSDP2 keeps its outermost parameters whole after a forward, until the state is asked for.
+    state = model.state_dict(keep_vars=True)
     parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-    for name, saved in model.state_dict(keep_vars=True).items():
-        value: Any = parameters.get(name, saved)  # a layer may save another tensor than it has
+    for name, saved in state.items():
+        value = parameters.get(name, saved)  # a layer may save another tensor than it has
         if isinstance(value, DTensor):
             # Shards that are offloaded wait on the CPU, where the group that they belong to may not communicate.
-            full = value.detach().to(value.device_mesh.device_type).full_tensor()
+            placed: Any = value.detach().to(value.device_mesh.device_type)
+            full = placed.full_tensor()
             if main:
                 whole[name] = full.to("cpu", copy=True)
         elif hasattr(value, "ds_id"):

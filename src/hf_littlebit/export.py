@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from .skeleton import model_class
+from .skeleton import model_class, whole_models
 from .source import UNFIT, quantization_of
 from .twins import pack_model
 
@@ -68,7 +68,9 @@ def latent_checkpoint(folder: str, dtype: Any = "auto") -> Any:
 
 def packed_model(config: Any, state: dict[str, Tensor]) -> Any:
     """A packed model on the CPU from the `state` dict of a latent one, gathered from its shards, and its config."""
-    return pack_model(model_class(config).from_pretrained(None, config=config, state_dict=state, dtype="auto"))
+    with whole_models():
+        model = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype="auto")
+    return pack_model(model)
 
 
 def saved_config(model: Any, kind: type) -> Any:

@@ -32,7 +32,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .calibration import calibrate
 from .config import LittleBitConfig
 from .distill import HIDDEN_WEIGHT, Distillation
-from .engines import agree, check_optimizer, is_partitioned, is_sharded
+from .engines import agree, check_optimizer, check_weights, is_sharded
 from .export import save_packed, saved_config
 from .flips import SignFlips
 from .plan import plan_model
@@ -101,6 +101,7 @@ class LittleBitCallback(TrainerCallback):
         self._model: Any = None
         self._kind: Any = None  # FSDP2 makes another class of the model's
         self.finished = False
+        self.sharded = False  # each process holds only a part of the model
         # Reporters (tensorboard, wandb ...) run before a user's callbacks; only a default callback runs before them.
         if _Logs not in transformers.trainer.DEFAULT_CALLBACKS:
             transformers.trainer.DEFAULT_CALLBACKS.append(_Logs)  # type: ignore[arg-type]
@@ -168,7 +169,8 @@ class LittleBitCallback(TrainerCallback):
         if not isinstance(model, type(self._model)) or not factor_modules(model):
             raise ValueError(REBUILT)
         latents, scales = latents_and_scales(model)
-        if is_sharded(latents):
+        self.sharded = is_sharded(latents)
+        if self.sharded:
             # Trainer gathers a sharded model's state and hands it to save_pretrained, which drops it for quantized models.
             model.hf_quantizer = None
         elif model is not self._model:
@@ -213,11 +215,6 @@ class LittleBitCallback(TrainerCallback):
         if args.should_save and os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "config.json")):
             saved_config(self._model, self._kind).save_pretrained(folder)
 
-    @property
-    def sharded(self) -> bool:
-        """Whether each process of this training holds only a part of the model."""
-        return self._model is not None and is_sharded(latents_and_scales(self._model)[0])
-
     def logs(self) -> dict[str, float]:
         """Means over the tokens since the last call: `kd_loss`, `hidden_loss` (unweighted), and the shares of flipped
         signs, `flipped_since_start` and `flipped_since_log`. Every process of a distributed training must call it."""
@@ -237,8 +234,7 @@ class LittleBitCallback(TrainerCallback):
     def _check_arguments(self, args: TrainingArguments, model: Any) -> None:
         if model is None:
             raise ValueError("the Trainer has no model to convert")
-        if is_partitioned(model.parameters()):
-            raise ValueError(PARTITIONED)
+        check_weights(model, self.teacher)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process would train by DataParallel, which copies the model in every step; "
@@ -328,10 +324,6 @@ SHARDED = (
     "The model is sharded, so it stays latent in memory. trainer.save_model packs what it writes if it is LittleBitTrainer's, "
     "or if the engine gathers the state (FSDP2: FULL_STATE_DICT; ZeRO-3: stage3_gather_16bit_weights_on_model_save). Else, in "
     "one process: littlebit pack CHECKPOINT --out DIR"
-)
-PARTITIONED = (
-    "DeepSpeed ZeRO-3 partitioned the model while it was loaded, so its layers can be neither factorized nor copied. Load it "
-    "before TrainingArguments are made, or as from_pretrained(..., quantization_config=LittleBitConfig(..., format='latent'))"
 )
 REBUILT = (
     "the model to train is not the one that LittleBitCallback converted: model_init (and hyperparameter search) makes a new "
