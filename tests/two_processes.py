@@ -119,6 +119,18 @@ def train_and_pack(out: str, engine: str) -> None:
     trainer.save_model(os.path.join(out, "plain"))
 
 
+def refused(out: str, engine: str) -> None:
+    """Weight decay on latents is found in every engine's optimizer."""
+    args = arguments(out, engine, gathered=False, max_steps=2, weight_decay=0.1)
+    trainer = Trainer(model=build("llama"), args=args, train_dataset=Rows(), callbacks=[LittleBitCallback(CONFIG)])
+    try:
+        trainer.train()
+    except ValueError as error:
+        assert "weight decay 0.1 would pull latents" in str(error), error
+    else:
+        raise AssertionError("weight decay on latents was let through")
+
+
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The whole weights, gathered."""
     parts = [value for value in trainer.model.parameters() if hasattr(value, "ds_id")]
@@ -145,6 +157,7 @@ def main() -> None:
     weights, history = state(trainer), trainer.state.log_history
     again = state(train(out, engine, os.path.join(out, "checkpoint-2")))
     train_and_pack(out, engine)
+    refused(out, engine)
     same = all(torch.equal(weights[name], again[name]) for name in weights)
     if trainer.is_world_process_zero():
         torch.save({"weights": weights, "history": history, "same": same}, os.path.join(out, "final.pt"))
