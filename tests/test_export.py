@@ -151,9 +151,7 @@ def test_models_that_an_engine_emptied(tmp_path):
 
 
 def test_optimizer_of_a_deepspeed_config(tmp_path):
-    from accelerate.utils import DummyOptim
-
     trainer = LittleBitTrainer(build("llama"), arguments(tmp_path), config=CONFIG, train_dataset=Rows())
-    trainer.optimizer = DummyOptim(list(trainer.model.parameters()))  # what transformers puts in its place
+    trainer.optimizer = type("DummyOptim", (), {})()  # of accelerate, which transformers puts in its place
     with pytest.raises(ValueError, match="take `optimizer` out of it"):
         trainer.create_optimizer()
