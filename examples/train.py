@@ -60,6 +60,8 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_model(args.out)
+    if not trainer.is_world_process_zero():
+        return
     tokenizer.save_pretrained(args.out)
 
     packed = AutoModelForCausalLM.from_pretrained(args.out).eval()

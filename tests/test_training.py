@@ -276,14 +276,20 @@ def test_reporters_see_the_figures(tmp_path, monkeypatch):
 def test_sign_flips():
     values = [torch.tensor([[1.0, -1.0, 0.0], [2.0, -3.0, 4.0]]), -torch.ones(11)]
     flips = SignFlips(values)
-    assert flips.fractions() == (0.0, 0.0)
+
+    def fractions():
+        return tuple(flips.fractions().values())
+
+    assert flips.fractions() == {"flipped_since_start": 0.0, "flipped_since_log": 0.0}
     values[0][0, 0] = -1.0
     values[1][10] = 0.0
-    assert flips.fractions() == (2 / 17, 2 / 17)
+    assert fractions() == (2 / 17, 2 / 17)
     values[1][10] = -1.0
     values[1][3] = -5.0
-    assert flips.fractions() == (1 / 17, 1 / 17)
-    assert flips.fractions() == (1 / 17, 0.0)
+    assert fractions() == (1 / 17, 1 / 17)
+    assert fractions() == (1 / 17, 0.0)
+    flips.follow([-values[0], values[1]])  # as a checkpoint would have loaded them
+    assert fractions() == (4 / 17, 0.0)
 
 
 def test_littlebit_trainer_groups(tmp_path):

@@ -22,6 +22,7 @@ examples:
   littlebit info org/model --bpw 0.3                     predict the size; downloads config.json only
   littlebit quantize org/model --bpw 0.3 --out packed    quantize and save, with the tokenizer
   littlebit train org/model --bpw 0.3 --data corpus.txt --steps 1000 --out packed
+  littlebit pack packed/checkpoints/checkpoint-500 --out other      pack a checkpoint, sharded ones too
   littlebit eval packed --text wiki.test.txt             perplexity
   littlebit generate packed --prompt "Once upon a time"
   littlebit bench packed                                 tokens per second, dense against packed
@@ -71,6 +72,21 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     )
     _add_method(train, required=True, steps="--init-steps")
     train_command.add_options(train)
+
+    pack = add(
+        "pack",
+        "pack a training's latent checkpoint: plain, or the shards of FSDP2 or DeepSpeed",
+        "pack packed/checkpoints/checkpoint-1000 --tokenizer org/model --out packed",
+    )
+    pack.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="folder that a Trainer saved; FSDP's shards hold a pickle, so take only those of your own trainings",
+    )
+    pack.add_argument("--out", metavar="DIR", required=True, help="folder to save to")
+    pack.add_argument("--overwrite", action="store_true", help="save even if DIR holds files already")
+    pack.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id to copy it from (default: CHECKPOINT)")
+    pack.add_argument("--dtype", choices=DTYPES, default="auto", help="of what stays dense (default: as in CHECKPOINT)")
 
     info = add(
         "info",

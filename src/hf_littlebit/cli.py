@@ -1,4 +1,4 @@
-"""The command `littlebit`: quantize, train, info, eval, generate, bench, push. `optimum-cli littlebit` is the same.
+"""The command `littlebit`: quantize, train, pack, info, eval, generate, bench, push. `optimum-cli littlebit` is the same.
 
 Results go to stdout, progress and notes to stderr. Bad input ends with one line, "littlebit: error: ...", and exit code 2;
 a failure of the machine or the network with the same line and 1; Ctrl-C with 130. torch and transformers are imported by
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "littlebit") -> int:
     commands = {
         "quantize": run_quantize,
         "train": lambda args: run_train(args, quantization_config(args), _tokenizer(args.model, required=True)),
+        "pack": run_pack,
         "info": run_info,
         "eval": run_eval,
         "generate": run_generate,
@@ -68,13 +69,7 @@ def run_quantize(args: argparse.Namespace) -> int:
     from .source import find_source
 
     config = quantization_config(args)
-    out = args.out
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise ValueError(f"--out {out} is a file; give a folder")
-    if os.path.isdir(out) and os.listdir(out) and not args.overwrite:
-        raise ValueError(f"--out {out} is not empty; give another folder, or --overwrite to save into it")
-    if os.path.isdir(args.model) and os.path.realpath(args.model) == os.path.realpath(out):
-        raise ValueError(f"--out {out} is the dense model itself; give another folder")
+    out = _out(args, args.model, "dense model")
     source = find_source(args.model)
     if source.quantization is not None:
         raise ValueError(
@@ -91,6 +86,38 @@ def run_quantize(args: argparse.Namespace) -> int:
     print(size_report(out).table())
     print(f"\nsaved to {out}")
     return 0
+
+
+def run_pack(args: argparse.Namespace) -> int:
+    """`littlebit pack`."""
+    from .export import latent_checkpoint
+    from .size import size_report
+    from .twins import pack_model
+
+    out = _out(args, args.checkpoint, "checkpoint")
+    tokenizer = _tokenizer(args.tokenizer, required=True) if args.tokenizer else None
+    model = latent_checkpoint(args.checkpoint, args.dtype)
+    if not args.tokenizer:
+        tokenizer = _tokenizer(args.checkpoint, required=False)
+    with _folder(out):
+        pack_model(model).save_pretrained(out)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
+    print(size_report(out).table())
+    print(f"\nsaved to {out}")
+    return 0
+
+
+def _out(args: argparse.Namespace, source: str, what: str) -> str:
+    """--out, checked: it may be made, or saved into, and is not the `source`."""
+    out = args.out
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"--out {out} is a file; give a folder")
+    if os.path.isdir(out) and os.listdir(out) and not args.overwrite:
+        raise ValueError(f"--out {out} is not empty; give another folder, or --overwrite to save into it")
+    if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
+        raise ValueError(f"--out {out} is the {what} itself; give another folder")
+    return out
 
 
 @contextmanager

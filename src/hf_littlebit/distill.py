@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from .engines import is_partitioned, run_partitioned
 from .topk import TopK, TopKTeacher
 
 __all__ = ["HIDDEN_WEIGHT", "Distillation", "hidden_error", "kl_divergence", "token_mask"]
@@ -181,6 +182,9 @@ class Distillation:
         if isinstance(teacher, TopKTeacher):
             return
         teacher.eval()
+        if is_partitioned(teacher.parameters()):
+            self._teacher = [teacher, run_partitioned(teacher)]
+            return
         fixed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
         if not fixed and not any(value.is_meta for value in teacher.parameters()):
             teacher.to(device)

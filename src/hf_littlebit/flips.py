@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from .engines import is_sharded, local_part
 
 __all__ = ["SignFlips"]
 
@@ -18,7 +18,7 @@ PIECE = 2**22  # signs compared at a time
 class SignFlips:
     """The signs of some latents, one bit each, to compare later signs with.
 
-    Latents that are sharded (FSDP2) are compared shard by shard, each process its own.
+    Latents that an engine shards are compared shard by shard, each process its own.
     """
 
     def __init__(self, latents: Iterable[Tensor]):
@@ -27,22 +27,30 @@ class SignFlips:
         self._last = list(self._start)
         self._ones: Tensor | None = None  # set bits of every byte
 
-    def mark(self) -> None:
-        """Take the signs as they are now for those of the last log, e.g. after a checkpoint was loaded."""
-        self._last = [_bits(latent) for latent in self._latents]
+    def follow(self, latents: Iterable[Tensor]) -> None:
+        """Go on with `latents`, which are the first ones in the same order: loaded from a checkpoint, or sharded since.
 
-    def fractions(self) -> tuple[float, float]:
-        """Share of signs that differ from the start's, and from those at the last call of this method."""
+        The signs as they are now become those of the last log. Where the start's cannot be cut as the latents are, they
+        become the start's too.
+        """
+        self._latents = list(latents)
+        self._last = [_bits(latent) for latent in self._latents]
+        cut = [_cut(then, latent) for latent, then in zip(self._latents, self._start, strict=True)]
+        self._start = [now if then is None else then for then, now in zip(cut, self._last, strict=True)]
+
+    def fractions(self) -> dict[str, float]:
+        """The shares of signs that differ from the start's, `flipped_since_start`, and from those at the last call,
+        `flipped_since_log`; nothing where all parts are on disk. Every process must call it where latents are sharded."""
         now = [_bits(latent) for latent in self._latents]
         counts = [self._count(now, self._start), self._count(now, self._last)]
         self._last = now
         total = sum(_local(latent).numel() for latent in self._latents)
         sums = torch.tensor([*counts, total], dtype=torch.float64)
-        if any(isinstance(latent, DTensor) for latent in self._latents):
+        if is_sharded(self._latents):
             sums = sums.to(_local(self._latents[0]).device)
             dist.all_reduce(sums)
         start, last, total = sums.tolist()
-        return start / max(total, 1), last / max(total, 1)
+        return {"flipped_since_start": start / total, "flipped_since_log": last / total} if total else {}
 
     def _count(self, now: list[Tensor], then: list[Tensor]) -> int:
         count = 0
@@ -54,13 +62,26 @@ class SignFlips:
         return count
 
 
-def _local(latent: Any) -> Tensor:
-    return latent.to_local() if isinstance(latent, DTensor) else latent
+def _local(latent: Tensor) -> Tensor:
+    return local_part(latent)[0]
+
+
+def _cut(bits: Tensor, latent: Tensor) -> Tensor | None:
+    """Of the `bits` of a whole latent, those of the part that this process holds; None if its place is unknown."""
+    part, first = local_part(latent)
+    if first is None or (first == 0 and len(bits) == -(-part.numel() // 8)):
+        return None if first is None else bits
+    window = bits[first // 8 : -(-(first + part.numel()) // 8)]
+    signs = (window.unsqueeze(-1) >> torch.arange(8, device=bits.device) & 1).flatten()
+    return _packed(signs[first % 8 :][: part.numel()].bool())
 
 
 def _bits(latent: Tensor) -> Tensor:
-    """The signs, bit 1 for negative, uint8 [ceil(numel / 8)]."""
-    negative = (_local(latent.detach()) < 0).flatten()
+    """The signs of what this process holds, bit 1 for negative, uint8 [ceil(numel / 8)]."""
+    return _packed(_local(latent) < 0)
+
+
+def _packed(negative: Tensor) -> Tensor:
     negative = torch.nn.functional.pad(negative, (0, -len(negative) % 8)).view(-1, 8)
     place = 2 ** torch.arange(8, device=negative.device)
     return (negative * place.to(torch.uint8)).sum(-1, dtype=torch.uint8)

@@ -170,6 +170,7 @@ class LittleBitHfQuantizer(HfQuantizer):
             self._pending = {}
             self.pre_quantized = True
         _check_scales(model)
+        _own_dtype(model)
         _own_storage(model)
         if self.quantization_config.dequantize:
             self._dequantize(model, dtype=model.dtype)
@@ -251,6 +252,15 @@ def _check_scales(model: nn.Module) -> None:
                 raise ValueError(
                     f"{name}.{part} holds NaN or Inf; the checkpoint is damaged: download or save it again"
                 )
+
+
+def _own_dtype(model: nn.Module) -> None:
+    """Latents and scales that were saved in fewer bits than they are trained in (checkpoint.py)."""
+    for module in _factor_modules(model).values():
+        for name, dtype in module.part_dtypes.items():
+            value = getattr(module, name)
+            if value.is_floating_point() and value.dtype != dtype and not value.is_meta:
+                value.data = value.data.to(dtype)
 
 
 def _own_storage(model: nn.Module) -> None:

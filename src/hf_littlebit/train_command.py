@@ -1,4 +1,8 @@
-"""`littlebit train`: a dense model and some text in, a trained and packed model out, with a plot of how it went."""
+"""`littlebit train`: a dense model and some text in, a trained and packed model out, with a plot of how it went.
+
+Under `accelerate launch` or `torchrun` every process runs all of it, with a share of each batch; the first one alone writes
+files and the report, and makes the text that the others then read.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ HELD_OUT = 64  # blocks for evaluation where no --eval is given, but at most a t
 EVALUATIONS = 5  # during training
 CHECKPOINTS = "checkpoints"  # folder within --out
 CONTEXT = 512  # the longest block by default
+WAIT = 24 * 3600  # seconds that processes wait for each other: for the first to write the text, say
 
 
 def add_options(train: argparse.ArgumentParser) -> None:
@@ -69,21 +74,13 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")
     seed = args.seed or 0
     set_seed(seed)
+    # Before TrainingArguments, which have engines take apart whatever is loaded after them.
     model = model_class(source.config).from_pretrained(args.model, dtype="float32")
-    if args.data == ["self"]:
-        blocks = sample_blocks(model, tokenizer, args.blocks or 1000, length, seed=seed, cache=args.out)
-    else:
-        blocks = text_blocks(read_texts(args.data, args.column), tokenizer, length, args.column, args.blocks)
-    if args.eval:
-        held_out = text_blocks(read_texts(args.eval, args.column), tokenizer, length, args.column, HELD_OUT)
-    else:
-        blocks, held_out = blocks.split(max(1, min(HELD_OUT, len(blocks) // 10)))
     every = max(1, args.steps // EVALUATIONS)
     arguments = TrainingArguments(
         os.path.join(args.out, CHECKPOINTS),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulate,
         learning_rate=LEARNING_RATE if args.lr is None else args.lr,
         lr_scheduler_type="cosine",
@@ -99,7 +96,21 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         use_cpu=args.cpu or not torch.accelerator.is_available(),  # else Trainer refuses --bf16 without a GPU
         seed=seed,
         report_to=[],
+        ddp_timeout=WAIT,
     )
+    model.to(arguments.device)
+    with arguments.main_process_first(desc="the text"):
+        if args.data == ["self"]:
+            blocks = sample_blocks(model, tokenizer, args.blocks or 1000, length, seed=seed, cache=args.out)
+        else:
+            blocks = text_blocks(read_texts(args.data, args.column), tokenizer, length, args.column, args.blocks)
+        if args.eval:
+            held_out = text_blocks(read_texts(args.eval, args.column), tokenizer, length, args.column, HELD_OUT)
+        else:
+            blocks, held_out = blocks.split(max(1, min(HELD_OUT, len(blocks) // 10)))
+    # Only whole batches: where processes share them, Trainer weighs those of another size wrongly.
+    whole = (size for size in range(args.batch_size, 0, -1) if len(held_out) % size == 0)
+    arguments.per_device_eval_batch_size = next(whole)
     dense = _evaluate(model, arguments, held_out)
     trainer = LittleBitTrainer(
         model,
@@ -113,23 +124,25 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     packed = trainer.evaluate()["eval_loss"]
     model.config.use_cache = True
     trainer.save_model(args.out)
+    if not trainer.is_world_process_zero():
+        return 0
     tokenizer.save_pretrained(args.out)
+    size = size_report(args.out)
     report = {
         "model": args.model if not os.path.isdir(args.model) else os.path.basename(os.path.realpath(args.model)),
-        "bpw": size_report(args.out).bpw,
+        "bpw": size.bpw,
         "steps": args.steps,
         "tokens_per_step": args.batch_size * args.accumulate * length * arguments.world_size,
         "perplexity": {"dense": math.exp(dense), "packed": math.exp(packed)},
         "history": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
     }
-    if trainer.is_world_process_zero():
-        _write(args.out, report)
-        print(size_report(args.out).table())
-        first = next(entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry)
-        print(f"\nperplexity on {len(held_out)} held-out blocks of {length} tokens")
-        for name, loss in (("dense", dense), ("before training", first), ("packed", packed)):
-            print(f"  {name:<16}{math.exp(loss):.4g}")
-        print(f"saved to {args.out}")
+    _write(args.out, report)
+    print(size.table())
+    first = next(entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry)
+    print(f"\nperplexity on {len(held_out)} held-out blocks of {length} tokens")
+    for name, loss in (("dense", dense), ("before training", first), ("packed", packed)):
+        print(f"  {name:<16}{math.exp(loss):.4g}")
+    print(f"saved to {args.out}")
     return 0
 
 
@@ -161,10 +174,25 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _evaluate(model: Any, arguments: Any, blocks: Any) -> float:
-    """Loss of the dense model."""
-    from transformers import Trainer
+    """Mean loss per token of the dense model, of which each process takes a share of the blocks.
 
-    return Trainer(model=model, args=arguments, eval_dataset=blocks).evaluate()["eval_loss"]
+    Trainer.evaluate would let the engine shard the model, which is still to be factorized.
+    """
+    import torch
+    import torch.distributed as dist
+
+    model.eval()
+    sums = torch.zeros(2, device=arguments.device)
+    mine = range(arguments.process_index, len(blocks), arguments.world_size)
+    for at in range(0, len(mine), arguments.per_device_eval_batch_size):
+        tokens = torch.stack([blocks[row]["input_ids"] for row in mine[at : at + arguments.per_device_eval_batch_size]])
+        tokens = tokens.to(arguments.device)
+        with torch.no_grad(), torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        sums += torch.stack([loss.float() * len(tokens), torch.full_like(loss, len(tokens))])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
 
 
 def _write(out: str, report: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from .config import LittleBitConfig
+from .engines import gather
 from .topk import TopKTeacher
 from .training import REBUILT, LittleBitCallback
 from .twins import factor_modules, is_latent, latents_and_scales, unpack_model, unwrapped
@@ -90,6 +91,11 @@ class LittleBitTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `args.optim`, with groups for latents, scales, and the rest with and without weight decay."""
+        if type(self.optimizer).__name__ == "DummyOptim":
+            raise ValueError(
+                "the DeepSpeed config has an optimizer of its own, which gives latents, scales and the rest one learning rate; "
+                "take `optimizer` out of it, so that args.optim is used"
+            )
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
@@ -110,6 +116,18 @@ class LittleBitTrainer(Trainer):
         ]
         self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; after a sharded training that was to be packed, it packs what it gathers from all processes."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LittleBitCallback) and callback.finished and callback.pack and callback.sharded:
+                state = gather(unwrapped(self.model))
+                if self.args.should_save:
+                    self._save(output_dir, state_dict=state)
+                if self.args.push_to_hub and not _internal_call:
+                    self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+                return
+        super().save_model(output_dir, _internal_call)
 
     def _rate(self, rate: float | None, factor: float) -> float:
         return factor * self.args.learning_rate if rate is None else rate

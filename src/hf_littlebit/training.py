@@ -19,19 +19,21 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 import transformers.trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .calibration import calibrate
 from .config import LittleBitConfig
 from .distill import HIDDEN_WEIGHT, Distillation
+from .engines import agree, check_optimizer, check_weights, is_sharded
+from .export import save_packed, saved_config
 from .flips import SignFlips
 from .plan import plan_model
 from .sign import ALPHA, SIGN_GRADIENTS
@@ -98,7 +100,9 @@ class LittleBitCallback(TrainerCallback):
         self.distillation: Distillation | None = None
         self.flips: SignFlips | None = None
         self._model: Any = None
+        self._kind: Any = None  # FSDP2 makes another class of the model's
         self.finished = False
+        self.sharded = False  # each process holds only a part of the model
         # Reporters (tensorboard, wandb ...) run before a user's callbacks; only a default callback runs before them.
         if _Logs not in transformers.trainer.DEFAULT_CALLBACKS:
             transformers.trainer.DEFAULT_CALLBACKS.append(_Logs)  # type: ignore[arg-type]
@@ -124,7 +128,9 @@ class LittleBitCallback(TrainerCallback):
                 )
             accelerator = args.device if args.device.type != "cpu" else None
             importance = None if self.calibration is None else calibrate(model, self.calibration)
-            latent_model(model, self.config, accelerator, progress=not args.disable_tqdm, importance=importance)
+            bar = state.is_local_process_zero and not args.disable_tqdm
+            latent_model(model, self.config, accelerator, progress=bar, importance=importance)
+        agree([value for module in factor_modules(model).values() for value in module.parameters()], args.device)
         balance_scales(model)
         for module in factor_modules(model).values():
             module.sign_gradient, module.alpha = self.sign_gradient, self.alpha
@@ -136,7 +142,7 @@ class LittleBitCallback(TrainerCallback):
                 len(narrow),
                 narrow[0],
             )
-        self._model = model
+        self._model, self._kind = model, type(model)
         _CALLBACKS[model] = weakref.ref(self)
         self.flips = SignFlips(latents_and_scales(model)[0])
 
@@ -164,16 +170,15 @@ class LittleBitCallback(TrainerCallback):
         if not isinstance(model, type(self._model)) or not factor_modules(model):
             raise ValueError(REBUILT)
         latents, scales = latents_and_scales(model)
-        if _is_sharded(latents):
+        self.sharded = is_sharded(latents)
+        if self.sharded:
             # Trainer gathers a sharded model's state and hands it to save_pretrained, which drops it for quantized models.
             model.hf_quantizer = None
-            self.flips = SignFlips(latents)  # of the shards; the first signs were those of the whole
         elif model is not self._model:
             raise ValueError(REBUILT)
-        else:
-            _check_optimizer(optimizer, latents, scales)
-            if self.flips is not None:
-                self.flips.mark()
+        check_optimizer(optimizer, latents, scales)
+        if self.flips is not None:
+            self.flips.follow(latents)
         if self.distillation is not None:
             self.distillation.place(args.device)
             self.distillation.active = True
@@ -195,16 +200,21 @@ class LittleBitCallback(TrainerCallback):
         self.teacher = None  # its memory is wanted elsewhere
         if self.distillation is not None:
             self.distillation.detach(model)
-        if _is_sharded(latents_and_scales(model)[0]):
-            logger.warning(
-                "The model is sharded, so it is not packed here: what trainer.save_model writes is latent. Afterwards, in one "
-                "process: pack_model(AutoModelForCausalLM.from_pretrained(saved)).save_pretrained(packed)"
-            )
-            return
         if not self.pack:
+            return
+        if self.sharded:
+            save_packed(model, self._kind)
+            if state.is_world_process_zero:
+                logger.warning(SHARDED)
             return
         pack_model(model)
         model.register_load_state_dict_pre_hook(_refuse_latents)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Give a checkpoint of shards the config that tells what they are; Trainer writes none."""
+        folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+        if args.should_save and os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "config.json")):
+            saved_config(self._model, self._kind).save_pretrained(folder)
 
     def logs(self) -> dict[str, float]:
         """Means over the tokens since the last call: `kd_loss`, `hidden_loss` (unweighted), and the shares of flipped
@@ -218,13 +228,14 @@ class LittleBitCallback(TrainerCallback):
             values["kd_loss"] = total / max(tokens, 1.0)
             if self.distillation is not None and self.distillation.hidden_weight:
                 values["hidden_loss"] = hidden / max(tokens, 1.0)
-        if self.flips is not None and not _is_partitioned(self._model):
-            values["flipped_since_start"], values["flipped_since_log"] = self.flips.fractions()
+        if self.flips is not None:
+            values |= self.flips.fractions()
         return values
 
     def _check_arguments(self, args: TrainingArguments, model: Any) -> None:
         if model is None:
             raise ValueError("the Trainer has no model to convert")
+        check_weights(model, self.teacher)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process would train by DataParallel, which copies the model in every step; "
@@ -311,45 +322,15 @@ class _Logs(TrainerCallback):
         state.log_history[-1].update(values)
 
 
+SHARDED = (
+    "The model is sharded, so it stays latent in memory. trainer.save_model packs what it writes if it is LittleBitTrainer's, "
+    "or if the engine gathers the state (FSDP2: FULL_STATE_DICT; ZeRO-3: stage3_gather_16bit_weights_on_model_save). Else, in "
+    "one process: littlebit pack CHECKPOINT --out DIR"
+)
 REBUILT = (
     "the model to train is not the one that LittleBitCallback converted: model_init (and hyperparameter search) makes a new "
     "one in train(). Give `model=`, or convert inside model_init with latent_model(model, config) and leave the callback out"
 )
-
-
-def _is_sharded(latents: Sequence[Tensor]) -> bool:
-    """True where a process holds only a part of each parameter (FSDP2, ZeRO-3)."""
-    return any(isinstance(value, DTensor) or hasattr(value, "ds_id") for value in latents)
-
-
-def _is_partitioned(model: nn.Module) -> bool:
-    """True under ZeRO-3, whose parameters are empty between uses."""
-    return any(hasattr(value, "ds_id") for value in model.parameters())
-
-
-def _check_optimizer(optimizer: Any, latents: list[nn.Parameter], scales: list[nn.Parameter]) -> None:
-    groups = getattr(optimizer, "param_groups", [])
-    known = {id(value) for value in (*latents, *scales)}
-    if not known:
-        raise ValueError(
-            "all latents and scales are frozen, so there is nothing to train; set requires_grad_(True) on them"
-        )
-    found = {
-        id(value): group.get("weight_decay", 0.0) for group in groups for value in group["params"] if id(value) in known
-    }
-    if not found:
-        # DeepSpeed trains flattened copies; an optimizer made by hand before the Trainer has the dead dense weights.
-        if type(optimizer).__name__.startswith("DeepSpeed"):
-            return
-        raise ValueError(
-            "the optimizer holds none of the latents: it was made before the model was converted. Leave `optimizers=` out, or "
-            "convert first with latent_model(model, config)"
-        )
-    if any(found.values()):
-        raise ValueError(
-            f"weight decay {max(found.values()):g} would pull latents and scales to zero, where signs are noise; use "
-            "LittleBitTrainer, which decays the other parameters only, or weight_decay=0"
-        )
 
 
 def _refuse_latents(module: Any, state: dict[str, Tensor], *args: Any) -> None:
