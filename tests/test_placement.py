@@ -115,11 +115,15 @@ def test_memory_grows_by_one_layer_at_a_time(tmp_path):
     alive = []
     original = conversion.factor_weight
 
-    def spy(weight, *rest):
+    def dense_weights():
         gc.collect()
         tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"]
-        found = {t.data_ptr() for t in tensors if t.is_floating_point() and tuple(t.shape) in weights}
-        alive.append(len(found))
+        return {t.data_ptr() for t in tensors if t.is_floating_point() and tuple(t.shape) in weights}
+
+    before = dense_weights()  # of models that earlier tests' Trainers keep alive
+
+    def spy(weight, *rest):
+        alive.append(len(dense_weights() - before))
         return original(weight, *rest)
 
     conversion.factor_weight = spy
