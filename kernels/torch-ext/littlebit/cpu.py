@@ -167,4 +167,8 @@ def _scaled_signs_fake(latent: Any, outer: Any, inner: Any, ranks: Any, dtype: t
 
 
 def _scaled_signs_grad_fake(grad: Any, latent: Any, outer: Any, inner: Any, ranks: Any, alpha: Any) -> Any:
-    return latent.new_empty(latent.shape), outer.new_empty(outer.shape), latent.new_empty(0 if inner is None else inner.shape)
+    return (
+        latent.new_empty(latent.shape),
+        outer.new_empty(outer.shape),
+        latent.new_empty(0 if inner is None else inner.shape),
+    )
