@@ -55,8 +55,7 @@ def littlebit_linear_grad(grad: torch.Tensor, *parts: Any, **named: Any) -> torc
     return _backend(grad).littlebit_linear_grad(grad, *parts, **named)
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=None)
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the loading
 def compiled() -> bool:
     """Whether `cpu.scaled_signs` and `cpu.scaled_signs_grad` are there and wanted.
 
@@ -64,6 +63,11 @@ def compiled() -> bool:
         ValueError: LITTLEBIT_BACKEND holds an unknown name.
         RuntimeError: LITTLEBIT_BACKEND=cpu, and the library is missing or does not load.
     """
+    return _compiled()
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled() -> bool:
     name = _asked()
     if name == "cpu" and not cpu.load():
         raise RuntimeError(f"LITTLEBIT_BACKEND=cpu, but {cpu.missing()}; or unset the variable")
