@@ -206,9 +206,13 @@ struct Factor {
   Factor& operator=(const Factor&) = delete;
 };
 
-Tensor scaled_signs(const Tensor& latent, const Tensor& outer, Part inner, std::vector<int64_t> ranks, ScalarType type) {
-  const Factor factor(latent, outer, inner, std::move(ranks));
-  const Tensor y = empty({factor.latents.rows, factor.rank}, type, latent);
+Tensor scaled_signs(const Tensor& latent, const Tensor& outer, Part inner, std::vector<int64_t> ranks, ScalarType type,
+                    int64_t width) {
+  Factor factor(latent, outer, inner, std::move(ranks));
+  STD_TORCH_CHECK(width >= factor.rank && width <= kMaxRank, "width is ", width, ", but must be from ", factor.rank, " to ",
+                  kMaxRank);
+  factor.latents.stride = width;
+  const Tensor y = empty({factor.latents.rows, width}, type, latent);
   littlebit::scaled_signs(factor.latents, y.mutable_data_ptr(), dtype_of(y, "the result"), pool());
   return y;
 }
@@ -218,7 +222,8 @@ std::tuple<Tensor, Tensor, Tensor> scaled_signs_grad(const Tensor& grad, const T
   Factor factor(latent, outer, inner, std::move(ranks));
   const littlebit::Latents& latents = factor.latents;
   const Dtype dtype = dtype_of(grad, "grad");
-  const Array given = {factor.plain(grad, "grad", {latents.rows, factor.rank}).const_data_ptr(), dtype};
+  factor.latents.stride = grad.dim() == 2 ? std::max(grad.size(1), factor.rank) : factor.rank;
+  const Array given = {factor.plain(grad, "grad", {latents.rows, latents.stride}).const_data_ptr(), dtype};
   const float steepness = static_cast<float>(alpha.value_or(0.0));
   const auto made = [&](const std::vector<int64_t>& sizes) { return empty(sizes, ScalarType::Float, latent); };
   const Tensor of_latent = made({latents.rows, factor.rank}), of_outer = made({latents.paths, latents.rows});
@@ -242,7 +247,7 @@ std::string select_isa(std::string isa) {
 STABLE_TORCH_LIBRARY_FRAGMENT(hf_littlebit_cpu, m) {
   m.def("linear(Tensor x, " PARTS ", Tensor? bias, int[] ranks) -> Tensor");
   m.def("linear_grad(Tensor grad, " PARTS ", int[] ranks) -> Tensor");
-  m.def("scaled_signs(Tensor latent, Tensor outer, Tensor? inner, int[] ranks, ScalarType dtype) -> Tensor");
+  m.def("scaled_signs(Tensor latent, Tensor outer, Tensor? inner, int[] ranks, ScalarType dtype, int width) -> Tensor");
   m.def("scaled_signs_grad(Tensor grad, Tensor latent, Tensor outer, Tensor? inner, int[] ranks, float? alpha)"
         " -> (Tensor, Tensor, Tensor)");
   m.def("select(str isa) -> str");

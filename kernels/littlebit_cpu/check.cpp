@@ -144,16 +144,18 @@ double check_latents(int64_t rows, std::vector<int64_t> ranks, Dtype dtype, bool
   int64_t rank = 0;
   for (const int64_t r : ranks) rank += r;
   const size_t size = static_cast<size_t>(rows * rank);
+  const int64_t stride = rank + below(3);
   const float steepness = 3.0f;
   std::vector<float> latent(size), outer(static_cast<size_t>(paths * rows)), inner(static_cast<size_t>(scaled ? rank : 0));
   for (float& number : latent) number = static_cast<float>(2 * uniform());
   for (std::vector<float>* scales : {&outer, &inner}) {
     for (float& number : *scales) number = static_cast<float>(exact());
   }
-  const littlebit::Latents latents = {rows, paths, ranks.data(), latent.data(), outer.data(), scaled ? inner.data() : nullptr};
+  const littlebit::Latents latents = {rows, paths, ranks.data(), latent.data(), outer.data(), scaled ? inner.data() : nullptr,
+                                      stride};
   const littlebit::Pool runner = {pool, threads};
-  Buffer y(dtype, rows * rank);
-  const Buffer grad(dtype, rows * rank);
+  Buffer y(dtype, rows * stride);
+  const Buffer grad(dtype, rows * stride);
   std::vector<float> latent_grad(size), outer_grad(outer.size()), inner_grad(inner.size());
   littlebit::scaled_signs(latents, y.bytes.data(), dtype, runner);
   littlebit::scaled_signs_grad(latents, grad.array(), smooth ? &steepness : nullptr, latent_grad.data(), outer_grad.data(),
@@ -171,14 +173,15 @@ double check_latents(int64_t rows, std::vector<int64_t> ranks, Dtype dtype, bool
       double sum = 0.0, sum_size = 0.0;
       for (int64_t r = first; r < first + ranks[static_cast<size_t>(p)]; ++r) {
         const int64_t at = row * rank + r;
-        const double x = latent[static_cast<size_t>(at)], l = scaled ? inner[static_cast<size_t>(r)] : 1.0, g = grad.at(at);
+        const double x = latent[static_cast<size_t>(at)], l = scaled ? inner[static_cast<size_t>(r)] : 1.0, g = grad.at(row * stride + r);
         const double turned = x < 0 ? -g : g, tanh = std::tanh(steepness * x);
         const double slope = smooth ? steepness * (1 - tanh * tanh) : std::fabs(x) < 1 ? 1.0 : 0.0;
-        compare(y.at(at), h * l * (x < 0 ? -1 : 1), std::fabs(h * l), kRounding[static_cast<int>(dtype)]);
+        compare(y.at(row * stride + r), h * l * (x < 0 ? -1 : 1), std::fabs(h * l), kRounding[static_cast<int>(dtype)]);
         compare(latent_grad[static_cast<size_t>(at)], g * h * l * slope, std::fabs(g * h * l) * (smooth ? steepness : 1), 0);
         sum += turned * l, sum_size += std::fabs(turned * l);
         columns[static_cast<size_t>(r)] += turned * h, column_sizes[static_cast<size_t>(r)] += std::fabs(turned * h);
       }
+      for (int64_t r = rank; r < stride; ++r) compare(y.at(row * stride + r), 0, 1, 0);
       compare(outer_grad[static_cast<size_t>(p * rows + row)], sum, sum_size, 0);
     }
   }

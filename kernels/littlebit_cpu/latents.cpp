@@ -45,13 +45,15 @@ void each_path(const Latents& latents, const F& f) {
 
 void scaled_signs(const Latents& latents, void* y, Dtype dtype, const Pool& pool) {
   const Kernels& isa = kernels();
-  const int64_t total = width(latents);
+  const int64_t total = width(latents), size = dtype == Dtype::f32 ? 4 : 2, rest = latents.stride - total;
   each_block(latents, pool, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       each_path(latents, [&](int64_t p, int64_t first, int64_t count, const float* inner) {
-        const int64_t at = row * total + first;
-        isa.signs(latents.values + at, count, latents.outer[p * latents.rows + row], inner, y, dtype, at);
+        const float* const values = latents.values + row * total + first;
+        const float outer = latents.outer[p * latents.rows + row];
+        isa.signs(values, count, outer, inner, y, dtype, row * latents.stride + first);
       });
+      std::fill_n(static_cast<char*>(y) + (row * latents.stride + total) * size, rest * size, '\0');
     }
   });
 }
@@ -66,8 +68,9 @@ void scaled_signs_grad(const Latents& latents, Array grad, const float* steepnes
     for (int64_t row = begin; row < end; ++row) {
       each_path(latents, [&](int64_t p, int64_t first, int64_t count, const float* inner) {
         const int64_t at = row * total + first, of_row = p * latents.rows + row;
-        outer_grad[of_row] = isa.signs_grad(latents.values + at, grad, at, count, latents.outer[of_row], inner, steepness,
-                                            latent_grad + at, inner ? columns + first : nullptr);
+        outer_grad[of_row] = isa.signs_grad(latents.values + at, grad, row * latents.stride + first, count,
+                                            latents.outer[of_row], inner, steepness, latent_grad + at,
+                                            inner ? columns + first : nullptr);
       });
     }
   });

@@ -48,12 +48,14 @@ struct Latents {
   const float* values;   // [rows, R], R = sum_p r_p
   const float* outer;    // [paths, rows]
   const float* inner;    // [R], or null: 1
+  int64_t stride;        // >= R: elements between the rows of scaled_signs' result, and of its gradient
 };
 
-// y [rows, R] = outer * sign(latent) * inner, multiplied in fp32 and rounded once; sign(±0) and sign(NaN) are +1.
+// y [rows, stride] = outer * sign(latent) * inner, multiplied in fp32 and rounded once, then zeros; sign(±0) and sign(NaN)
+// are +1.
 void scaled_signs(const Latents& latents, void* y, Dtype dtype, const Pool& pool);
 
-// The gradients of scaled_signs from grad [rows, R]: latent_grad [rows, R], outer_grad [paths, rows] and, where the factor
+// The gradients of scaled_signs from grad [rows, stride]: latent_grad [rows, R], outer_grad [paths, rows] and, where the factor
 // has inner scales, inner_grad [R]. The sign's slope at x is steepness * (1 - tanh(steepness * x)^2), or, where `steepness`
 // is null, 1 for |x| < 1 and 0 elsewhere. Results do not depend on the number of threads.
 void scaled_signs_grad(const Latents& latents, Array grad, const float* steepness, float* latent_grad, float* outer_grad,

@@ -152,6 +152,21 @@ def test_strides(isa):
     assert all(map(torch.equal, found, cpu.scaled_signs_grad(grad, latent, outer, inner, ranks, 100.0)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wider_rows(isa, dtype):
+    """Zeros follow in the result, and what follows in the gradient is not looked at."""
+    ranks = (16, 9)
+    latent, outer, inner = factor(33, ranks)
+    wide = cpu.scaled_signs(latent, outer, inner, ranks, dtype, 32)
+    assert torch.equal(wide[:, :25], cpu.scaled_signs(latent, outer, inner, ranks, dtype)) and not wide[:, 25:].any()
+    grad = torch.randn(33, 32).to(dtype)
+    grad[:, 25:] = math.nan
+    found = cpu.scaled_signs_grad(grad, latent, outer, inner, ranks, 100.0)
+    assert all(map(torch.equal, found, cpu.scaled_signs_grad(grad[:, :25], latent, outer, inner, ranks, 100.0)))
+    with pytest.raises(RuntimeError, match="width is 24, but must be from 25"):
+        cpu.scaled_signs(latent, outer, inner, ranks, dtype, 24)
+
+
 @built
 def test_wrong_shapes_are_errors():
     ranks = (16, 9)
@@ -174,7 +189,12 @@ def test_wrong_shapes_are_errors():
             cpu.scaled_signs_grad(grad, *arguments, 100.0)
     with pytest.raises(RuntimeError, match="the result is Double, but must be"):
         cpu.scaled_signs(latent, outer, inner, ranks, torch.float64)
-    for wrong, text in ((grad[1:], r"grad is \[32, 25\]"), (grad[0], r"grad is \[25\]"), (grad.long(), "grad is Long")):
+    for wrong, text in (
+        (grad[1:], r"grad is \[32, 25\]"),
+        (grad[:, 1:], r"grad is \[33, 24\], but must be \[33, 25\]"),
+        (grad[0], r"grad is \[25\]"),
+        (grad.long(), "grad is Long"),
+    ):
         with pytest.raises(RuntimeError, match=text):
             cpu.scaled_signs_grad(wrong, latent, outer, inner, ranks, 100.0)
 
@@ -186,7 +206,7 @@ def test_fake_tensors_have_the_same_shapes():
     for scaled in (True, False):
         latent, outer, inner = factor(33, ranks, scaled)
         operators, checks = torch.ops.hf_littlebit_cpu, ("test_schema", "test_faketensor")
-        made = (latent, outer, inner, ranks, torch.bfloat16)
+        made = (latent, outer, inner, ranks, torch.bfloat16, 32)
         torch.library.opcheck(operators.scaled_signs, made, test_utils=checks)
         back = (torch.randn(latent.shape), latent, outer, inner, ranks, 100.0)
         torch.library.opcheck(operators.scaled_signs_grad, back, test_utils=checks)

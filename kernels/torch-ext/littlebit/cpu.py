@@ -128,8 +128,10 @@ def scaled_signs(
     inner: Optional[torch.Tensor],
     ranks: Sequence[int],
     dtype: torch.dtype,
+    width: Optional[int] = None,
 ) -> torch.Tensor:
-    """outer * sign(latent) * inner, [rows, R] of `dtype` (fp32, bf16 or fp16); sign(±0) is +1.
+    """outer * sign(latent) * inner, [rows, R] of `dtype` (fp32, bf16 or fp16); sign(±0) is +1. With `width` zeros follow in
+    every row: [rows, width].
 
     The product is fp32, rounded once.
 
@@ -140,7 +142,7 @@ def scaled_signs(
     Raises:
         RuntimeError: a wrong shape, dtype or device; or there is no compiled kernel.
     """
-    return _loaded().scaled_signs(latent, outer, inner, ranks, dtype)
+    return _loaded().scaled_signs(latent, outer, inner, ranks, dtype, latent.shape[-1] if width is None else width)
 
 
 def scaled_signs_grad(
@@ -152,7 +154,7 @@ def scaled_signs_grad(
     alpha: Optional[float],
 ) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
     """The gradients of `scaled_signs` with respect to latent, outer and inner (None without), fp32, from the one of its
-    result, `grad` [rows, R] of fp32, bf16 or fp16.
+    result, `grad` [rows, R or more] of fp32, bf16 or fp16, of which the first R columns count.
 
     The sign's slope is alpha * (1 - tanh(alpha * latent)^2), or, where `alpha` is None, 1 for |latent| < 1 and 0 elsewhere
     (LittleBit, arXiv 2506.13771, section 3.3). Sums are fp32 over 32 rows at a time, and the same bits for any number of
@@ -162,8 +164,8 @@ def scaled_signs_grad(
     return of_latent, of_outer, None if inner is None else of_inner
 
 
-def _scaled_signs_fake(latent: Any, outer: Any, inner: Any, ranks: Any, dtype: torch.dtype) -> torch.Tensor:
-    return latent.new_empty(latent.shape, dtype=dtype)
+def _scaled_signs_fake(latent: Any, outer: Any, inner: Any, ranks: Any, dtype: torch.dtype, width: int) -> torch.Tensor:
+    return latent.new_empty((latent.shape[0], width), dtype=dtype)
 
 
 def _scaled_signs_grad_fake(grad: Any, latent: Any, outer: Any, inner: Any, ranks: Any, alpha: Any) -> Any:
