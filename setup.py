@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 NAME = "hf_littlebit.kernels.liblittlebit_cpu"
 SOURCE = "kernels/littlebit_cpu"
-FILES = ("binding", "layer", "generic", "x86", "amx", "neon")
+FILES = ("binding", "layer", "latents", "generic", "x86", "amx", "neon")
 TORCH = (2, 10)  # of the stable ABI that binding.cpp is written for
 
 
@@ -89,7 +89,7 @@ setup(
         Extension(
             NAME,
             [f"{SOURCE}/{file}.cpp" for file in FILES],
-            depends=[f"{SOURCE}/littlebit.h", f"{SOURCE}/kernels.h"],
+            depends=[f"{SOURCE}/{header}.h" for header in ("littlebit", "kernels", "latents")],
             language="c++",
         )
     ],

@@ -1,8 +1,13 @@
 """The product on latents against the same formula written out with autograd, forward and every gradient."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from hf_littlebit import product
 from hf_littlebit.product import factored_product
 from hf_littlebit.sign import SignGradient, latent_sign
 
@@ -74,3 +79,29 @@ def test_scales_are_rounded_and_their_gradients_are_not():
     assert torch.equal(*ys)
     grads = [torch.autograd.grad(y.square().sum(), v) for y, v in zip(ys, (inputs, rounded), strict=True)]
     assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
+
+
+def test_the_compiled_library_computes_what_torch_does(monkeypatch):
+    """Bit for bit forward, and within fp32's rounding backward; without the library there is nothing to compare."""
+    if not product.kernels.compiled():
+        pytest.skip("the compiled CPU kernel is not built, or LITTLEBIT_BACKEND asks for plain torch")
+    for gradient in KINDS:
+        found = []
+        for compiled in (True, False):
+            monkeypatch.setattr(product, "_compiled", lambda latent, compiled=compiled: compiled)
+            inputs = operands(48, 70, (16, 8), torch.float32)
+            y = factored_product(inputs[0].bfloat16(), *inputs[1:], (16, 8), torch.bfloat16, gradient)
+            found.append((y, *torch.autograd.grad(y.float().square().sum(), inputs)))
+        assert torch.equal(found[0][0], found[1][0])
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * two.float().abs().max().item())
+
+
+def test_reference_keeps_to_plain_torch():
+    code = (
+        "import torch; from hf_littlebit import product; from hf_littlebit.kernels import cpu\n"
+        "print(product.scaled_signs(torch.ones(1, 1), torch.ones(1, 1), None, (1,), torch.float32), cpu._operators)"
+    )
+    environment = {**os.environ, "LITTLEBIT_BACKEND": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.strip() == "tensor([[1.]]) None", done.stdout + done.stderr

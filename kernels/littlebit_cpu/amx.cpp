@@ -173,8 +173,8 @@ bool permitted() {
 const Kernels* amx_kernels() {
   static const Kernels* const avx512 = avx512_kernels();
   static const bool has = avx512 && permitted();
-  static const Kernels kernels = has ? Kernels{"amx", avx512->product, avx512->combine, avx512->store,
-                                               avx512->transpose, batch_product, kBatch}
+  static const Kernels kernels = has ? Kernels{"amx", avx512->product, avx512->combine, avx512->store, avx512->transpose,
+                                               avx512->signs, avx512->signs_grad, batch_product, kBatch}
                                      : Kernels{};
   return has ? &kernels : nullptr;
 }

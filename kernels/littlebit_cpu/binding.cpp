@@ -1,6 +1,7 @@
 // The operators, on torch's stable ABI: one library serves every Python and every torch from 2.10 on.
 //
 //     hf_littlebit_cpu::linear, linear_grad     the kernel by itself, as used by torch-ext/littlebit/cpu.py
+//     hf_littlebit_cpu::scaled_signs, scaled_signs_grad     passes over latents in training, as used by src/hf_littlebit/product.py
 //     hf_littlebit_cpu::select(isa) -> isa      forces an instruction set ("auto": the best), for tests; "" only asks
 //     hf_littlebit::linear, linear_grad         the same functions for the CPU dispatch key of the plugin's operators,
 //                                               whose schemas are in src/hf_littlebit/ops.py; nothing calls these if absent
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "littlebit.h"
@@ -111,11 +113,11 @@ littlebit::Pool pool() {
 
 // A tensor of its own, never a view: autograd refuses to modify a view from inside an operator. Called without the
 // dispatcher, which would look the operator up by its name.
-Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  int32_t dtype, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  int32_t index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
@@ -137,7 +139,7 @@ Tensor apply(Product product, const Bound& bound, const Tensor& x, const char* n
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   for (int64_t i = 0; i + 1 < dim; ++i) tokens *= sizes[static_cast<size_t>(i)];
   sizes.back() = to;
-  const Tensor y = empty(sizes, x);
+  const Tensor y = empty(sizes, x.scalar_type(), x);
   if (tokens > 0 && to > 0) {
     product(bound.layer, {flat.const_data_ptr(), dtype}, rows ? x.stride(0) : from, tokens, y.mutable_data_ptr(), pool());
   }
@@ -156,6 +158,82 @@ Tensor linear_grad(const Tensor& grad, const Tensor& u, Part u_tail, Part v, Par
   return apply(littlebit::backward, bound, grad, "grad", bound.layer.out_features, bound.layer.in_features);
 }
 
+// A factor in training, its arrays as in Bound.
+struct Factor {
+  std::vector<Tensor> copies;
+  std::vector<int64_t> ranks;
+  littlebit::Latents latents{};
+  int64_t rank = 0;
+
+  const Tensor& plain(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes) {
+    bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+    for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == sizes[i];
+    STD_TORCH_CHECK(same, name, " is ", shape(tensor.sizes()), ", but must be ", shape(sizes));
+    STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU, as the latent is");
+    if (tensor.is_contiguous()) return tensor;
+    copies.push_back(torch::stable::contiguous(tensor));
+    return copies.back();
+  }
+
+  const float* values(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes) {
+    const ScalarType found = tensor.scalar_type();
+    STD_TORCH_CHECK(found == ScalarType::Float, name, " is ", torch::headeronly::toString(found), ", but must be float32");
+    return static_cast<const float*>(plain(tensor, name, sizes).const_data_ptr());
+  }
+
+  template <class Sizes>
+  static std::string shape(const Sizes& sizes) {
+    std::string text;
+    for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + text + "]";
+  }
+
+  Factor(const Tensor& latent, const Tensor& outer, const Part& inner, std::vector<int64_t> path_ranks)
+      : ranks(std::move(path_ranks)) {
+    for (const int64_t r : ranks) {
+      STD_TORCH_CHECK(r >= 0 && r <= kMaxRank, "a rank is ", r, ", but must be from 0 to ", kMaxRank);
+      rank += r;
+    }
+    STD_TORCH_CHECK(latent.dim() == 2, "latent has ", latent.dim(), " dimensions, but must have 2");
+    const int64_t rows = latent.size(0), paths = static_cast<int64_t>(ranks.size());
+    latents.rows = rows, latents.paths = paths, latents.ranks = ranks.data();
+    latents.values = values(latent, "latent", {rows, rank});
+    latents.outer = values(outer, "outer", {paths, rows});
+    if (inner) latents.inner = values(*inner, "inner", {rank});
+  }
+
+  Factor(const Factor&) = delete;
+  Factor& operator=(const Factor&) = delete;
+};
+
+Tensor scaled_signs(const Tensor& latent, const Tensor& outer, Part inner, std::vector<int64_t> ranks, ScalarType type,
+                    int64_t width) {
+  Factor factor(latent, outer, inner, std::move(ranks));
+  STD_TORCH_CHECK(width >= factor.rank && width <= kMaxRank, "width is ", width, ", but must be from ", factor.rank, " to ",
+                  kMaxRank);
+  factor.latents.stride = width;
+  const Tensor y = empty({factor.latents.rows, width}, type, latent);
+  littlebit::scaled_signs(factor.latents, y.mutable_data_ptr(), dtype_of(y, "the result"), pool());
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> scaled_signs_grad(const Tensor& grad, const Tensor& latent, const Tensor& outer,
+                                                     Part inner, std::vector<int64_t> ranks, std::optional<double> alpha) {
+  Factor factor(latent, outer, inner, std::move(ranks));
+  const littlebit::Latents& latents = factor.latents;
+  const Dtype dtype = dtype_of(grad, "grad");
+  factor.latents.stride = grad.dim() == 2 ? std::max(grad.size(1), factor.rank) : factor.rank;
+  const Array given = {factor.plain(grad, "grad", {latents.rows, latents.stride}).const_data_ptr(), dtype};
+  const float steepness = static_cast<float>(alpha.value_or(0.0));
+  const auto made = [&](const std::vector<int64_t>& sizes) { return empty(sizes, ScalarType::Float, latent); };
+  const Tensor of_latent = made({latents.rows, factor.rank}), of_outer = made({latents.paths, latents.rows});
+  const Tensor of_inner = made({inner ? factor.rank : 0});  // a result may not be missing
+  const auto data = [](const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); };
+  littlebit::scaled_signs_grad(latents, given, alpha ? &steepness : nullptr, data(of_latent), data(of_outer),
+                               data(of_inner), pool());
+  return {of_latent, of_outer, of_inner};
+}
+
 std::string select_isa(std::string isa) {
   STD_TORCH_CHECK(isa.empty() || littlebit::select(isa.c_str()), "this machine has no instruction set '", isa,
                   "' (auto, amx, avx512, avx2, neon, generic)");
@@ -169,12 +247,17 @@ std::string select_isa(std::string isa) {
 STABLE_TORCH_LIBRARY_FRAGMENT(hf_littlebit_cpu, m) {
   m.def("linear(Tensor x, " PARTS ", Tensor? bias, int[] ranks) -> Tensor");
   m.def("linear_grad(Tensor grad, " PARTS ", int[] ranks) -> Tensor");
+  m.def("scaled_signs(Tensor latent, Tensor outer, Tensor? inner, int[] ranks, ScalarType dtype, int width) -> Tensor");
+  m.def("scaled_signs_grad(Tensor grad, Tensor latent, Tensor outer, Tensor? inner, int[] ranks, float? alpha)"
+        " -> (Tensor, Tensor, Tensor)");
   m.def("select(str isa) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_littlebit_cpu, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad", TORCH_BOX(&linear_grad));
+  m.impl("scaled_signs", TORCH_BOX(&scaled_signs));
+  m.impl("scaled_signs_grad", TORCH_BOX(&scaled_signs_grad));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_littlebit_cpu, CompositeExplicitAutograd, m) { m.impl("select", TORCH_BOX(&select_isa)); }

@@ -2,7 +2,7 @@
 // be built with -fsanitize=address,undefined, or run under valgrind or qemu-user. Prints the worst error of every
 // instruction set; returns 1 if one is above the limit.
 //
-//     error = |y - exact| / sum of magnitudes
+//     error = |y - exact| / sum of magnitudes, and for the passes over latents also relative to the slope's peak
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -138,6 +138,57 @@ double check(int64_t in, int64_t out, std::vector<int64_t> ranks, int64_t tokens
   return worst;
 }
 
+// The passes over latents, with results checked as above; the latents straddle the slope's steep part.
+double check_latents(int64_t rows, std::vector<int64_t> ranks, Dtype dtype, bool scaled, bool smooth, int64_t pool) {
+  const int64_t paths = static_cast<int64_t>(ranks.size());
+  int64_t rank = 0;
+  for (const int64_t r : ranks) rank += r;
+  const size_t size = static_cast<size_t>(rows * rank);
+  const int64_t stride = rank + below(3);
+  const float steepness = 3.0f;
+  std::vector<float> latent(size), outer(static_cast<size_t>(paths * rows)), inner(static_cast<size_t>(scaled ? rank : 0));
+  for (float& number : latent) number = static_cast<float>(2 * uniform());
+  for (std::vector<float>* scales : {&outer, &inner}) {
+    for (float& number : *scales) number = static_cast<float>(exact());
+  }
+  const littlebit::Latents latents = {rows, paths, ranks.data(), latent.data(), outer.data(), scaled ? inner.data() : nullptr,
+                                      stride};
+  const littlebit::Pool runner = {pool, threads};
+  Buffer y(dtype, rows * stride);
+  const Buffer grad(dtype, rows * stride);
+  std::vector<float> latent_grad(size), outer_grad(outer.size()), inner_grad(inner.size());
+  littlebit::scaled_signs(latents, y.bytes.data(), dtype, runner);
+  littlebit::scaled_signs_grad(latents, grad.array(), smooth ? &steepness : nullptr, latent_grad.data(), outer_grad.data(),
+                               inner_grad.data(), runner);
+  double worst = 0.0;
+  const auto compare = [&](double found, double right, double magnitude, double rounding) {
+    const double off = std::fabs(found - right) - rounding * std::fabs(right);
+    if (magnitude > 0 && off / magnitude > worst) worst = off / magnitude;
+  };
+  std::vector<double> columns(static_cast<size_t>(rank)), column_sizes(columns.size());
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t first = 0;
+    for (int64_t p = 0; p < paths; first += ranks[static_cast<size_t>(p++)]) {
+      const double h = outer[static_cast<size_t>(p * rows + row)];
+      double sum = 0.0, sum_size = 0.0;
+      for (int64_t r = first; r < first + ranks[static_cast<size_t>(p)]; ++r) {
+        const int64_t at = row * rank + r;
+        const double x = latent[static_cast<size_t>(at)], l = scaled ? inner[static_cast<size_t>(r)] : 1.0, g = grad.at(row * stride + r);
+        const double turned = x < 0 ? -g : g, tanh = std::tanh(steepness * x);
+        const double slope = smooth ? steepness * (1 - tanh * tanh) : std::fabs(x) < 1 ? 1.0 : 0.0;
+        compare(y.at(row * stride + r), h * l * (x < 0 ? -1 : 1), std::fabs(h * l), kRounding[static_cast<int>(dtype)]);
+        compare(latent_grad[static_cast<size_t>(at)], g * h * l * slope, std::fabs(g * h * l) * (smooth ? steepness : 1), 0);
+        sum += turned * l, sum_size += std::fabs(turned * l);
+        columns[static_cast<size_t>(r)] += turned * h, column_sizes[static_cast<size_t>(r)] += std::fabs(turned * h);
+      }
+      for (int64_t r = rank; r < stride; ++r) compare(y.at(row * stride + r), 0, 1, 0);
+      compare(outer_grad[static_cast<size_t>(p * rows + row)], sum, sum_size, 0);
+    }
+  }
+  for (size_t r = 0; r < inner.size(); ++r) compare(inner_grad[r], columns[r], column_sizes[r], 0);
+  return worst;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -153,11 +204,13 @@ int main(int count, char** arguments) {
       const Dtype dtype = static_cast<Dtype>(round % 3), scales = static_cast<Dtype>(round / 3 % 3);
       const double error = check(1 + below(round % 7 ? 90 : 300), 1 + below(round % 4 ? 90 : 300), ranks,
                                  tokens[round % 9], dtype, scales, round % 2, 1);
-      if (error > worst) worst = error;
+      const double trained = check_latents(round % 9 ? below(90) : 300, ranks, dtype, round % 2, round % 4 < 2, 1);
+      worst = std::fmax(worst, std::fmax(error, trained));
     }
     const double wide = check(96, 2500, {40}, 3, Dtype::f32, Dtype::bf16, true, 1);
     const double threaded = check(600, 700, {104, 40}, 70, Dtype::f32, Dtype::bf16, true, 3);
     worst = std::fmax(worst, std::fmax(wide, threaded));
+    worst = std::fmax(worst, check_latents(1200, {37, 24}, Dtype::bf16, true, true, 3));
     good = good && worst < kLimit;
     std::printf("%-8s worst error %.2e of %.0e: %s\n", isa, worst, kLimit, worst < kLimit ? "ok" : "TOO LARGE");
   }

@@ -1,5 +1,6 @@
 // The product in portable C++: the 16 signed sums of 4 inputs are a table in memory, looked up by four bits of a word.
 #include "kernels.h"
+#include "latents.h"
 
 namespace littlebit {
 namespace {
@@ -37,10 +38,19 @@ void transpose(const uint32_t* words, int64_t stride, int64_t rows, int64_t coun
   shared::transpose(words, stride, rows, count, out);
 }
 
+void signs(const float* latent, int64_t count, float outer, const float* inner, void* y, Dtype dtype, int64_t offset) {
+  shared::signs(latent, count, outer, inner, y, dtype, offset);
+}
+
+float signs_grad(const float* latent, Array grad, int64_t offset, int64_t count, float outer, const float* inner,
+                 const float* steepness, float* latent_grad, float* inner_grad) {
+  return shared::signs_grad(latent, grad, offset, count, outer, inner, steepness, latent_grad, inner_grad);
+}
+
 }  // namespace
 
 const Kernels* generic_kernels() {
-  static const Kernels kernels = {"generic", product, combine, store, transpose, nullptr, 0};
+  static const Kernels kernels = {"generic", product, combine, store, transpose, signs, signs_grad, nullptr, 0};
   return &kernels;
 }
 

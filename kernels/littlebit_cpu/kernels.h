@@ -44,6 +44,10 @@ struct Kernels {
   void (*store)(const float* values, int64_t count, void* y, Dtype dtype, int64_t offset);
   // bit i of out[32 b + k] = bit k of words[b * stride + i], for i < count <= 32 (the rest 0) and b < rows
   void (*transpose)(const uint32_t* words, int64_t stride, int64_t rows, int64_t count, uint32_t* out);
+  // latents.h: shared::signs and shared::signs_grad
+  void (*signs)(const float* latent, int64_t count, float outer, const float* inner, void* y, Dtype dtype, int64_t offset);
+  float (*signs_grad)(const float* latent, Array grad, int64_t offset, int64_t count, float outer, const float* inner,
+                      const float* steepness, float* latent_grad, float* inner_grad);
   // The product for many tokens where there is one, used from `batch` tokens on.
   void (*batch_product)(const Words& words, const Input& input, int64_t tokens, float* acc, int64_t lda);
   int64_t batch;
@@ -54,6 +58,20 @@ const Kernels* avx2_kernels();    // null where the machine (or the compiler) ha
 const Kernels* avx512_kernels();
 const Kernels* amx_kernels();
 const Kernels* neon_kernels();
+const Kernels& kernels();  // the selected ones
+
+// f(i) for every i < count, on the pool's threads.
+template <class F>
+void run(const Pool& pool, int64_t count, const F& f) {
+  if (count > 1 && pool.run) {
+    pool.run(count, [](int64_t i, void* context) { (*static_cast<const F*>(context))(i); }, const_cast<F*>(&f));
+  } else {
+    for (int64_t i = 0; i < count; ++i) f(i);
+  }
+}
+
+// Where part `index` of `count` begins.
+inline int64_t share(int64_t total, int64_t index, int64_t count) { return total * index / count; }
 
 namespace shared {
 

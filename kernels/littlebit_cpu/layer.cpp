@@ -31,26 +31,9 @@ const Kernels* find(const std::string& isa) {
   return nullptr;
 }
 
-const Kernels& kernels() {
-  const Kernels* now = chosen.load(std::memory_order_relaxed);
-  if (!now) chosen.store(now = find("auto"), std::memory_order_relaxed);
-  return *now;
-}
-
 using Floats = std::unique_ptr<float[]>;
 
 Floats floats(int64_t count) { return Floats(new float[static_cast<size_t>(std::max<int64_t>(count, 1))]); }
-
-template <class F>
-void run(const Pool& pool, int64_t count, const F& f) {
-  if (count > 1 && pool.run) {
-    pool.run(count, [](int64_t i, void* context) { (*static_cast<const F*>(context))(i); }, const_cast<F*>(&f));
-  } else {
-    for (int64_t i = 0; i < count; ++i) f(i);
-  }
-}
-
-int64_t share(int64_t total, int64_t index, int64_t count) { return total * index / count; }
 
 // Columns of a packed factor: its whole words, then its tail as one more row of words whose missing bits are 0.
 struct Factor {
@@ -260,6 +243,12 @@ void backward_tokens(const Kernels& isa, const Layer& layer, const Shape& shape,
 }
 
 }  // namespace
+
+const Kernels& kernels() {
+  const Kernels* now = chosen.load(std::memory_order_relaxed);
+  if (!now) chosen.store(now = find("auto"), std::memory_order_relaxed);
+  return *now;
+}
 
 void forward(const Layer& layer, Array x, int64_t stride, int64_t tokens, void* y, const Pool& pool) {
   const Kernels& isa = kernels();

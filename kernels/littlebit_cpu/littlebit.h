@@ -41,6 +41,26 @@ void forward(const Layer& layer, Array x, int64_t stride, int64_t tokens, void* 
 // grad [tokens, out], rows `stride` apart -> the gradient with respect to x, [tokens, in] contiguous, of grad's dtype.
 void backward(const Layer& layer, Array grad, int64_t stride, int64_t tokens, void* grad_x, const Pool& pool);
 
+// A factor in training: latents, of which the sign is used, and its scales. All fp32 and contiguous.
+struct Latents {
+  int64_t rows, paths;
+  const int64_t* ranks;  // [paths]
+  const float* values;   // [rows, R], R = sum_p r_p
+  const float* outer;    // [paths, rows]
+  const float* inner;    // [R], or null: 1
+  int64_t stride;        // >= R: elements between the rows of scaled_signs' result, and of its gradient
+};
+
+// y [rows, stride] = outer * sign(latent) * inner, multiplied in fp32 and rounded once, then zeros; sign(±0) and sign(NaN)
+// are +1.
+void scaled_signs(const Latents& latents, void* y, Dtype dtype, const Pool& pool);
+
+// The gradients of scaled_signs from grad [rows, stride]: latent_grad [rows, R], outer_grad [paths, rows] and, where the factor
+// has inner scales, inner_grad [R]. The sign's slope at x is steepness * (1 - tanh(steepness * x)^2), or, where `steepness`
+// is null, 1 for |x| < 1 and 0 elsewhere. Results do not depend on the number of threads.
+void scaled_signs_grad(const Latents& latents, Array grad, const float* steepness, float* latent_grad, float* outer_grad,
+                       float* inner_grad, const Pool& pool);
+
 // The instruction sets, best first; "auto" is the best this machine has. `select` returns false for one it has not.
 bool select(const char* isa);
 const char* selected();

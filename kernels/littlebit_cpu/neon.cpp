@@ -74,7 +74,8 @@ void product(const Words& words, const Input& input, int64_t tokens, float* acc,
 
 const Kernels* neon_kernels() {
   static const Kernels* const plain = generic_kernels();
-  static const Kernels kernels = {"neon", product, plain->combine, plain->store, plain->transpose, nullptr, 0};
+  static const Kernels kernels = {"neon", product, plain->combine, plain->store, plain->transpose,
+                                  plain->signs, plain->signs_grad, nullptr, 0};
   return &kernels;
 }
 

@@ -9,6 +9,7 @@
 // reads only the low five bits of its index, so nothing is masked. AVX2 permutes 8 lanes: tables of 3 inputs, ten of them
 // and one of 2. The tables are built from the scaled inputs once for each row of words and live in registers.
 #include "kernels.h"
+#include "latents.h"
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #include <immintrin.h>
@@ -106,6 +107,15 @@ AVX512 void transpose(const uint32_t* words, int64_t stride, int64_t rows, int64
   }
 }
 
+AVX512 void signs(const float* latent, int64_t count, float outer, const float* inner, void* y, Dtype dtype, int64_t offset) {
+  shared::signs(latent, count, outer, inner, y, dtype, offset);
+}
+
+AVX512 float signs_grad(const float* latent, Array grad, int64_t offset, int64_t count, float outer, const float* inner,
+                        const float* steepness, float* latent_grad, float* inner_grad) {
+  return shared::signs_grad(latent, grad, offset, count, outer, inner, steepness, latent_grad, inner_grad);
+}
+
 }  // namespace avx512
 
 namespace avx2 {
@@ -184,19 +194,29 @@ AVX2 void transpose(const uint32_t* words, int64_t stride, int64_t rows, int64_t
   shared::transpose(words, stride, rows, count, out);
 }
 
+AVX2 void signs(const float* latent, int64_t count, float outer, const float* inner, void* y, Dtype dtype, int64_t offset) {
+  shared::signs(latent, count, outer, inner, y, dtype, offset);
+}
+
+AVX2 float signs_grad(const float* latent, Array grad, int64_t offset, int64_t count, float outer, const float* inner,
+                      const float* steepness, float* latent_grad, float* inner_grad) {
+  return shared::signs_grad(latent, grad, offset, count, outer, inner, steepness, latent_grad, inner_grad);
+}
+
 }  // namespace avx2
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {
-      "avx512", avx512::product, avx512::combine, avx512::store, avx512::transpose, nullptr, 0};
+  static const Kernels kernels = {"avx512", avx512::product, avx512::combine, avx512::store, avx512::transpose,
+                                  avx512::signs, avx512::signs_grad, nullptr, 0};
   const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && avx2_kernels();
   return has ? &kernels : nullptr;
 }
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = {"avx2", avx2::product, avx2::combine, avx2::store, avx2::transpose, nullptr, 0};
+  static const Kernels kernels = {"avx2", avx2::product, avx2::combine, avx2::store, avx2::transpose,
+                                  avx2::signs, avx2::signs_grad, nullptr, 0};
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels : nullptr;
 }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hf_littlebit.kernels import cpu, pack_signs, reference
 
+pytest_plugins = ["instruction_sets"]
 SOURCE = Path(__file__).parents[1] / "littlebit_cpu"
 built = pytest.mark.skipif(not cpu.LIBRARY.exists(), reason="the compiled CPU kernel is not built")
 SHAPES = [
@@ -24,36 +25,6 @@ SHAPES = [
     (100, 2051, (104, 40)),
 ]
 TOKENS = [(), (0,), (1,), (2,), (3,), (17,), (2, 0), (64,), (5, 13)]
-
-
-def sets():
-    """The instruction sets that this machine can run."""
-    if not cpu.LIBRARY.exists() or not cpu.load():
-        return ["none"]
-    found = []
-    for isa in ("amx", "avx512", "avx2", "neon", "generic"):
-        try:
-            found.append(cpu.select(isa))
-        except RuntimeError:
-            continue
-    cpu.select("auto")
-    return found
-
-
-@pytest.fixture(params=sets())
-def isa(request):
-    if request.param == "none":
-        pytest.skip("the compiled CPU kernel is not built")
-    assert cpu.select(request.param) == request.param
-    yield request.param
-    cpu.select("auto")
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def layer(out_features, in_features, ranks, scale_dtype=torch.bfloat16, seed=0):

@@ -11,6 +11,8 @@ in the process, because from then on the dispatcher calls the compiled operators
     cpu         CPU tensors: an error where there is no library       triton   GPUs: an error where there is no triton;
                 (GPUs: as if unset)                                            CPU tensors: TRITON_INTERPRET=1 or an error
     unset       the library, or triton, if it loads; else plain torch, and one warning, because that unpacks at every call
+
+It also chooses for the passes over latents in training (`compiled`), for which there is nothing to warn of.
 """
 
 import functools
@@ -26,6 +28,7 @@ from .packing import LAYOUT_VERSION, factor_shape, factor_shapes, pack_signs, st
 __all__ = [
     "BACKENDS",
     "LAYOUT_VERSION",
+    "compiled",
     "cpu",
     "factor_shape",
     "factor_shapes",
@@ -50,6 +53,25 @@ def littlebit_linear(x: torch.Tensor, *parts: Any, **named: Any) -> torch.Tensor
 def littlebit_linear_grad(grad: torch.Tensor, *parts: Any, **named: Any) -> torch.Tensor:
     """grad [..., out_features] -> [..., in_features], by the fastest implementation; arguments as in reference.py."""
     return _backend(grad).littlebit_linear_grad(grad, *parts, **named)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the loading
+def compiled() -> bool:
+    """Whether `cpu.scaled_signs` and `cpu.scaled_signs_grad` are there and wanted.
+
+    Raises:
+        ValueError: LITTLEBIT_BACKEND holds an unknown name.
+        RuntimeError: LITTLEBIT_BACKEND=cpu, and the library is missing or does not load.
+    """
+    return _compiled()
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled() -> bool:
+    name = _asked()
+    if name == "cpu" and not cpu.load():
+        raise RuntimeError(f"LITTLEBIT_BACKEND=cpu, but {cpu.missing()}; or unset the variable")
+    return name in ("", "cpu") and cpu.load()
 
 
 def _backend(x: torch.Tensor) -> Any:

@@ -8,17 +8,29 @@ signed sums of a few inputs are a table that a permutation looks up. Loading it 
 same function as the CPU implementation of `hf_littlebit::linear`, the plugin's operator, if there is one; from then on
 the plugin's calls on CPU tensors do not pass through Python.
 
+`scaled_signs` and `scaled_signs_grad` are what a training step does with latents besides matrix products, each in one pass
+over memory. They are opaque to torch.compile and record no gradient; src/hf_littlebit/product.py calls them.
+
 A child of `os.fork` must call `torch.set_num_threads(1)` first, as torch's DataLoader does: GNU OpenMP hangs in a child whose
 parent had started its threads, here as in torch's own products.
 """
 
 import threading
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 
-__all__ = ["LIBRARY", "littlebit_linear", "littlebit_linear_grad", "load", "missing", "select"]
+__all__ = [
+    "LIBRARY",
+    "littlebit_linear",
+    "littlebit_linear_grad",
+    "load",
+    "missing",
+    "scaled_signs",
+    "scaled_signs_grad",
+    "select",
+]
 
 LIBRARY = Path(__file__).with_name("liblittlebit_cpu.so")
 REMEDY = (
@@ -53,6 +65,8 @@ def _load() -> bool:
         else:
             try:
                 torch.ops.load_library(str(LIBRARY))
+                torch.library.register_fake("hf_littlebit_cpu::scaled_signs", _scaled_signs_fake)
+                torch.library.register_fake("hf_littlebit_cpu::scaled_signs_grad", _scaled_signs_grad_fake)
                 _operators = operators
             except OSError as error:
                 _failure = f"the compiled CPU kernel {LIBRARY} does not load ({error})"
@@ -106,3 +120,57 @@ def littlebit_linear_grad(
     """The gradient with respect to x: grad [..., out_features] -> [..., in_features]; errors as `littlebit_linear`."""
     parts = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in)
     return _loaded().linear_grad(grad, *parts, list(ranks))
+
+
+def scaled_signs(
+    latent: torch.Tensor,
+    outer: torch.Tensor,
+    inner: Optional[torch.Tensor],
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    width: Optional[int] = None,
+) -> torch.Tensor:
+    """outer * sign(latent) * inner, [rows, R] of `dtype` (fp32, bf16 or fp16); sign(±0) is +1. With `width` zeros follow in
+    every row: [rows, width].
+
+    The product is fp32, rounded once.
+
+    Args:
+        latent: [rows, R], fp32, the paths side by side; R is the sum of `ranks`.
+        outer: fp32, a scale for each row, [paths, rows]. inner: fp32, one for each column, [R], or None for ones.
+
+    Raises:
+        RuntimeError: a wrong shape, dtype or device; or there is no compiled kernel.
+    """
+    return _loaded().scaled_signs(latent, outer, inner, ranks, dtype, latent.shape[-1] if width is None else width)
+
+
+def scaled_signs_grad(
+    grad: torch.Tensor,
+    latent: torch.Tensor,
+    outer: torch.Tensor,
+    inner: Optional[torch.Tensor],
+    ranks: Sequence[int],
+    alpha: Optional[float],
+) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    """The gradients of `scaled_signs` with respect to latent, outer and inner (None without), fp32, from the one of its
+    result, `grad` [rows, R or more] of fp32, bf16 or fp16, of which the first R columns count.
+
+    The sign's slope is alpha * (1 - tanh(alpha * latent)^2), or, where `alpha` is None, 1 for |latent| < 1 and 0 elsewhere
+    (LittleBit, arXiv 2506.13771, section 3.3). Sums are fp32 over 32 rows at a time, and the same bits for any number of
+    threads. Errors as `scaled_signs`.
+    """
+    of_latent, of_outer, of_inner = _loaded().scaled_signs_grad(grad, latent, outer, inner, ranks, alpha)
+    return of_latent, of_outer, None if inner is None else of_inner
+
+
+def _scaled_signs_fake(latent: Any, outer: Any, inner: Any, ranks: Any, dtype: torch.dtype, width: int) -> torch.Tensor:
+    return latent.new_empty((latent.shape[0], width), dtype=dtype)
+
+
+def _scaled_signs_grad_fake(grad: Any, latent: Any, outer: Any, inner: Any, ranks: Any, alpha: Any) -> Any:
+    return (
+        latent.new_empty(latent.shape),
+        outer.new_empty(outer.shape),
+        latent.new_empty(0 if inner is None else inner.shape),
+    )
