@@ -65,6 +65,20 @@ def test_read_texts(tmp_path):
         list(read_texts([tmp_path / "empty"]))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": null}', "line 1 has None in column 'text'"),
+        ("[1, 2]", r"no JSON object, but \[1, 2\]"),
+        ('"a"', "but 'a'"),
+    ],
+)
+def test_rows_without_text_are_refused(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=f"a.jsonl, line 1 .*{message.removeprefix('line 1 ')}"):
+        list(read_texts([tmp_path / "a.jsonl"]))
+
+
 def test_a_dataset_of_the_hub_library(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"text": TEXTS})

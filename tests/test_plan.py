@@ -57,6 +57,9 @@ def test_keys_and_values_get_the_bits_that_are_left_over(pycode, bpw, factor, ra
     ranks = {weight.module.rpartition(".")[2]: weight.ranks for weight in plan.weights}
     assert plan.kv_factor == factor and ranks["k_proj"] == ranks["v_proj"] == (rank,)
     assert plan.bpw <= bpw < plan_model(model, LittleBitConfig(bpw=bpw, kv_factor=factor + 0.125)).bpw
+    own = plan_model(model, LittleBitConfig(bpw=bpw, module_config={"k_proj": {"bpw": bpw}}))
+    ranks = {weight.module.rpartition(".")[2]: weight.ranks for weight in own.weights}
+    assert ranks["k_proj"] < ranks["v_proj"]  # whose bits were not asked for by name
     asked = plan_model(model, LittleBitConfig(bpw=bpw, kv_factor=1.0))
     assert all(a == b for a, b in zip(asked.weights, plan.weights, strict=True) if not b.options.leftover)
 

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from conftest import load
+from safetensors import safe_open
 
-from hf_littlebit import LittleBitLinear
+from hf_littlebit import LittleBitConfig, LittleBitLinear
 from hf_littlebit.cli import main
+from hf_littlebit.size import size_report
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,7 @@ def run(*words):
 def test_from_text_to_packed(tmp_path, capsys, stories, text):
     out = tmp_path / "out"
     words = [stories, "--bpw", 2, "--init", "dual_svid", "--data", text, "--out", out, "--length", 32, "--cpu"]
+    words += ["--dtype", "bfloat16"]
     assert run(*words, "--steps", 20, "--batch-size", 4, "--save-steps", 10) == 0
     report = json.loads((out / "training.json").read_text())
     evaluations = [entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry]
@@ -34,25 +37,33 @@ def test_from_text_to_packed(tmp_path, capsys, stories, text):
     assert (out / "training.png").stat().st_size > 10_000
     model = load(str(out))
     assert any(isinstance(module, LittleBitLinear) for module in model.modules()) and model.config.use_cache
+    with safe_open(out / "model.safetensors", "pt") as file:  # as in the dense model, not as in the training
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys() if "embed" in name or "norm" in name}  # noqa: SIM118
+    assert kinds == {"BF16"}
+    assert size_report(str(out)).total_bytes == size_report(stories, LittleBitConfig(2.0, "dual_svid")).total_bytes
     printed = capsys.readouterr().out
     assert "dense" in printed and "before training" in printed and f"saved to {out}" in printed
     assert run(*words) == 2 and "holds a model already" in capsys.readouterr().err
 
 
-def test_resume_and_self_written_text(tmp_path, capsys, stories):
+def test_resume_and_self_written_text(tmp_path, capsys, caplog, stories):
     words = [stories, "--bpw", 2, "--init", "dual_svid", "--data", "self", "--blocks", 12, "--length", 16, "--cpu"]
     words += ["--batch-size", 2, "--save-steps", 3, "--seed", 5]
     assert run(*words, "--out", tmp_path / "whole", "--steps", 6) == 0
     whole = load(str(tmp_path / "whole")).state_dict()
-    for name in ("config.json", "model.safetensors"):  # as a kill after step 3 would have left it
+    # As a kill while the last checkpoint was written would have left it; an older config.json is no model.
+    for name in ("training.json", "model.safetensors", "checkpoints/checkpoint-6/trainer_state.json"):
         (tmp_path / "whole" / name).unlink()
-    for file in sorted((tmp_path / "whole" / "checkpoints" / "checkpoint-6").iterdir()):
-        file.unlink()
-    (tmp_path / "whole" / "checkpoints" / "checkpoint-6").rmdir()
+    (tmp_path / "whole" / "checkpoints" / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
     capsys.readouterr()
     assert run(*words, "--out", tmp_path / "whole", "--steps", 6) == 2
     assert "add --resume" in capsys.readouterr().err
+    for option, value, was in (("--lr", 1e-3, "None"), ("--bpw", 2.5, "'bpw': 2.0"), ("--length", 12, "16")):
+        assert run(*words, "--out", tmp_path / "whole", "--steps", 6, "--resume", option, value) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "this training was started with" in error and was in error, error
     assert run(*words, "--out", tmp_path / "whole", "--steps", 6, "--resume") == 0
+    assert "checkpoint-6 is passed over" in caplog.text
     again = load(str(tmp_path / "whole")).state_dict()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
@@ -64,7 +75,7 @@ def test_resume_and_self_written_text(tmp_path, capsys, stories):
         (["--lr", "2"], "--lr is 2"),
         (["--length", "4096"], "--length is 4096"),
         (["--data", "self", "more.txt"], "stands alone"),
-        (["--resume"], "no checkpoint to resume"),
+        (["--resume"], "no complete checkpoint to resume"),
         (["--init", "best"], "init is 'best'"),
         (["--format", "latent"], "train packs its result"),
         (["--blocks", "1"], "--blocks is 1"),

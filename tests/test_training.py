@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
 from hf_littlebit.flips import SignFlips
 from hf_littlebit.linear import part_name
+from hf_littlebit.resume import last_checkpoint
 from hf_littlebit.topk import save_topk
 from hf_littlebit.trainer import LittleBitTrainer
 from hf_littlebit.training import LittleBitCallback
@@ -187,6 +188,47 @@ def test_resume_after_a_kill_is_exact(tmp_path, family):
     assert equal(whole, trainer.model)
 
 
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path, caplog):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+
+    def trainer():
+        usual = {"config": CONFIG, "teacher": "self", "calibration": 0, "train_dataset": Rows()}
+        return LittleBitTrainer(build("llama"), arguments(tmp_path, **options), **usual)
+
+    with pytest.raises(ValueError, match="holds no complete checkpoint to resume from"):
+        trainer().train(resume_from_checkpoint=True)
+    whole = trainer()
+    whole.train()
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"cut')
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6") and equal(whole.model, again.model)
+    assert caplog.text.count("is passed over") == 2
+
+
+def test_what_stays_dense_is_packed_in_another_dtype(tmp_path):
+    model = build("llama")
+    callback = LittleBitCallback(CONFIG, teacher="self", dtype=torch.bfloat16)
+    Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=Rows(), callbacks=[callback]).train()
+    assert model.get_input_embeddings().weight.dtype == model.model.norm.weight.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    logged = logits(model)
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(load(str(tmp_path / "packed"))), logged)
+
+
+def test_labelled_padding_is_warned_of(tmp_path, caplog):
+    class Padded(Rows):
+        def __getitem__(self, row):
+            tokens = self.tokens[row]
+            return {"input_ids": tokens, "labels": tokens, "attention_mask": (torch.arange(len(tokens)) < 9).long()}
+
+    callback = LittleBitCallback(CONFIG, teacher="self")
+    Trainer(build("llama"), arguments(tmp_path), train_dataset=Padded(), callbacks=[callback]).train()
+    assert caplog.text.count("padding tokens of the first batch have labels") == 1
+
+
 def test_best_model_at_the_end(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer = Trainer(
@@ -308,7 +350,7 @@ def test_littlebit_trainer_groups(tmp_path):
     assert [len(group["params"]) for group in groups[:2]] == [len(latents), len(scales)] == [28, 42]
     assert sum(len(group["params"]) for group in groups) == len(list(trainer.model.parameters()))
     trainer.train()
-    with pytest.raises(ValueError, match="trained and packed"):
+    with pytest.raises(ValueError, match="trained its model to the end already"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -402,6 +444,12 @@ def test_misuse_is_refused_when_training_starts(tmp_path):
         trainer.train()
 
 
+def test_one_callback_prepares_a_model(tmp_path):
+    callbacks = [LittleBitCallback(CONFIG, teacher="self"), LittleBitCallback()]
+    with pytest.raises(ValueError, match="prepared by another LittleBitCallback already"):
+        Trainer(build("llama"), arguments(tmp_path), train_dataset=Rows(), callbacks=callbacks)
+
+
 def test_nothing_outlives_its_trainer(tmp_path):
     """What is kept for the logs must not keep model, latents and teacher."""
     trainer = make(tmp_path, max_steps=1)
@@ -415,7 +463,7 @@ def test_nothing_outlives_its_trainer(tmp_path):
 def test_training_twice_is_refused(tmp_path):
     trainer = make(tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
-    with pytest.raises(ValueError, match="trained and packed"):
+    with pytest.raises(ValueError, match="trained its model to the end already"):
         trainer.train()
     with pytest.raises(ValueError, match="cannot be loaded into this model"):
         trainer.train(resume_from_checkpoint=True)

@@ -1,34 +1,37 @@
 """What a training step costs: forward and backward of a latent model against the dense one of the same shape.
 
-    python examples/experiments/step_speed.py [--hidden 1024] [--tokens 512] [--bf16]
+    python examples/experiments/step_speed.py [--hidden 1024] [--tokens 512] [--bf16] [--out step_speed.json]
 
-Random weights, cross-entropy alone (a teacher costs both the same), steps of the two interleaved, the fastest of each
-counts. The last line is JSON: seconds, their ratio, and the bytes of parameters, gradients and Adam's state.
+Random weights, cross-entropy alone (a teacher costs both the same), steps of the two interleaved. The last line is JSON:
+seconds of the fastest step of each, the median ratio of neighbouring steps by the clock and by processor time (which other
+work on the machine disturbs less), and the bytes of parameters, gradients and Adam's state.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import statistics
 import time
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_littlebit import LittleBitConfig, latent_model
+from hf_littlebit.machine import machine
 
 
-def step(model: torch.nn.Module, tokens: torch.Tensor, bf16: bool) -> float:
-    """Seconds of one forward and backward."""
-    start = time.perf_counter()
+def step(model: torch.nn.Module, tokens: torch.Tensor, bf16: bool) -> tuple[float, float]:
+    """(seconds, processor seconds) of one forward and backward."""
+    start = time.perf_counter(), time.process_time()
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=bf16):
         loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
     if tokens.is_cuda:
         torch.cuda.synchronize()
     model.zero_grad()
-    return time.perf_counter() - start
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def main() -> None:
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--paths", type=int, choices=(1, 2), default=1)
     parser.add_argument("--repeat", type=int, default=12)
     parser.add_argument("--bf16", action="store_true", help="autocast; weights stay fp32")
+    parser.add_argument("--out", type=Path, help="JSON file to add the result to")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(
@@ -58,12 +62,22 @@ def main() -> None:
     paths = LittleBitConfig(bpw=args.bpw, init="dual_svid", residual=args.paths == 2)
     latent_model(latent, paths, progress=False)
     tokens = torch.randint(0, 512, (1, args.tokens), device=device)
+    step(dense, tokens, args.bf16), step(latent, tokens, args.bf16)
     times = [(step(dense, tokens, args.bf16), step(latent, tokens, args.bf16)) for _ in range(args.repeat)]
-    best = [min(column) for column in zip(*times, strict=True)]
     state = [16 * sum(value.numel() for value in model.parameters()) for model in (dense, latent)]
-    result = {"device": device, "machine": platform.machine(), "threads": torch.get_num_threads(), **vars(args)}
-    result |= {"dense_s": best[0], "latent_s": best[1], "ratio": best[1] / best[0]}
-    result |= {"dense_state_bytes": state[0], "latent_state_bytes": state[1]}
+    result = {key: value for key, value in vars(args).items() if key != "out"}
+    result |= {
+        "dense_s": min(one[0] for one, _ in times),
+        "latent_s": min(two[0] for _, two in times),
+        "ratio": statistics.median(two[0] / one[0] for one, two in times),
+        "processor_ratio": statistics.median(two[1] / one[1] for one, two in times),
+        "dense_state_bytes": state[0],
+        "latent_state_bytes": state[1],
+        "machine": machine(device),
+    }
+    if args.out is not None:
+        known = json.loads(args.out.read_text()) if args.out.exists() else []
+        args.out.write_text(json.dumps([*known, result], indent=1) + "\n")
     print(json.dumps(result))
 
 

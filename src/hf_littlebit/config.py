@@ -246,15 +246,18 @@ class LittleBitConfig(QuantizationConfigMixin):
             ValueError: if there is no bpw, as in a config that only says dequantize=True.
         """
         options = self.layer_options()
+        own: set[str] = set()
         for pattern, overrides in (self.module_config or {}).items():
             if any(matches(pattern, each) for each in (name, *aliases)):
                 options.update(overrides)
+                own.update(overrides)
         if options["bpw"] is None:
             raise ValueError(MISSING_BPW)
         kv_factor = options.pop("kv_factor")
         if name.rpartition(".")[2] not in KV_NAMES:
             return LayerConfig(factor=1.0, **options)
-        return LayerConfig(factor=kv_factor or 1.0, leftover=kv_factor is None, **options)
+        # Bits that were asked for these very layers are what they get.
+        return LayerConfig(factor=kv_factor or 1.0, leftover=kv_factor is None and "bpw" not in own, **options)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained(saved, quantization_config=...)` may set for a saved model: where and how to load it."""

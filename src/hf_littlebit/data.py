@@ -92,11 +92,13 @@ def text_blocks(
     return TokenBlocks(torch.cat(pieces)[: rows * length].view(rows, length))
 
 
-def _text(document: str | dict[str, Any], column: str) -> str:
+def _text(document: str | dict[str, Any], column: str, where: str = "a row of the data") -> str:
     if isinstance(document, str):
         return document
     if column not in document:
-        raise ValueError(f"a row of the data has no column {column!r}; its columns are {', '.join(document)}")
+        raise ValueError(f"{where} has no column {column!r}; its columns are {', '.join(document)}")
+    if not isinstance(document[column], str):
+        raise ValueError(f"{where} has {document[column]!r:.60} in column {column!r}; it must be text")
     return document[column]
 
 
@@ -133,11 +135,15 @@ def _read_file(name: str, column: str) -> Iterator[str]:
         with open(name, encoding="utf-8") as file:
             if name.endswith((".json", ".jsonl")):
                 for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
                     try:
-                        if line.strip():
-                            yield _text(json.loads(line), column)
+                        row = json.loads(line)
                     except json.JSONDecodeError as error:
                         raise ValueError(f"{name}, line {number} is no JSON object: {error}") from error
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{name}, line {number} is no JSON object, but {row!r:.60}")
+                    yield _text(row, column, f"{name}, line {number}")
             else:
                 yield file.read()
     except UnicodeDecodeError as error:

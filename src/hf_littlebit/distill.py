@@ -3,8 +3,9 @@
     loss = 1/N * sum_t [ KL(teacher_t || student_t) + hidden_weight * sum_layers mean_h (s_tlh - d_tlh)^2 ]
 
 t runs over the tokens that count: a label other than -100 and no padding. N is Trainer's `num_items_in_batch`, the number
-of such tokens in the whole optimizer step, over all its micro-batches and devices, so that neither changes the gradient;
-without it, N is their number in this batch. s and d are the hidden states of student and teacher, embeddings included.
+of labels other than -100 in the whole optimizer step, over all its micro-batches and devices, so that neither changes the
+gradient; without it, N is the number of tokens that count in this batch. s and d are the hidden states of student and
+teacher, embeddings included.
 
 Source: LittleBit (arXiv 2506.13771, section 3.3), which sums the KL over a sequence's 2,048 tokens and weighs the hidden
 states by 10; per token that is `hidden_weight` = 10 / 2048.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import types
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +33,7 @@ from .topk import TopK, TopKTeacher
 
 __all__ = ["HIDDEN_WEIGHT", "Distillation", "hidden_error", "kl_divergence", "token_mask"]
 
+logger = logging.getLogger("hf_littlebit")
 HIDDEN_WEIGHT = 10 / 2048
 IGNORED = -100  # the label of a token that does not count, everywhere in transformers
 CHUNK = 2**24  # logits in fp32 at a time, 64 MiB
@@ -231,6 +234,8 @@ class Distillation:
                 f"the logits are {list(student.logits.shape)} and the labels {list(labels.shape)}; distillation compares "
                 "token by token. Train this kind of model without a teacher"
             )
+        if not self.calls:
+            _warn_of_labelled_padding(labels, inputs.get("attention_mask"))
         mask = token_mask(labels, inputs.get("attention_mask"), shifted)
         logits, states = self._ask(inputs, student.logits)
         total = kl_divergence(student.logits, logits, mask)
@@ -275,6 +280,19 @@ class Distillation:
                 "both need the same tokenizer and vocabulary size"
             )
         return out.logits, out.get("hidden_states")
+
+
+def _warn_of_labelled_padding(labels: Tensor, attention_mask: Tensor | None) -> None:
+    if attention_mask is None or attention_mask.shape != labels.shape:
+        return
+    padding = int(((attention_mask == 0) & (labels != IGNORED)).sum())
+    if padding:
+        logger.warning(
+            "%d padding tokens of the first batch have labels. They are left out of the loss, but Trainer counts them, so the "
+            "loss shrinks with the padding; set their labels to %d, as DataCollatorForLanguageModeling does.",
+            padding,
+            IGNORED,
+        )
 
 
 def _call(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:

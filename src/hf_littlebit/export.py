@@ -66,11 +66,12 @@ def latent_checkpoint(folder: str, dtype: Any = "auto") -> Any:
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
-def packed_model(config: Any, state: dict[str, Tensor]) -> Any:
-    """A packed model on the CPU from the `state` dict of a latent one, gathered from its shards, and its config."""
+def packed_model(config: Any, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> Any:
+    """A packed model on the CPU from the `state` dict of a latent one, gathered from its shards, and its config; `dtype`
+    as for pack_model."""
     with whole_models():
         model = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype="auto")
-    return pack_model(model)
+    return pack_model(model, dtype)
 
 
 def saved_config(model: Any, kind: type) -> Any:
@@ -81,8 +82,9 @@ def saved_config(model: Any, kind: type) -> Any:
     return config
 
 
-def save_packed(model: Any, kind: type) -> None:
-    """Let `model.save_pretrained` pack the whole latent state that it is given; `kind` is the class of the whole model.
+def save_packed(model: Any, kind: type, dtype: torch.dtype | None = None) -> None:
+    """Let `model.save_pretrained` pack the whole latent state that it is given; `kind` is the class of the whole model and
+    `dtype` as for pack_model.
 
     Trainer gathers the state of a sharded model and passes it so; the model itself stays as it is.
     """
@@ -92,7 +94,7 @@ def save_packed(model: Any, kind: type) -> None:
         if not state_dict:
             plain(folder, *args, state_dict=state_dict, **kwargs)
         elif kwargs.get("is_main_process", True):
-            packed = packed_model(saved_config(self, kind), state_dict)
+            packed = packed_model(saved_config(self, kind), state_dict, dtype)
             if getattr(self, "generation_config", None) is not None:
                 packed.generation_config = self.generation_config
             packed.save_pretrained(folder, *args, **kwargs)

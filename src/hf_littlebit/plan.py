@@ -19,7 +19,7 @@ from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of, matches
 from .experts import LittleBitExperts, expert_sizes, is_stack
 from .linear import FactorModule, part_name
 
-__all__ = ["Plan", "WeightPlan", "aliases", "plan_model"]
+__all__ = ["Plan", "WeightPlan", "aliases", "needs_fp32", "plan_model"]
 
 DENSE_BITS = 16  # of a weight that is kept
 KV_FACTORS = tuple(eighths / 8 for eighths in range(32, 8, -1))  # tried in this order; 4 is the paper's choice
@@ -178,6 +178,12 @@ def _share_leftover(plan: Plan) -> None:
 def _with_factor(weight: WeightPlan, factor: float) -> WeightPlan:
     options = replace(weight.options, factor=factor)
     return replace(weight, options=options, ranks=options.ranks(weight.out_features, weight.in_features))
+
+
+def needs_fp32(model: Any, name: str) -> bool:
+    """True for a module or parameter that the model's own code wants in fp32."""
+    wanted = _fp32_modules(model)
+    return any(part in wanted for part in _endings(name))
 
 
 class _Walk:

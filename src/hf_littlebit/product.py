@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import kernels
 from .sign import SignGradient, sign, times_slope
@@ -54,6 +55,7 @@ class _FactoredProduct(torch.autograd.Function):
         return (inner @ left.T).view(*x.shape[:-1], left.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
         x, inner, left, right, u, v, h, l, g = ctx.saved_tensors  # noqa: E741
         need_x, need_u, need_v, need_h, need_l, need_g = ctx.needs_input_grad[:6]

@@ -18,6 +18,18 @@ HELD_OUT = 64  # blocks for evaluation where no --eval is given, but at most a t
 EVALUATIONS = 5  # during training
 CHECKPOINTS = "checkpoints"  # folder within --out
 CONTEXT = 512  # the longest block by default
+SAVED = 500  # the most steps between checkpoints by default
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+REPORT = "training.json"  # the last file that is written
+SAME = (
+    "steps",
+    "batch-size",
+    "accumulate",
+    "lr",
+    "no-teacher",
+    "bf16",
+    "seed",
+)  # options that a resumed training keeps
 WAIT = 24 * 3600  # seconds that processes wait for each other: for the first to write the text, say
 
 
@@ -48,8 +60,12 @@ def add_options(train: argparse.ArgumentParser) -> None:
     how.add_argument("--no-teacher", action="store_true", help="learn from the text alone, without distillation")
     how.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     how.add_argument(
-        "--save-steps", metavar="N", type=int, default=500, help="steps between checkpoints (default: 500)"
+        "--save-steps",
+        metavar="N",
+        type=int,
+        help="steps between checkpoints (default: a fifth of --steps, at most 500)",
     )
+    how.add_argument("--dtype", choices=DTYPES, default="auto", help="of what stays dense (default: as in the model)")
     how.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
 
 
@@ -58,11 +74,14 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     import torch
     from transformers import TrainingArguments, set_seed
 
+    from .compat import resolve_dtype
     from .data import read_texts, sample_blocks, text_blocks
+    from .resume import fingerprint, keep_options
     from .size import size_report
     from .skeleton import model_class
     from .source import find_source
     from .trainer import LEARNING_RATE, LittleBitTrainer
+    from .training import LittleBitCallback
 
     _check(args)
     source = find_source(args.model)
@@ -76,9 +95,10 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     set_seed(seed)
     # Before TrainingArguments, which have engines take apart whatever is loaded after them.
     model = model_class(source.config).from_pretrained(args.model, dtype="float32")
+    checkpoints = os.path.join(args.out, CHECKPOINTS)
     every = max(1, args.steps // EVALUATIONS)
     arguments = TrainingArguments(
-        os.path.join(args.out, CHECKPOINTS),
+        checkpoints,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulate,
@@ -89,7 +109,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         eval_strategy="steps",
         eval_steps=every,
         eval_on_start=True,
-        save_steps=args.save_steps,
+        save_steps=args.save_steps or max(1, min(SAVED, args.steps // EVALUATIONS)),
         save_total_limit=2,
         prediction_loss_only=True,
         bf16=args.bf16,
@@ -101,7 +121,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     model.to(arguments.device)
     with arguments.main_process_first(desc="the text"):
         if args.data == ["self"]:
-            blocks = sample_blocks(model, tokenizer, args.blocks or 1000, length, seed=seed, cache=args.out)
+            blocks = sample_blocks(model, tokenizer, args.blocks or 1000, length, seed=seed, cache=checkpoints)
         else:
             blocks = text_blocks(read_texts(args.data, args.column), tokenizer, length, args.column, args.blocks)
         if args.eval:
@@ -111,29 +131,28 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     # Only whole batches: where processes share them, Trainer weighs those of another size wrongly.
     whole = (size for size in range(args.batch_size, 0, -1) if len(held_out) % size == 0)
     arguments.per_device_eval_batch_size = next(whole)
+    made_of = {f"--{name}": getattr(args, name.replace("-", "_")) for name in SAME}
+    made_of |= {"the method": config.to_dict(), "--length": length, "the text": fingerprint(blocks.tokens)}
+    keep_options(checkpoints, made_of, args.resume, arguments.process_index == 0)
     dense = _evaluate(model, arguments, held_out)
-    trainer = LittleBitTrainer(
-        model,
-        arguments,
-        config=config,
-        teacher=None if args.no_teacher else "self",
-        train_dataset=blocks,
-        eval_dataset=held_out,
-    )
+    dtype = resolve_dtype(source.config.dtype) if args.dtype == "auto" else getattr(torch, args.dtype)
+    callback = LittleBitCallback(config, None if args.no_teacher else "self", dtype=dtype)
+    trainer = LittleBitTrainer(model, arguments, callbacks=[callback], train_dataset=blocks, eval_dataset=held_out)
     trainer.train(resume_from_checkpoint=args.resume)
     packed = trainer.evaluate()["eval_loss"]
     model.config.use_cache = True
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(args.out)
     trainer.save_model(args.out)
     if not trainer.is_world_process_zero():
         return 0
-    tokenizer.save_pretrained(args.out)
     size = size_report(args.out)
     report = {
         "model": args.model if not os.path.isdir(args.model) else os.path.basename(os.path.realpath(args.model)),
         "bpw": size.bpw,
         "steps": args.steps,
         "tokens_per_step": args.batch_size * args.accumulate * length * arguments.world_size,
-        "perplexity": {"dense": math.exp(dense), "packed": math.exp(packed)},
+        "perplexity": {"dense": perplexity(dense), "packed": perplexity(packed)},
         "history": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
     }
     _write(args.out, report)
@@ -141,14 +160,14 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     first = next(entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry)
     print(f"\nperplexity on {len(held_out)} held-out blocks of {length} tokens")
     for name, loss in (("dense", dense), ("before training", first), ("packed", packed)):
-        print(f"  {name:<16}{math.exp(loss):.4g}")
+        print(f"  {name:<16}{perplexity(loss):.4g}")
     print(f"saved to {args.out}")
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     for option in ("steps", "batch_size", "accumulate", "save_steps"):
-        if getattr(args, option) < 1:
+        if getattr(args, option) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
     if args.blocks is not None and args.blocks < 2:
         raise ValueError(f"--blocks is {args.blocks}; it must be at least 2")
@@ -160,17 +179,20 @@ def _check(args: argparse.Namespace) -> None:
         )
     if "self" in args.data and len(args.data) > 1:
         raise ValueError("--data self stands alone: the teacher writes all of the text")
+    from .resume import last_checkpoint
+
     out = args.out
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out {out} is a file; give a folder")
-    if os.path.isfile(os.path.join(out, "config.json")):
-        raise ValueError(f"--out {out} holds a model already; give another folder")
     kept = os.path.join(out, CHECKPOINTS)
-    found = os.path.isdir(kept) and any(name.startswith("checkpoint-") for name in os.listdir(kept))
+    found = last_checkpoint(kept) is not None
+    # What is written last tells a finished training from one that was interrupted while its model was saved.
+    if os.path.isfile(os.path.join(out, REPORT)) or (os.path.isfile(os.path.join(out, "config.json")) and not found):
+        raise ValueError(f"--out {out} holds a model already; give another folder")
     if found and not args.resume:
         raise ValueError(f"{kept} holds an unfinished training; add --resume to go on, or give another --out")
     if args.resume and not found:
-        raise ValueError(f"{kept} holds no checkpoint to resume from; leave out --resume")
+        raise ValueError(f"{kept} holds no complete checkpoint to resume from; leave out --resume")
 
 
 def _evaluate(model: Any, arguments: Any, blocks: Any) -> float:
@@ -195,9 +217,14 @@ def _evaluate(model: Any, arguments: Any, blocks: Any) -> float:
     return (sums[0] / sums[1]).item()
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss); infinity where that is no number any more."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def _write(out: str, report: dict[str, Any]) -> None:
     """training.json, and training.png where matplotlib is installed."""
-    with open(os.path.join(out, "training.json"), "w", encoding="utf-8") as file:
+    with open(os.path.join(out, REPORT), "w", encoding="utf-8") as file:
         json.dump(report, file, indent=1)
     try:
         import matplotlib
@@ -209,7 +236,7 @@ def _write(out: str, report: dict[str, Any]) -> None:
 
     history = report["history"]
     steps = [(entry["step"], entry.get("kd_loss", entry["loss"])) for entry in history if "loss" in entry]
-    evaluated = [(entry["step"], math.exp(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
+    evaluated = [(entry["step"], perplexity(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     left.plot(*zip(*steps, strict=True), color="#3b7dd8")
     left.set(xlabel="step", ylabel="loss in training, nats per token", yscale="log")

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from .config import LittleBitConfig
 from .engines import gather
+from .resume import last_checkpoint
 from .topk import TopKTeacher
 from .training import REBUILT, LittleBitCallback
 from .twins import factor_modules, is_latent, latents_and_scales, unpack_model, unwrapped
@@ -132,9 +133,17 @@ class LittleBitTrainer(Trainer):
     def _rate(self, rate: float | None, factor: float) -> float:
         return factor * self.args.learning_rate if rate is None else rate
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; a model that was packed by an earlier call is refused before a checkpoint is read into it."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end, and a model that
+        was packed by an earlier call is refused before a checkpoint is read into it."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, LittleBitCallback) and callback.finished:
                 callback.on_train_begin(self.args, self.state, self.control, model=self.model)
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no complete checkpoint to resume from; call train() without "
+                    "resume_from_checkpoint"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)

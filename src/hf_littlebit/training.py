@@ -24,9 +24,10 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import transformers.trainer
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .calibration import calibrate
@@ -45,6 +46,7 @@ from .twins import (
     latent_model,
     latents_and_scales,
     pack_model,
+    refuse_latents,
     unwrapped,
     weight_ranks,
 )
@@ -69,6 +71,7 @@ class LittleBitCallback(TrainerCallback):
         hidden_weight: of the error of hidden states against that of the logits, per token (distill.py).
         sign_gradient: "smooth" (tanh, the paper's) or "ste". alpha: steepness of the former.
         pack: pack the model when training ends. False leaves it latent.
+        dtype: of what stays dense in the packed model, which is trained in fp32, and saved in fp32 if None.
         calibration: a few batches of text (calibration.py), to factorize a dense model for what its errors cost rather
             than for their size. A latent model, and the state of a resumed training, are taken as they are.
 
@@ -86,6 +89,7 @@ class LittleBitCallback(TrainerCallback):
         sign_gradient: str = "smooth",
         alpha: float = ALPHA,
         pack: bool = True,
+        dtype: torch.dtype | None = None,
         calibration: Iterable[Mapping[str, Any]] | None = None,
     ):
         if isinstance(teacher, str) and teacher != "self":
@@ -96,7 +100,7 @@ class LittleBitCallback(TrainerCallback):
             raise ValueError(f"alpha is {alpha}; it must be above 0 (the paper's is {ALPHA:g})")
         self.config, self.teacher = config, teacher
         self.hidden_weight, self.sign_gradient, self.alpha, self.pack = hidden_weight, sign_gradient, alpha, pack
-        self.calibration = calibration
+        self.dtype, self.calibration = dtype, calibration
         self.distillation: Distillation | None = None
         self.flips: SignFlips | None = None
         self._model: Any = None
@@ -113,6 +117,13 @@ class LittleBitCallback(TrainerCallback):
         """Convert `model` and prepare its loss."""
         if self._model is not None:
             raise ValueError("this LittleBitCallback belongs to another Trainer already; make a new one for each")
+        known = None if model is None else _CALLBACKS.get(model)
+        other = None if known is None else known()
+        if other is not None and not other.finished:
+            raise ValueError(
+                "the model is prepared by another LittleBitCallback already; give a Trainer one of them, and a second Trainer "
+                "a model of its own"
+            )
         self._check_arguments(args, model)
         modules = factor_modules(model)
         teacher = self._teacher(model, bool(modules))
@@ -163,9 +174,10 @@ class LittleBitCallback(TrainerCallback):
                 "as Trainer(..., callbacks=[LittleBitCallback(...)])"
             )
         if self.finished:
+            start = "unpack_model(model)" if self.pack else "the model"
             raise ValueError(
-                "this Trainer has trained and packed its model already. To go on, make a new Trainer with a new "
-                "LittleBitCallback: from unpack_model(model), or from a latent checkpoint"
+                "this Trainer has trained its model to the end already. To go on, make a new Trainer with a new "
+                f"LittleBitCallback: from {start}, or from a latent checkpoint"
             )
         if not isinstance(model, type(self._model)) or not factor_modules(model):
             raise ValueError(REBUILT)
@@ -203,12 +215,12 @@ class LittleBitCallback(TrainerCallback):
         if not self.pack:
             return
         if self.sharded:
-            save_packed(model, self._kind)
+            save_packed(model, self._kind, self.dtype)
             if state.is_world_process_zero:
                 logger.warning(SHARDED)
             return
-        pack_model(model)
-        model.register_load_state_dict_pre_hook(_refuse_latents)
+        pack_model(model, self.dtype)
+        model.register_load_state_dict_pre_hook(refuse_latents)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Give a checkpoint of shards the config that tells what they are; Trainer writes none."""
@@ -331,14 +343,3 @@ REBUILT = (
     "the model to train is not the one that LittleBitCallback converted: model_init (and hyperparameter search) makes a new "
     "one in train(). Give `model=`, or convert inside model_init with latent_model(model, config) and leave the callback out"
 )
-
-
-def _refuse_latents(module: Any, state: dict[str, Tensor], *args: Any) -> None:
-    """Before a state dict is loaded into a model that was packed at the end of its training."""
-    for name, layer in factor_modules(module).items():
-        value = state.get(f"{name}.{next(iter(weight_ranks(layer)))}")
-        if value is not None and value.is_floating_point() and not is_latent(layer):
-            raise ValueError(
-                "a latent checkpoint cannot be loaded into this model, which was packed when its training ended; make a new "
-                "Trainer to resume"
-            )

@@ -1,7 +1,8 @@
 """A whole model changed in place between its three forms: dense, latent (trainable) and packed.
 
     latent_model    dense -> latent     factorizes layer by layer; each dense weight is freed as soon as it is factored
-    pack_model      latent -> packed    exact: the packed model's logits are the latent model's in evaluation mode
+    pack_model      latent -> packed    exact: signs and scales are the latent model's, and in fp32 so are the logits; bf16
+                                        rounds their products at other places
     unpack_model    packed -> latent    exact; to go on training
 
 `from_pretrained` makes the same models while it loads (quantizer.py); these are for models that are in memory.
@@ -17,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .calibration import Importance
@@ -26,7 +27,7 @@ from .config import LittleBitConfig
 from .conversion import factor_weight
 from .experts import LittleBitExperts
 from .linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
-from .plan import Plan, plan_model
+from .plan import Plan, needs_fp32, plan_model
 from .quantizer import LittleBitHfQuantizer, replace_modules
 from .source import HUB_ID, quantization_of
 
@@ -37,6 +38,7 @@ __all__ = [
     "latent_model",
     "latents_and_scales",
     "pack_model",
+    "refuse_latents",
     "unpack_model",
     "unwrapped",
     "weight_ranks",
@@ -104,8 +106,11 @@ def latent_model(
     return model
 
 
-def pack_model(model: Any) -> Any:
+def pack_model(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Pack every latent layer of `model` in place, one after the other; returns the model, ready to save and share.
+
+    Args:
+        dtype: of the parameters that stay dense, which are trained in fp32 and saved as they are; None leaves them.
 
     Raises:
         ValueError: if it has no latent layers, or if they are partitioned over devices.
@@ -120,6 +125,8 @@ def pack_model(model: Any) -> Any:
             for part, parameter in twin.named_parameters(recurse=False):
                 parameter.requires_grad_(part == "bias" and parameter.requires_grad)
             model.set_submodule(name, twin)
+        if dtype is not None:
+            _cast_dense(model, dtype)
     _mark(model, _with_format(config, "packed"))
     return model
 
@@ -181,6 +188,17 @@ def latents_and_scales(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
     return latents, scales
 
 
+def refuse_latents(module: Any, state: dict[str, Tensor], *args: Any) -> None:
+    """Before a state dict is loaded into a model that was packed at the end of its training."""
+    for name, layer in factor_modules(module).items():
+        value = state.get(f"{name}.{next(iter(weight_ranks(layer)))}")
+        if value is not None and value.is_floating_point() and not is_latent(layer):
+            raise ValueError(
+                "a latent checkpoint cannot be loaded into this model, which was packed when its training ended; make a new "
+                "Trainer to resume"
+            )
+
+
 def unwrapped(model: Any) -> Any:
     """The model inside torch.compile's and distributed wrappers."""
     while True:
@@ -199,6 +217,14 @@ def unwrapped(model: Any) -> Any:
 def weight_ranks(module: Any) -> dict[str, list[int]]:
     """{weight: rank of each path} of a LittleBit layer."""
     return module.path_ranks if isinstance(module, LittleBitExperts) else {"weight": list(module.ranks)}
+
+
+def _cast_dense(model: Any, dtype: torch.dtype) -> None:
+    """Parameters outside of LittleBit layers, and the biases in them; what the model's code needs in fp32 stays so."""
+    parts = {f"{name}.{part}" for name, module in factor_modules(model).items() for part in module.part_dtypes}
+    for name, value in model.named_parameters():
+        if name not in parts and value.is_floating_point() and not needs_fp32(model, name):
+            value.data = value.data.to(dtype)
 
 
 def _of(weight: Any, parts: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""Going on with a training that was interrupted: from which checkpoint, and whether it is still the same training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["fingerprint", "keep_options", "last_checkpoint"]
+
+logger = logging.getLogger("hf_littlebit")
+STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoint
+OPTIONS = "options.json"
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest complete checkpoint-* folder in `folder`; None if there is none.
+
+    A process that is killed while it saves leaves a checkpoint that Trainer cannot read, and takes for the last one. Those
+    are passed over with a warning.
+    """
+    if not os.path.isdir(folder):
+        return None
+    steps = [name[11:] for name in os.listdir(folder) if name.startswith("checkpoint-")]
+    for step in sorted((int(step) for step in steps if step.isdigit()), reverse=True):
+        checkpoint = os.path.join(folder, f"checkpoint-{step}")
+        if _is_complete(checkpoint):
+            return checkpoint
+        logger.warning("%s is passed over: it was not written to its end.", checkpoint)
+    return None
+
+
+def _is_complete(checkpoint: str) -> bool:
+    try:
+        with open(os.path.join(checkpoint, STATE), encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, ValueError):
+        return False
+    sizes = [os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(checkpoint) for name in names]
+    return all(size > 0 for size in sizes)
+
+
+def keep_options(folder: str, options: Mapping[str, Any], resumed: bool, main: bool = True) -> None:
+    """Write what a training is made of to `folder` when it starts, and compare when it goes on; `main` writes.
+
+    Raises:
+        ValueError: if an option of a resumed training has another value than at its start.
+    """
+    file = os.path.join(folder, OPTIONS)
+    if not resumed:
+        if main:
+            os.makedirs(folder, exist_ok=True)
+            with open(file, "w", encoding="utf-8") as stream:
+                json.dump(dict(options), stream, indent=1)
+        return
+    if not os.path.isfile(file):
+        return
+    with open(file, encoding="utf-8") as stream:
+        first = json.load(stream)
+    for option, value in json.loads(json.dumps(dict(options))).items():
+        if option in first and first[option] != value:
+            raise ValueError(
+                f"this training was started with {option} {first[option]!r}, and is to be resumed with {value!r}; give the "
+                "first value, or start a new training in another --out"
+            )
+
+
+def fingerprint(tokens: Tensor) -> str:
+    """A short name of `tokens`, on the CPU and of any shape and integer dtype."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()[:16]
