@@ -105,7 +105,15 @@ class Results:
         return self.data["arms"]
 
     def train(self, label: str, arm: Arm, eval_every: int | None = None) -> None:
-        """Train `arm` and write its figures, unless they are there."""
+        """Train `arm` and write its figures, unless they are there.
+
+        Raises:
+            ValueError: if the file's arms were trained in another setting.
+        """
+        stored = {**self.data, "seed": self.arms.get(label, {}).get("seed", self.setting.seed)}
+        for key, value in {**self._shared(), "seed": self.setting.seed}.items():
+            if stored.get(key, value) != value:
+                raise ValueError(f"{self.file} holds arms with {key} {stored[key]}, not {value}; give another --out")
         if label in self.arms:
             return
         if self._texts is None:
@@ -117,6 +125,11 @@ class Results:
         self.arms[label] = figures
         self.file.write_text(json.dumps(self.data, indent=1) + "\n")
         print(f"{figures['excess']:.4f}  {label}", flush=True)
+
+    def _shared(self) -> dict[str, Any]:
+        setting = self.setting
+        model = Path(setting.model).resolve().name
+        return {"model": model, "length": setting.length, "batch_size": setting.batch_size, "bf16": setting.bf16}
 
     def _read(self) -> tuple[Any, Any]:
         """Training blocks and held-out blocks; fills in what all arms share."""

@@ -43,7 +43,10 @@ def _starts(bpw: float) -> dict[str, Arm]:
 
 
 def _recipes(bpw: float, steps: int) -> dict[str, Arm]:
-    return _arms(bpw, steps, default={}, paper=REFERENCE)
+    arms: dict[str, dict[str, Any]] = {"default": {}, "paper": REFERENCE}
+    if steps == 300:
+        arms["paper, with the bits that are left over"] = {**REFERENCE, "kv_factor": None}
+    return _arms(bpw, steps, **arms)
 
 
 STUDIES: dict[str, dict[str, Arm]] = {
