@@ -74,6 +74,7 @@ class SizeReport:
     total_bytes: int  # of all tensors
     file_bytes: int | None
     original_bytes: int  # of the whole model at 16 bits per weight
+    kv_factor: float = 1.0  # of the ranks of k_proj and v_proj
     dense_parts: dict[str, int] = field(default_factory=dict)
     layers: list[LayerSize] = field(default_factory=list)
     kept: list[dict[str, Any]] = field(default_factory=list)  # layers left dense: reason, modules, weights
@@ -105,6 +106,8 @@ class SizeReport:
                 f"{len(self.layers)}, {self.replaced_weights:,} weights, {format_bytes(self.quantized_bytes)}",
             ),
         ]
+        if self.kv_factor != 1:
+            rows.insert(2, ("ranks of k_proj and v_proj", f"{self.kv_factor:g} times those of the bits asked"))
         return rows + [(f"dense: {part}", format_bytes(size)) for part, size in self.dense_parts.items()]
 
     def table(self, layers: bool = False, style: str = "plain") -> str:
@@ -228,6 +231,7 @@ def _report(
         file_bytes=file_bytes,
         original_bytes=DENSE_BYTES * (plan.numel + sum(math.prod(shape) for _, shape, _ in rest.values())),
         dense_parts=_dense_parts(model, rest),
+        kv_factor=max((weight.options.factor for weight in plan.weights if weight.options.factor != 1), default=1.0),
         layers=layers,
         kept=[
             {"reason": reason, "modules": [name for name, _ in kept], "weights": sum(numel for _, numel in kept)}
