@@ -43,10 +43,12 @@ def _starts(bpw: float) -> dict[str, Arm]:
 
 
 def _recipes(bpw: float, steps: int) -> dict[str, Arm]:
-    arms: dict[str, dict[str, Any]] = {"default": {}, "paper": REFERENCE}
+    arms = _arms(bpw, steps, default={}, paper=REFERENCE)
     if steps == 300:
-        arms["paper, with the bits that are left over"] = {**REFERENCE, "kv_factor": None}
-    return _arms(bpw, steps, **arms)
+        # As many bits as the default takes: from the leftover, or, where its k and v have no room for two paths, by asking.
+        more = {"kv_factor": None} if bpw > 0.5 else {"bpw": 0.31}
+        arms[f"paper, bits as the default ({bpw:g} bpw, {steps} steps)"] = Arm(**{"bpw": bpw, **REFERENCE, **more})
+    return arms
 
 
 STUDIES: dict[str, dict[str, Arm]] = {
@@ -75,14 +77,14 @@ STUDIES: dict[str, dict[str, Arm]] = {
 
 
 def plot(results: Results, name: str, file: Path) -> None:
-    """The excess loss against steps, one panel for each bits per weight and number of steps."""
+    """The excess loss against steps, one panel for each label's bits per weight and number of steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     arms = {label: results.arms[label] for label in STUDIES[name] if label in results.arms}
-    panels = list(dict.fromkeys((arm["bpw"], arm["steps"]) for arm in arms.values()))
+    panels = list(dict.fromkeys(label.partition(" (")[2] for label in arms))
     if not panels:
         return
     columns = min(3, len(panels))
@@ -92,10 +94,10 @@ def plot(results: Results, name: str, file: Path) -> None:
     )
     for axis, panel in zip(axes.flat, panels, strict=False):
         for label, arm in arms.items():
-            if (arm["bpw"], arm["steps"]) == panel:
-                name, *_ = label.partition(" (")
+            name, _, asked = label.partition(" (")
+            if asked == panel:
                 axis.plot(*zip(*arm["curve"], strict=True), marker=".", label=f"{name}: {arm['excess']:.3f}")
-        axis.set(title=f"{panel[0]:g} bits per weight, {panel[1]:,} steps", xlabel="step", yscale="log")
+        axis.set(title=panel.rstrip(")"), xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
     for axis in axes[:, 0]:
