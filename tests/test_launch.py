@@ -30,7 +30,11 @@ def report_of(done, out):
     """What the first process wrote, once it is clear that it alone wrote and printed."""
     assert done.returncode == 0, done.stderr[-20000:]
     assert done.stdout.count("saved to") == done.stdout.count("before training") == 1
-    assert len(list(out.glob("self-*"))) == 1 and (out / "training.png").exists() and (out / "tokenizer.json").exists()
+    assert (
+        len(list(out.glob("checkpoints/self-*"))) == 1
+        and (out / "training.png").exists()
+        and (out / "tokenizer.json").exists()
+    )
     return json.loads((out / "training.json").read_text())
 
 

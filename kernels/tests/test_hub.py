@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -81,4 +82,7 @@ def test_sources_need_only_torch_and_python_3_9(path):
         for name in names:
             top = name.split(".")[0]
             assert top in ("torch", "triton") or top in sys.stdlib_module_names, f"{path.name} imports {name}"
-    assert "torch.library" not in path.read_text()
+    # Two versions in one process would define an operator twice. What is registered for the compiled library's operators
+    # comes and goes with it, and a second copy uses the first one's.
+    used = set(re.findall(r"torch\.library\.(\w+)|(?:\b)(custom_op|triton_op)\b", path.read_text()))
+    assert used <= ({("register_fake", "")} if path.name == "cpu.py" else set())
