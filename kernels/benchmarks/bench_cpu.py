@@ -23,6 +23,8 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import torch
 from hf_littlebit.kernels import cpu, factor_shapes, reference, unpack_signs
 
+from hf_littlebit.machine import cpu_name
+
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096))  # out, in
 BPW = (0.1, 0.3, 0.55, 1.0)
 BATCHES = (1, 4, 16, 64)  # tokens
@@ -142,15 +144,9 @@ def call() -> Dict[str, float]:
 
 
 def machine() -> Dict[str, object]:
-    name = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     versions["wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
-    return {"cpu": name, "cores": os.cpu_count(), "system": platform.system(), "isa": cpu.select(), **versions}
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system(), "isa": cpu.select(), **versions}
 
 
 def show(row: dict, limit: float) -> Tuple[float, float]:

@@ -13,7 +13,7 @@ from . import train_command
 
 __all__ = ["build_parser", "quantization_config"]
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = train_command.DTYPES
 SWITCH = {"auto": None, "on": True, "off": False}
 
 DESCRIPTION = "Language models at 0.1 to 1 bit per weight, in Hugging Face transformers."

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Importance", "calibrate"]
+from .evaluate import CHUNK
 
-CHUNK = 2**24  # logits in fp32 at a time, 64 MiB
+__all__ = ["Importance", "calibrate"]
 
 
 class Importance(NamedTuple):

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .engines import is_partitioned, run_partitioned
+from .evaluate import CHUNK
 from .topk import TopK, TopKTeacher
 
 __all__ = ["HIDDEN_WEIGHT", "Distillation", "hidden_error", "kl_divergence", "token_mask"]
@@ -36,7 +37,6 @@ __all__ = ["HIDDEN_WEIGHT", "Distillation", "hidden_error", "kl_divergence", "to
 logger = logging.getLogger("hf_littlebit")
 HIDDEN_WEIGHT = 10 / 2048
 IGNORED = -100  # the label of a token that does not count, everywhere in transformers
-CHUNK = 2**24  # logits in fp32 at a time, 64 MiB
 
 
 class _KLDivergence(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 
 from .kernels import cpu
 
-__all__ = ["growth", "machine", "wait"]
+__all__ = ["cpu_name", "growth", "machine", "wait"]
 
 
 @contextmanager
@@ -48,18 +48,23 @@ def wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures of a benchmark depend on: the machine, its load, the versions."""
+def cpu_name() -> str:
+    """The processor's name, as Linux tells it."""
     name = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
+    return name
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures of a benchmark depend on: the machine, its load, the versions."""
     packages = ("torch", "transformers", "hf-littlebit")
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
-        "cpu": name,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),

@@ -19,7 +19,7 @@ from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of, matches
 from .experts import LittleBitExperts, expert_sizes, is_stack
 from .linear import FactorModule, part_name
 
-__all__ = ["Plan", "WeightPlan", "aliases", "needs_fp32", "plan_model"]
+__all__ = ["Plan", "WeightPlan", "aliases", "fp32_modules", "needs_fp32", "plan_model"]
 
 DENSE_BITS = 16  # of a weight that is kept
 KV_FACTORS = tuple(eighths / 8 for eighths in range(32, 8, -1))  # tried in this order; 4 is the paper's choice
@@ -86,6 +86,11 @@ class Plan:
 
     def keep(self, reason: str, module: str, numel: int) -> None:
         self.dense.setdefault(reason, []).append((module, numel))
+
+    def settle(self, config: LittleBitConfig) -> None:
+        """Write into `config`, which is to be saved, what this plan found for an automatic kv_factor."""
+        if config.kv_factor is None:
+            config.kv_factor = self.kv_factor
 
     def warnings(self) -> list[str]:
         """What a user must know before trusting the asked bits per weight; empty if every layer is as asked."""
@@ -180,9 +185,8 @@ def _with_factor(weight: WeightPlan, factor: float) -> WeightPlan:
     return replace(weight, options=options, ranks=options.ranks(weight.out_features, weight.in_features))
 
 
-def needs_fp32(model: Any, name: str) -> bool:
-    """True for a module or parameter that the model's own code wants in fp32."""
-    wanted = _fp32_modules(model)
+def needs_fp32(name: str, wanted: Collection[str]) -> bool:
+    """True for a module or parameter that the model's own code wants in fp32; `wanted` is `fp32_modules` of the model."""
     return any(part in wanted for part in _endings(name))
 
 
@@ -195,7 +199,7 @@ class _Walk:
         self.plan, self.config, self.stored = Plan(), config, stored
         self.prefix: str = getattr(model, "base_model_prefix", "")
         self.kept = _kept_modules(model)
-        self.fp32 = _fp32_modules(model)
+        self.fp32 = fp32_modules(model)
         self.saved = saved
         self.inside: tuple[str, ...] = ()  # modules that were replaced, or kept, with all they hold
         self.excluding: set[str] = set()  # entries of modules_to_not_convert that matched
@@ -227,7 +231,7 @@ class _Walk:
         if found or name in self.kept:
             return True
         numel = sum(value.numel() for value in module.parameters())
-        if any(part in self.fp32 for part in _endings(name)):
+        if needs_fp32(name, self.fp32):
             self.plan.keep("the model's code needs them in floats (_keep_in_fp32_modules)", name, numel)
             return True
         parts = [f"{alias}.{part}" for alias in aliases(name, self.prefix) for part, _ in module.named_parameters()]
@@ -312,7 +316,8 @@ def _kept_modules(model: Any) -> set[str]:
     return modules | {name for name, module in model.named_modules() if head is not None and module is head}
 
 
-def _fp32_modules(model: Any) -> set[str]:
+def fp32_modules(model: Any) -> set[str]:
+    """Names of modules, or parts of them, that a model's class keeps in fp32."""
     names: set[str] = set()
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         names.update(getattr(model, attribute, None) or ())

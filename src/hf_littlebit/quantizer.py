@@ -135,7 +135,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         header = read_headers([file for file in files if str(file).endswith(".safetensors")])
         refuse_quantized(header)
         self.plan = plan_model(model, config, saved=saved_names(model))
-        config.kv_factor = self.plan.kv_factor if config.kv_factor is None else config.kv_factor
+        self.plan.settle(config)
         self._pending = {weight.name: weight for weight in self.plan.weights}
         if header:
             verify_dense(model, header, self._pending)

@@ -19,7 +19,7 @@ EVALUATIONS = 5  # during training
 CHECKPOINTS = "checkpoints"  # folder within --out
 CONTEXT = 512  # the longest block by default
 SAVED = 500  # the most steps between checkpoints by default
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 REPORT = "training.json"  # the last file that is written
 SAME = (
     "steps",
@@ -83,7 +83,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     from .trainer import LEARNING_RATE, LittleBitTrainer
     from .training import LittleBitCallback
 
-    _check(args)
+    checkpoint = _check(args)
     source = find_source(args.model)
     if source.quantization is not None:
         raise ValueError(f"{args.model} is quantized already; start from the dense model, which is the teacher too")
@@ -138,7 +138,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     dtype = resolve_dtype(source.config.dtype) if args.dtype == "auto" else getattr(torch, args.dtype)
     callback = LittleBitCallback(config, None if args.no_teacher else "self", dtype=dtype)
     trainer = LittleBitTrainer(model, arguments, callbacks=[callback], train_dataset=blocks, eval_dataset=held_out)
-    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.train(resume_from_checkpoint=checkpoint)
     packed = trainer.evaluate()["eval_loss"]
     model.config.use_cache = True
     if trainer.is_world_process_zero():
@@ -165,7 +165,8 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> str | None:
+    """The checkpoint to go on from, if any."""
     for option in ("steps", "batch_size", "accumulate", "save_steps"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
@@ -185,7 +186,7 @@ def _check(args: argparse.Namespace) -> None:
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out {out} is a file; give a folder")
     kept = os.path.join(out, CHECKPOINTS)
-    found = last_checkpoint(kept) is not None
+    found = last_checkpoint(kept)
     # What is written last tells a finished training from one that was interrupted while its model was saved.
     if os.path.isfile(os.path.join(out, REPORT)) or (os.path.isfile(os.path.join(out, "config.json")) and not found):
         raise ValueError(f"--out {out} holds a model already; give another folder")
@@ -193,6 +194,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{kept} holds an unfinished training; add --resume to go on, or give another --out")
     if args.resume and not found:
         raise ValueError(f"{kept} holds no complete checkpoint to resume from; leave out --resume")
+    return found
 
 
 def _evaluate(model: Any, arguments: Any, blocks: Any) -> float:

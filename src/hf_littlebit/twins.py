@@ -27,7 +27,7 @@ from .config import LittleBitConfig
 from .conversion import factor_weight
 from .experts import LittleBitExperts
 from .linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
-from .plan import Plan, needs_fp32, plan_model
+from .plan import Plan, fp32_modules, needs_fp32, plan_model
 from .quantizer import LittleBitHfQuantizer, replace_modules
 from .source import HUB_ID, quantization_of
 
@@ -84,7 +84,7 @@ def latent_model(
     if config.base_model is None and HUB_ID.fullmatch(source) and not os.path.isdir(source):
         config.base_model = source
     plan, known = plan_model(model, config), dict(importance or {})
-    config.kv_factor = plan.kv_factor if config.kv_factor is None else config.kv_factor
+    plan.settle(config)
     _check_in_memory(model, plan)
     for message in plan.warnings():
         logger.warning("%s", message)
@@ -222,8 +222,9 @@ def weight_ranks(module: Any) -> dict[str, list[int]]:
 def _cast_dense(model: Any, dtype: torch.dtype) -> None:
     """Parameters outside of LittleBit layers, and the biases in them; what the model's code needs in fp32 stays so."""
     parts = {f"{name}.{part}" for name, module in factor_modules(model).items() for part in module.part_dtypes}
+    wanted = fp32_modules(model)
     for name, value in model.named_parameters():
-        if name not in parts and value.is_floating_point() and not needs_fp32(model, name):
+        if name not in parts and value.is_floating_point() and not needs_fp32(name, wanted):
             value.data = value.data.to(dtype)
 
 
