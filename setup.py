@@ -1,14 +1,12 @@
 """Builds the compiled CPU kernel (kernels/littlebit_cpu) where it can; everything else is in setup.cfg and pyproject.toml.
 
-The kernel is optional: without a compiler, or without torch's headers, the install goes on, one warning says what is
-missing, and hf_littlebit.kernels computes in plain torch. torch is no build requirement, because an isolated build would
-download a second, several gigabytes large copy of it: its headers are taken from the environment that is installed into.
-The library uses torch's stable ABI and no Python symbol, so it has a plain name and the wheel is py3-none-<platform>.
+The kernel needs a C++17 compiler and no torch: it declares the C functions of torch's stable ABI itself (torch_abi.h), and
+finds them when it is loaded into a process that has torch. So an isolated build, which has no torch, builds it too, and the
+wheel is py3-none-<platform>: one library for every Python and every torch from 2.10 on. It is optional: without a compiler
+the install goes on, one warning says so, and hf_littlebit.kernels computes in plain torch.
 """
 
-import importlib.util
-import re
-import sysconfig
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,24 +16,6 @@ from setuptools.command.build_ext import build_ext
 NAME = "hf_littlebit.kernels.liblittlebit_cpu"
 SOURCE = "kernels/littlebit_cpu"
 FILES = ("binding", "layer", "latents", "generic", "x86", "amx", "neon")
-TORCH = (2, 10)  # of the stable ABI that binding.cpp is written for
-
-
-def torch_folder() -> Path:
-    """The folder of a torch whose headers have the stable ABI; torch itself is not imported."""
-    found = importlib.util.find_spec("torch")
-    folders = list(found.submodule_search_locations or []) if found else []
-    # In an isolated build only the interpreter's own paths still name the environment that is installed into.
-    folders += [f"{sysconfig.get_path(kind)}/torch" for kind in ("purelib", "platlib")]
-    for folder in map(Path, folders):
-        header = folder / "include/torch/headeronly/version.h"
-        if header.exists():
-            numbers = re.findall(r"define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", header.read_text())
-            if tuple(map(int, numbers)) >= TORCH:
-                return folder
-    raise FileNotFoundError(
-        f"no torch >= {TORCH[0]}.{TORCH[1]} with headers in {', '.join(dict.fromkeys(folders))}; install torch first"
-    )
 
 
 class OptionalBuild(build_ext):
@@ -51,20 +31,29 @@ class OptionalBuild(build_ext):
             lines = str(error).strip().splitlines() or [type(error).__name__]
             self.warn(
                 f"hf-littlebit: the compiled CPU kernel was not built ({lines[0]}). The package works without it, slowly: "
-                "packed layers run in plain torch. With a C++17 compiler and torch >= 2.10 installed, reinstall to get it."
+                "packed layers run in plain torch. With a C++17 compiler installed, reinstall to get it."
             )
 
     def build_extension(self, ext: Extension) -> None:
-        folder = torch_folder()
-        ext.include_dirs.append(str(folder / "include"))
         if self.compiler.compiler_type == "msvc":
-            ext.extra_compile_args += ["/std:c++17", "/O2"]
+            raise NotImplementedError("no Windows compiler is supported yet")
+        ext.extra_compile_args += ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-unused-parameter"]
+        if sys.platform == "darwin":
+            ext.extra_link_args += ["-undefined", "dynamic_lookup"]
         else:
-            ext.extra_compile_args += ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-unused-parameter"]
-        ext.define_macros.append(("TORCH_TARGET_VERSION", f"0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000"))
-        ext.library_dirs.append(str(folder / "lib"))
-        ext.libraries.append("torch_cpu")
+            ext.extra_link_args += ["-Wl,--no-as-needed", self.stand_in()]
         super().build_extension(ext)
+
+    def stand_in(self) -> str:
+        """An empty library with the name of torch's: the loader then looks for the missing functions in torch's own."""
+        folder = Path(self.build_temp) / "stand-in"
+        folder.mkdir(parents=True, exist_ok=True)
+        source = folder / "empty.cpp"
+        source.write_text("")
+        objects = self.compiler.compile([str(source)], output_dir=str(folder))
+        library = folder / "libtorch_cpu.so"
+        self.compiler.link_shared_object(objects, str(library), extra_preargs=[f"-Wl,-soname,{library.name}"])
+        return str(library)
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
@@ -89,7 +78,7 @@ setup(
         Extension(
             NAME,
             [f"{SOURCE}/{file}.cpp" for file in FILES],
-            depends=[f"{SOURCE}/{header}.h" for header in ("littlebit", "kernels", "latents")],
+            depends=[f"{SOURCE}/{header}.h" for header in ("littlebit", "kernels", "latents", "torch_abi")],
             language="c++",
         )
     ],

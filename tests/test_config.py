@@ -90,7 +90,7 @@ def test_json_round_trip():
     assert again.to_dict() == config.to_dict()
     assert data["format_version"] == FORMAT_VERSION and data["quant_method"] == "littlebit"
     # What belongs to the machine that quantized stays there.
-    assert not {"svd_device", "workers", "dequantize"} & set(data)
+    assert not {"svd_device", "workers", "dequantize", "share_inputs"} & set(data)
     assert "bpw" in repr(config) and json.loads(config.to_json_string(use_diff=False))["bpw"] == 0.1
 
 
@@ -102,6 +102,7 @@ BAD = [
     ({"format": "gguf"}, "packed, latent"), ({"seed": -1}, "seed is -1"), ({"seed": 1.5}, "seed is 1.5"),
     ({"steps": 0}, "steps is 0"), ({"refit_rounds": -1}, "refit_rounds is -1"), ({"workers": 0}, "workers is 0"),
     ({"scale_dtype": "float32"}, "bfloat16, float16"), ({"svd_device": 0}, "svd_device is 0"), ({"dequantize": 1}, "dequantize"),
+    ({"share_inputs": 1}, "share_inputs is 1"), ({"share_inputs": True, "dequantize": True}, "leave one of them out"),
     ({"modules_to_not_convert": "lm_head"}, "must be a list"), ({"modules_to_not_convert": {"lm_head"}}, "must be a list"),
     ({"modules_to_not_convert": [""]}, "holds ''"), ({"modules_to_not_convert": ["a", 1]}, "holds 1; every entry"),
     ({"modules_to_not_convert": ["["]}, r"holds '\[', which is no valid regular expression \(unterminated"),
@@ -143,7 +144,7 @@ def test_any_junk_is_refused_or_stands_for_a_config(options):
         assert str(error)
         return
     if config.bpw is None:
-        assert config.dequantize
+        assert config.dequantize != config.share_inputs
         return
     assert LittleBitConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     assert config.for_module("a.k_proj").ranks(64, 128)

@@ -122,7 +122,12 @@ double check(int64_t in, int64_t out, std::vector<int64_t> ranks, int64_t tokens
     const int64_t from = back ? out : in, to = back ? in : out, stride = from + below(3);
     const Buffer x(dtype, tokens ? (tokens - 1) * stride + from : 0);
     Buffer y(dtype, tokens * to);
-    (back ? littlebit::backward : littlebit::forward)(layer, x.array(), stride, tokens, y.bytes.data(), runner);
+    void* data = y.bytes.data();
+    if (back) {
+      littlebit::backward(layer, x.array(), stride, tokens, data, runner);
+    } else {
+      littlebit::forward(&layer, 1, x.array(), stride, tokens, &data, runner);
+    }
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t n = 0; n < to; ++n) {
         double sum = !back && bias ? b.at(n) : 0.0, magnitude = std::fabs(sum);

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -181,25 +182,44 @@ void* advance(void* y, Dtype dtype, int64_t offset) {
   return static_cast<char*>(y) + offset * (dtype == Dtype::f32 ? 4 : 2);
 }
 
-void forward_tokens(const Kernels& isa, const Layer& layer, const Shape& shape, Array x, int64_t stride, int64_t tokens,
-                    void* y, const Pool& pool, int64_t threads) {
-  const int64_t rows = factor_v(layer, shape).rows(), size = tokens * pitch(shape.rank);
-  const int64_t parts = std::min(threads, std::max<int64_t>(rows, 1));
-  Floats inner = floats(parts * size);
-  run(pool, parts, [&](int64_t i) {
-    const int64_t begin = share(rows, i, parts), end = share(rows, i + 1, parts);
-    reduce(isa, layer, shape, x, stride, tokens, begin, end, inner.get() + i * size);
+// One layer of a call: into how many parts its inputs are cut, and where the parts' sums begin in the buffer.
+struct Job {
+  const Layer* layer;
+  Shape shape;
+  void* y;
+  int64_t parts, place;
+};
+
+void forward_tokens(const Kernels& isa, const std::vector<Job>& jobs, Array x, int64_t stride, int64_t begin,
+                    int64_t tokens, float* buffer, const Pool& pool, int64_t threads) {
+  x = shifted(x, begin * stride);
+  const auto inner = [&](const Job& job, int64_t part) { return buffer + job.place + part * tokens * pitch(job.shape.rank); };
+  run(pool, threads, [&](int64_t i) {
+    for (size_t j = 0; j < jobs.size(); ++j) {
+      const Job& job = jobs[j];
+      // A layer that is not cut goes to one thread whole, the next such layer to the next thread.
+      const int64_t part = job.parts > 1 ? i : i == static_cast<int64_t>(j) % threads ? 0 : 1;
+      if (part >= job.parts) continue;
+      const int64_t rows = factor_v(*job.layer, job.shape).rows();
+      reduce(isa, *job.layer, job.shape, x, stride, tokens, share(rows, part, job.parts), share(rows, part + 1, job.parts),
+             inner(job, part));
+    }
   });
-  for (int64_t i = 1; i < parts; ++i) {
-    const float* other = inner.get() + i * size;
-    for (int64_t j = 0; j < size; ++j) inner[static_cast<size_t>(j)] += other[j];
+  for (const Job& job : jobs) {
+    float* sum = inner(job, 0);
+    for (int64_t part = 1; part < job.parts; ++part) {
+      const float* other = inner(job, part);
+      for (int64_t k = 0; k < tokens * pitch(job.shape.rank); ++k) sum[k] += other[k];
+    }
+    scale_inner(*job.layer, job.shape, tokens, sum);
   }
-  scale_inner(layer, shape, tokens, inner.get());
-  const int64_t lanes = (shape.out + kLanes - 1) / kLanes;
-  run(pool, std::min(threads, lanes), [&](int64_t i) {
-    const int64_t count = std::min(threads, lanes);
-    const int64_t begin = kLanes * share(lanes, i, count), end = std::min(shape.out, kLanes * share(lanes, i + 1, count));
-    expand(isa, layer, shape, inner.get(), tokens, begin, end, y, x.dtype);
+  run(pool, threads, [&](int64_t i) {
+    for (const Job& job : jobs) {
+      const int64_t out = job.shape.out, lanes = (out + kLanes - 1) / kLanes, count = std::min(threads, lanes);
+      if (i >= count) continue;
+      const int64_t first = kLanes * share(lanes, i, count), last = std::min(out, kLanes * share(lanes, i + 1, count));
+      expand(isa, *job.layer, job.shape, inner(job, 0), tokens, first, last, advance(job.y, x.dtype, begin * out), x.dtype);
+    }
   });
 }
 
@@ -250,22 +270,38 @@ const Kernels& kernels() {
   return *now;
 }
 
-void forward(const Layer& layer, Array x, int64_t stride, int64_t tokens, void* y, const Pool& pool) {
+void forward(const Layer* layers, int64_t count, Array x, int64_t stride, int64_t tokens, void* const* y,
+             const Pool& pool) {
   const Kernels& isa = kernels();
-  const Shape shape(layer);
-  const int64_t work = shape.rank * (shape.in + shape.out) * tokens;
-  const int64_t threads = work < kSmall ? 1 : pool.threads, chunks = (tokens + kTokens - 1) / kTokens;
-  const auto chunk = [&](int64_t i, int64_t parts) {
-    const int64_t begin = i * kTokens, count = std::min(kTokens, tokens - begin);
-    forward_tokens(isa, layer, shape, shifted(x, begin * stride), stride, count,
-                   advance(y, x.dtype, begin * shape.out), pool, parts);
+  const int64_t chunks = (tokens + kTokens - 1) / kTokens;
+  std::vector<Job> jobs;
+  int64_t work = 0;
+  const auto small = [&](const Shape& shape) { return shape.rank * (shape.in + shape.out) * tokens < kSmall; };
+  for (int64_t i = 0; i < count; ++i) {
+    jobs.push_back({layers + i, Shape(layers[i]), y[i], 1, 0});
+    work += jobs.back().shape.rank * (jobs.back().shape.in + jobs.back().shape.out) * tokens;
+  }
+  const int64_t threads = work < kSmall ? 1 : pool.threads;
+  // Many tokens are cut themselves, and then no layer is.
+  const bool by_tokens = threads > 1 && chunks >= threads;
+  int64_t size = 0;
+  for (Job& job : jobs) {
+    // As it would be cut alone, so that a layer's result does not depend on its company.
+    if (!by_tokens && !small(job.shape)) job.parts = std::min(threads, std::max<int64_t>((job.shape.in + 31) / 32, 1));
+    job.place = size;
+    size += job.parts * std::min(tokens, kTokens) * pitch(job.shape.rank);
+  }
+  const auto some = [&](int64_t begin, int64_t end, int64_t parts) {
+    const Floats buffer = floats(size);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kTokens;
+      forward_tokens(isa, jobs, x, stride, first, std::min(kTokens, tokens - first), buffer.get(), pool, parts);
+    }
   };
-  if (threads > 1 && chunks >= threads) {
-    run(pool, threads, [&](int64_t i) {
-      for (int64_t j = share(chunks, i, threads); j < share(chunks, i + 1, threads); ++j) chunk(j, 1);
-    });
+  if (by_tokens) {
+    run(pool, threads, [&](int64_t i) { some(share(chunks, i, threads), share(chunks, i + 1, threads), 1); });
   } else {
-    for (int64_t i = 0; i < chunks; ++i) chunk(i, threads);
+    some(0, chunks, threads);
   }
 }
 

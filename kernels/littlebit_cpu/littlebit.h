@@ -35,8 +35,9 @@ struct Pool {
   void (*run)(int64_t count, void (*task)(int64_t, void*), void* context) = nullptr;
 };
 
-// x [tokens, in], its rows `stride` apart -> y [tokens, out] contiguous, of x's dtype.
-void forward(const Layer& layer, Array x, int64_t stride, int64_t tokens, void* y, const Pool& pool);
+// x [tokens, in], its rows `stride` apart -> of every layer y[i] [tokens, out] contiguous, of x's dtype. The layers take the
+// same `in`; each result has the bits that it has alone.
+void forward(const Layer* layers, int64_t count, Array x, int64_t stride, int64_t tokens, void* const* y, const Pool& pool);
 
 // grad [tokens, out], rows `stride` apart -> the gradient with respect to x, [tokens, in] contiguous, of grad's dtype.
 void backward(const Layer& layer, Array grad, int64_t stride, int64_t tokens, void* grad_x, const Pool& pool);

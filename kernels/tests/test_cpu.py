@@ -1,4 +1,4 @@
-"""The compiled CPU kernel against fp64, on every instruction set of this machine; loading it, and doing without it."""
+"""The compiled CPU kernel against fp64, on every instruction set of this machine."""
 
 import os
 import shutil
@@ -179,6 +179,52 @@ def test_results_depend_on_the_number_of_threads_alone(isa, threads):
                 assert torch.equal(dx, cpu.littlebit_linear_grad(y, *parts, shape[2]))
 
 
+def test_layers_of_one_x_have_the_bits_that_each_has_alone(isa, threads):
+    shapes = [(1500, 1400, (1000, 500)), (40, 1400, (24,)), (1200, 1400, (33, 7, 64)), (1, 1400, (8,))]
+    layers = [
+        (*layer(*shape, seed=seed)[0], torch.randn(shape[0]) if seed % 2 else None, list(shape[2]))
+        for seed, shape in enumerate(shapes)
+    ]
+    for count in (1, 2, 3):
+        threads(count)
+        for x in (
+            torch.randn(1, 1400),
+            torch.randn(1400).bfloat16(),
+            torch.randn(5, 2800)[:, ::2],
+            torch.randn(3, 70, 1400),
+        ):
+            for some in (layers, layers[1:2], layers[1::2], layers[::-1]):
+                found = cpu.littlebit_linears(x, some)
+                assert all(map(torch.equal, found, [cpu.littlebit_linear(x, *each) for each in some]))
+                assert len({y.data_ptr() for y in found}) == len(some) and all(y._base is None for y in found)
+    assert cpu.littlebit_linears(x, []) == [] and cpu.littlebit_linears(x[:0], layers)[2].shape == (0, 70, 1200)
+
+
+@built
+def test_wrong_layers_are_errors():
+    cpu.load()
+    layers = [(*layer(33, 70, (16, 40))[0], None, [16, 40]), (*layer(20, 70, (8,))[0], None, [8])]
+    x = torch.randn(2, 70)
+    assert len(cpu.littlebit_linears(x, layers)) == 2
+    for wrong, text in (
+        ((*layers[1][:5], layers[1][5][1:], *layers[1][6:]), r"scale_rank is \[1, 7\], but must be \[1, 8\]"),
+        ((None, *layers[1][1:]), "u, scale_out, scale_rank or scale_in of layer 1 is missing"),
+        ((*layer(20, 71, (8,))[0], None, [8]), "layer 1 takes 71 values, but layer 0 70"),
+        ((*layers[1][:8], [8, 8]), "but must be"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            cpu.littlebit_linears(x, [layers[0], wrong])
+    operator = torch.ops.hf_littlebit_cpu.linears
+    parts = [part for each in layers for part in each[:8]]
+    for arguments, text in (
+        ((parts[1:], [16, 40, 8], [2, 1]), "15 parts were given, but 2 layers have 16"),
+        ((parts, [16, 40], [2, 1]), "layer 1 has 1 paths, but 0 ranks are left"),
+        ((parts, [16, 40, 8], [2, -1]), "layer 1 has -1 paths"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            operator(x, *arguments)
+
+
 @built
 def test_wrong_parts_are_errors():
     cpu.load()
@@ -209,7 +255,7 @@ def test_wrong_parts_are_errors():
     for message, index, wrong in (
         (r"u is \[0, 33\], but must be \[1, 33\]", 0, good[0][:0]),
         (r"v_tail is missing: the layer needs \[1, 56\]", 3, None),
-        ("scale_rank is Int, but must be float32, bfloat16 or float16", 5, good[5].to(torch.int32)),
+        ("scale_rank is int32, but must be float32, bfloat16 or float16", 5, good[5].to(torch.int32)),
         ("scale_out has 3 dimensions", 4, good[4][None]),
         ("scale_in has 1 dimensions, but must have 2", 6, good[6][0]),
     ):
@@ -218,80 +264,10 @@ def test_wrong_parts_are_errors():
     nothing = [torch.zeros(0, 33, dtype=torch.int32), None, torch.zeros(2, 0, dtype=torch.int32), good[3][:, :0]]
     with pytest.raises(RuntimeError, match="ranks is empty"):
         cpu.littlebit_linear(x, *nothing, torch.ones(0, 33), torch.ones(0), torch.ones(0, 70), None, ())
-    with pytest.raises(RuntimeError, match="Double"):
+    with pytest.raises(RuntimeError, match="float64"):
         cpu.littlebit_linear(x.double(), *good, None, (16, 40))
     with pytest.raises(RuntimeError, match="no instruction set 'sse'"):
         cpu.select("sse")
-
-
-def python(code, **variables):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-
-
-PRODUCT = """
-import pathlib, warnings, torch, hf_littlebit.kernels as k
-k.cpu.LIBRARY = pathlib.Path({library!r})
-byte, one = torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1)
-parts = (torch.zeros(0, 1, dtype=torch.int32), byte, None, byte, one, one[0], one)
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    assert not hasattr(torch.ops.hf_littlebit_cpu, "linear")
-    print([k.littlebit_linear(one, *parts, None, [1]).item() for _ in range(2)])
-    print([str(w.message) for w in seen], k._backend(one).__name__)
-"""
-ABSENT = str(cpu.LIBRARY.with_name("absent.so"))
-
-
-def test_without_the_library_one_warning_and_the_reference():
-    done = python(PRODUCT.format(library=ABSENT), LITTLEBIT_BACKEND="")
-    assert done.stdout.startswith("[1.0, 1.0]"), done.stderr
-    assert done.stdout.count("absent.so is missing") == 1 and "LITTLEBIT_BACKEND=reference" in done.stdout
-    assert done.stdout.rstrip().endswith(reference.__name__)
-    done = python(PRODUCT.format(library=ABSENT), LITTLEBIT_BACKEND="reference")
-    assert "missing" not in done.stdout and done.stdout.rstrip().endswith(reference.__name__), done.stderr
-    errors = (
-        ("cpu", "RuntimeError: LITTLEBIT_BACKEND=cpu, but there is no"),
-        (
-            "quick",
-            "ValueError: LITTLEBIT_BACKEND='quick' is unknown; set it to one of reference, cpu, triton, or unset it",
-        ),
-    )
-    for backend, text in errors:
-        done = python(PRODUCT.format(library=ABSENT), LITTLEBIT_BACKEND=backend)
-        assert done.returncode != 0 and text in done.stderr, done.stderr
-    calls = (
-        "k.cpu.select()",
-        "k.cpu.littlebit_linear(one, *parts, None, [1])",
-        "k.cpu.littlebit_linear_grad(one, *parts, [1])",
-    )
-    for call in calls:
-        done = python(f"{PRODUCT.format(library=ABSENT)}\n{call}", LITTLEBIT_BACKEND="reference")
-        assert "RuntimeError: there is no compiled CPU kernel" in done.stderr and "compiler" in done.stderr, done.stderr
-
-
-@built
-def test_the_backend_is_chosen_once():
-    code = PRODUCT.format(library=str(cpu.LIBRARY))
-    code += "import os; os.environ['LITTLEBIT_BACKEND'] = 'nonsense'; k.littlebit_linear(one, *parts, None, [1])\n"
-    code += "print(k._choice())"
-    for backend, module in (("reference", reference), ("", cpu), ("cpu", cpu)):
-        done = python(code, LITTLEBIT_BACKEND=backend)
-        assert module.__name__ in done.stdout.splitlines()[-1], done.stdout + done.stderr
-
-
-@built
-def test_a_second_copy_of_the_package_shares_the_operators(tmp_path):
-    """Defining the operators again would end the process."""
-    shutil.copytree(cpu.LIBRARY.parent, tmp_path / "copy")
-    code = (
-        "import sys, importlib.util as u, hf_littlebit.kernels as k\nprint(k.cpu.load(), k.cpu.select())\n"
-        f"spec = u.spec_from_file_location('second', {str(tmp_path / 'copy' / '__init__.py')!r})\n"
-        "second = u.module_from_spec(spec); sys.modules['second'] = second; spec.loader.exec_module(second)\n"
-        "print(second.cpu.LIBRARY != k.cpu.LIBRARY, second.cpu.load(), second.cpu.select())"
-    )
-    done = python(code)
-    assert done.returncode == 0 and done.stdout.splitlines()[1].startswith("True True "), done.stdout + done.stderr
 
 
 @built
@@ -385,40 +361,6 @@ def test_results_are_no_views(module):
         y = module.littlebit_linear(torch.randn(*shape), *parts, None, (16, 40))
         dx = module.littlebit_linear_grad(y, *parts, (16, 40))
         assert y._base is None and dx._base is None and y.is_contiguous() and dx.shape == shape
-
-
-def test_a_library_that_does_not_load_is_named(tmp_path):
-    broken = tmp_path / "broken.so"
-    broken.write_bytes(b"no library")
-    done = python(PRODUCT.format(library=str(broken)), LITTLEBIT_BACKEND="")
-    assert f"{broken} does not load" in done.stdout, done.stdout + done.stderr
-
-
-@built
-def test_it_is_loaded_at_the_first_product_and_then_called_by_the_dispatcher():
-    done = python(PRODUCT.format(library=str(cpu.LIBRARY)), LITTLEBIT_BACKEND="")
-    assert done.stdout.rstrip().endswith(f"[] {cpu.__name__}"), done.stdout + done.stderr
-    code = (
-        "import torch, hf_littlebit\nfrom hf_littlebit import LittleBitLinear\n"
-        "m = LittleBitLinear(40, 33, [8, 16]).requires_grad_(False)\nfor p in m.parameters(): p.zero_()\n"
-        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "print(has('hf_littlebit::linear', 'CPU')); m(torch.ones(1, 40)); print(has('hf_littlebit::linear', 'CPU'))\n"
-        "y = torch.compile(m, fullgraph=True, backend='aot_eager')(torch.ones(3, 40)); print(tuple(y.shape))\n"
-    )
-    done = python(code, LITTLEBIT_BACKEND="cpu")
-    assert done.stdout.split("\n")[:3] == ["False", "True", "(3, 33)"], done.stdout + done.stderr
-
-
-@built
-@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
-def test_the_library_needs_no_python():
-    symbols = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(cpu.LIBRARY)], capture_output=True, text=True, check=True
-    )
-    assert " aoti_torch_library_init_impl" in symbols.stdout
-    assert not [
-        line for line in symbols.stdout.splitlines() if line.split()[-1].startswith(("Py", "_Py", "_ZN2at", "_ZN3c10"))
-    ]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or not SOURCE.exists(), reason="needs g++ and the C++ source")

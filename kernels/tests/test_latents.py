@@ -179,21 +179,21 @@ def test_wrong_shapes_are_errors():
         ((latent, outer[0], inner, ranks), r"outer is \[33\], but must be \[2, 33\]"),
         ((latent, outer, inner[1:], ranks), r"inner is \[24\], but must be \[25\]"),
         ((latent, outer, inner, (-1, 26)), "a rank is -1"),
-        ((latent.double(), outer, inner, ranks), "latent is Double, but must be float32"),
-        ((latent, outer.bfloat16(), inner, ranks), "outer is BFloat16, but must be float32"),
+        ((latent.double(), outer, inner, ranks), "latent is float64, but must be float32"),
+        ((latent, outer.bfloat16(), inner, ranks), "outer is bfloat16, but must be float32"),
     )
     for arguments, text in signs:
         with pytest.raises(RuntimeError, match=text):
             cpu.scaled_signs(*arguments, torch.float32)
         with pytest.raises(RuntimeError, match=text):
             cpu.scaled_signs_grad(grad, *arguments, 100.0)
-    with pytest.raises(RuntimeError, match="the result is Double, but must be"):
+    with pytest.raises(RuntimeError, match="the result is float64, but must be"):
         cpu.scaled_signs(latent, outer, inner, ranks, torch.float64)
     for wrong, text in (
         (grad[1:], r"grad is \[32, 25\]"),
         (grad[:, 1:], r"grad is \[33, 24\], but must be \[33, 25\]"),
         (grad[0], r"grad is \[25\]"),
-        (grad.long(), "grad is Long"),
+        (grad.long(), "grad is int64"),
     ):
         with pytest.raises(RuntimeError, match=text):
             cpu.scaled_signs_grad(wrong, latent, outer, inner, ranks, 100.0)

@@ -17,6 +17,7 @@ from .config import LittleBitConfig
 from .evaluate import perplexity
 from .linear import LatentLittleBitLinear, LittleBitLinear
 from .quantizer import LittleBitHfQuantizer
+from .shared import share_inputs, unshare_inputs
 from .size import size_report
 
 if TYPE_CHECKING:
@@ -42,9 +43,11 @@ __all__ = [
     "perplexity",
     "sample_blocks",
     "save_topk",
+    "share_inputs",
     "size_report",
     "text_blocks",
     "unpack_model",
+    "unshare_inputs",
 ]
 _TRAINING = {
     "LittleBitCallback": "training",

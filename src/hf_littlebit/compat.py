@@ -16,7 +16,7 @@ def register(name: str, config_class: type, quantizer_class: type) -> None:
         auto.register_quantization_config(name)(config_class)
     if name not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(name)(quantizer_class)
-    # Only the config classes of this tuple may override loading options (dequantize, svd_device) of a saved model.
+    # Only the config classes of this tuple may override loading options (dequantize, share_inputs, ...) of a saved model.
     types = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
     if config_class not in types:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, config_class)  # type: ignore[assignment]

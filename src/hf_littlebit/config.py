@@ -43,7 +43,7 @@ RANK_MULTIPLE = 8
 MAX_BPW = 16.0
 KV_NAMES = ("k_proj", "v_proj")
 # Options that only steer a load on this machine: a user may set them for a saved model too, and they are not saved.
-LOADING_OPTIONS = ("svd_device", "workers", "dequantize")
+LOADING_OPTIONS = ("svd_device", "workers", "dequantize", "share_inputs")
 LAYER_OPTIONS = ("bpw", "init", "residual", "kv_factor")
 MISSING_BPW = "bpw is missing; say how many bits per weight to keep, e.g. LittleBitConfig(bpw=0.55)"
 
@@ -104,7 +104,8 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     Args:
         bpw (`float`): bits per weight of the replaced layers, in (0, 16]; 0.1 to 1 is what the method is for. Only
-            `LittleBitConfig(dequantize=True)`, to load a saved model with, can do without: the saved one is used.
+            `LittleBitConfig(dequantize=True)` or `(share_inputs=True)`, to load a saved model with, can do without: the saved
+            one is used.
         init (`str`): how factors are found: "admm" (default, best and slowest), "joint_itq", or "dual_svid" (the paper's).
         residual (`bool`, *optional*): two paths (True), one (False), or chosen by initialiser and layer size (None).
         kv_factor (`float`, *optional*): multiplies the rank of layers named k_proj and v_proj. The paper uses 4 for
@@ -125,6 +126,8 @@ class LittleBitConfig(QuantizationConfigMixin):
         svd_device (`str`, *optional*): device that factorizes, e.g. "cuda"; None for the device a weight is loaded to.
         workers (`int`): layers factorized at the same time. Each holds one dense layer and its workspace.
         dequantize (`bool`): load a saved model as a dense one. Refused for a dense model.
+        share_inputs (`bool`): compute layers that read the same tensor (q, k and v; gate and up) in one call; for packed
+            models, exact, and not saved (shared.py).
         base_model (`str`, *optional*): Hub id of the dense model, for the model card; filled in while loading from the Hub.
 
     Raises:
@@ -147,6 +150,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         svd_device: str | None = None,
         workers: int = 1,
         dequantize: bool = False,
+        share_inputs: bool = False,
         base_model: str | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = "littlebit",
@@ -167,6 +171,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         self.svd_device = svd_device
         self.workers = workers
         self.dequantize = dequantize
+        self.share_inputs = share_inputs
         self.base_model = base_model
         self.format_version = format_version
         # The version first: a newer format explains the options that this version does not know.
@@ -195,9 +200,14 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     def post_init(self) -> None:
         """Check every value (the name is transformers' convention)."""
-        if not isinstance(self.dequantize, bool):
-            raise ValueError(f"dequantize is {self.dequantize!r}; it must be True or False")
-        if self.bpw is None and not self.dequantize:
+        for option in ("dequantize", "share_inputs"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"{option} is {getattr(self, option)!r}; it must be True or False")
+        if self.dequantize and self.share_inputs:
+            raise ValueError(
+                "share_inputs is for packed models, but dequantize=True loads a dense one; leave one of them out"
+            )
+        if self.bpw is None and not self.dequantize and not self.share_inputs:
             raise ValueError(MISSING_BPW)
         given = self.layer_options()
         _check_layer_options(given if self.bpw is not None else {**given, "bpw": MAX_BPW}, "")
@@ -243,7 +253,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         """The options that hold for the module called `name`, or by one of `aliases`.
 
         Raises:
-            ValueError: if there is no bpw, as in a config that only says dequantize=True.
+            ValueError: if there is no bpw, as in a config that only says dequantize=True or share_inputs=True.
         """
         options = self.layer_options()
         own: set[str] = set()

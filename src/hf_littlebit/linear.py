@@ -28,7 +28,7 @@ from .kernels.packing import factor_shapes, pack_signs, unpack_signs
 from .product import factored_product
 from .sign import ALPHA, SignGradient
 
-__all__ = ["LatentLittleBitLinear", "LittleBitLinear", "latent_parts", "pack_parts", "part_name"]
+__all__ = ["LatentLittleBitLinear", "LittleBitLinear", "autocast_input", "latent_parts", "pack_parts", "part_name"]
 
 PACKED_PARTS = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
 LATENT_PARTS = ("u", "v", "scale_out", "scale_rank", "scale_in")
@@ -202,6 +202,9 @@ class LittleBitLinear(FactorModule, nn.Linear):
     The parts are uninitialised until they are loaded or filled. x [..., in_features] of fp32, bf16 or fp16.
     """
 
+    group: Any = None  # a shared.SharedInput whose member `place` this layer is
+    place = 0
+
     def __init__(
         self,
         in_features: int,
@@ -219,14 +222,20 @@ class LittleBitLinear(FactorModule, nn.Linear):
         self.declare_packed("weight", (out_features, in_features), ranks, device)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.group is not None:
+            result = self.group.product(self.place, x)
+            if result is not None:
+                return result
+        return ops.linear(autocast_input(x), *self.factors())
+
+    def factors(self) -> ops.Layer:
+        """The parts, the bias and the ranks, as `ops.linear` takes them."""
         held = self._parameters
         try:
             # Eight times Module.__getattr__ would cost as much as the whole product of a small layer.
-            parts = [held[name] for name in PACKED_PARAMETERS]
-            bias = held["bias"]
+            return [held[name] for name in PACKED_PARAMETERS], held["bias"], self.ranks
         except KeyError:  # a wrapper (parametrizations, sharding) keeps them elsewhere
-            parts, bias = [getattr(self, name) for name in PACKED_PARAMETERS], self.bias
-        return ops.linear(autocast_input(x), parts, bias, self.ranks)
+            return [getattr(self, name) for name in PACKED_PARAMETERS], self.bias, self.ranks
 
     def paths(self) -> list[Path]:
         """The factors, with ±UNPACKED_LATENT for latents."""

@@ -1,6 +1,7 @@
 """The layer as a torch.library operator, so that torch.compile, fake tensors and autograd see one opaque node.
 
     hf_littlebit::linear(x, u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) -> y
+    hf_littlebit::linears(x, parts, ranks, paths) -> y of every layer; no gradient is recorded
     hf_littlebit::linear_grad(grad, u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, ranks) -> grad_x
 
 Parts as in kernels/packing.py. The gradient is that of x and of the bias; it runs through the same packed parts, with no
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import littlebit_linear, littlebit_linear_grad
+from .kernels import littlebit_linear, littlebit_linear_grad, littlebit_linears
 
-__all__ = ["linear"]
+__all__ = ["differentiable", "linear", "linears"]
+
+Layer = tuple[Sequence[Tensor | None], Tensor | None, list[int]]  # parts, bias and ranks, as `linear` takes them
 
 _PARTS = "Tensor u, Tensor? u_tail, Tensor? v, Tensor? v_tail, Tensor scale_out, Tensor scale_rank, Tensor scale_in"
 _LIBRARY = torch.library.Library("hf_littlebit", "FRAGMENT")  # lives as long as the module: dropping it unregisters
@@ -31,18 +34,44 @@ def linear(x: Tensor, parts: Sequence[Tensor | None], bias: Tensor | None, ranks
 
     `parts` are u, u_tail, v, v_tail, scale_out, scale_rank and scale_in, None where a part has no rows.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _differentiable(x, bias, *parts)):
+    if torch.compiler.is_compiling() or differentiable(x, bias, *parts):
         return _OPERATOR(x, *parts, bias, ranks)
     # Nothing to record: autograd's step through Python costs as much as all the rest of a call on a small layer.
     with torch._C._AutoDispatchBelowAutograd():
         return _OPERATOR(x, *parts, bias, ranks)
 
 
-def _differentiable(*tensors: Tensor | None) -> bool:
+def linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+    """`linear` of several layers with the same x, in one call. Only where none is `differentiable`: no gradient is recorded."""
+    parts = [part for own, bias, _ in layers for part in (*own, bias)]
+    ranks = [rank for *_, own in layers for rank in own]
+    paths = [len(own) for *_, own in layers]
+    if torch.compiler.is_compiling():
+        return _TOGETHER(x, parts, ranks, paths)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _TOGETHER(x, parts, ranks, paths)
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a product of these."""
+    if not torch.is_grad_enabled():
+        return False
     for tensor in tensors:  # noqa: SIM110 any() over a generator takes twice as long
         if tensor is not None and tensor.requires_grad:
             return True
     return False
+
+
+def _linears(x: Tensor, parts: list[Tensor | None], ranks: list[int], paths: list[int]) -> list[Tensor]:
+    layers, first = [], 0
+    for index, count in enumerate(paths):
+        layers.append((*parts[8 * index : 8 * index + 8], ranks[first : first + count]))
+        first += count
+    return littlebit_linears(x, layers)
+
+
+def _linears_fake(x: Tensor, parts: list[Any], ranks: list[int], paths: list[int]) -> list[Tensor]:
+    return [_linear_fake(x, parts[8 * index]) for index in range(len(paths))]
 
 
 def _linear_fake(x: Tensor, u: Tensor, *rest: Any) -> Tensor:
@@ -87,6 +116,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _register() -> None:
     _LIBRARY.define(f"linear(Tensor x, {_PARTS}, Tensor? bias, int[] ranks) -> Tensor")
     _LIBRARY.define(f"linear_grad(Tensor grad, {_PARTS}, int[] ranks) -> Tensor")
+    _LIBRARY.define("linears(Tensor x, Tensor?[] parts, int[] ranks, int[] paths) -> Tensor[]")
+    _LIBRARY.impl("linears", _linears, "CompositeExplicitAutograd")
+    torch.library.register_fake("hf_littlebit::linears", _linears_fake, lib=_LIBRARY)
     _LIBRARY.impl("linear", littlebit_linear, "CompositeExplicitAutograd")
     _LIBRARY.impl("linear_grad", littlebit_linear_grad, "CompositeExplicitAutograd")
     torch.library.register_fake("hf_littlebit::linear", _linear_fake, lib=_LIBRARY)
@@ -96,3 +128,4 @@ def _register() -> None:
 
 _register()
 _OPERATOR = torch.ops.hf_littlebit.linear.default
+_TOGETHER = torch.ops.hf_littlebit.linears.default

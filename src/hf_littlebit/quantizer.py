@@ -29,6 +29,7 @@ from .head import attach_head, detach_head
 from .kernels.packing import factor_shape
 from .linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from .plan import Plan, WeightPlan, plan_model
+from .shared import share_inputs
 from .skeleton import saved_names
 from .source import HUB_ID
 
@@ -85,6 +86,11 @@ class LittleBitHfQuantizer(HfQuantizer):
             raise ValueError(
                 "dequantize=True is for loading a saved LittleBit model as a dense one; this checkpoint is dense already. "
                 "To see the effect of quantization, load without it and call model.dequantize()"
+            )
+        if config.share_inputs and config.format != "packed":
+            raise ValueError(
+                f"share_inputs is for packed models, but format is {config.format!r}; leave it out, and load the packed model "
+                "with it once it is trained"
             )
         if config.svd_device is not None:
             try:
@@ -179,6 +185,8 @@ class LittleBitHfQuantizer(HfQuantizer):
             for module in _factor_modules(model).values():
                 for name, parameter in module.named_parameters(recurse=False):
                     parameter.requires_grad_(name == "bias")
+            if self.quantization_config.share_inputs:
+                share_inputs(model)
         attach_head(model)
         # Saved under the names they have: the file's names would be turned back to an older layout otherwise, and a
         # trainer that restores a checkpoint by name would miss them.

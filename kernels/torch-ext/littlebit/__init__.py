@@ -18,7 +18,7 @@ It also chooses for the passes over latents in training (`compiled`), for which 
 import functools
 import os
 import warnings
-from typing import Any
+from typing import Any, List, Sequence
 
 import torch
 
@@ -35,6 +35,7 @@ __all__ = [
     "gpu",
     "littlebit_linear",
     "littlebit_linear_grad",
+    "littlebit_linears",
     "pack_signs",
     "packing",
     "reference",
@@ -48,6 +49,11 @@ BACKENDS = ("reference", "cpu", "triton")
 def littlebit_linear(x: torch.Tensor, *parts: Any, **named: Any) -> torch.Tensor:
     """x [..., in_features] -> [..., out_features], by the fastest implementation; arguments as in reference.py."""
     return _backend(x).littlebit_linear(x, *parts, **named)
+
+
+def littlebit_linears(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> List[torch.Tensor]:
+    """[littlebit_linear(x, *layer) for layer in layers], in one call where the implementation has one."""
+    return _backend(x).littlebit_linears(x, layers)
 
 
 def littlebit_linear_grad(grad: torch.Tensor, *parts: Any, **named: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ parent had started its threads, here as in torch's own products.
 
 import threading
 from pathlib import Path
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -25,6 +25,7 @@ __all__ = [
     "LIBRARY",
     "littlebit_linear",
     "littlebit_linear_grad",
+    "littlebit_linears",
     "load",
     "missing",
     "scaled_signs",
@@ -34,7 +35,7 @@ __all__ = [
 
 LIBRARY = Path(__file__).with_name("liblittlebit_cpu.so")
 REMEDY = (
-    "install torch and a C++ compiler first, then hf-littlebit again from its source "
+    "install a C++ compiler, then hf-littlebit again from its source "
     "(pip install --force-reinstall --no-deps --no-cache-dir --no-binary hf-littlebit hf-littlebit)"
 )
 
@@ -104,6 +105,22 @@ def littlebit_linear(
     """
     parts = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in)
     return _loaded().linear(x, *parts, bias, list(ranks))
+
+
+def littlebit_linears(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> List[torch.Tensor]:
+    """The products of several layers with the same x, each with the bits of its own `littlebit_linear`.
+
+    One call: threads meet twice, however many layers there are.
+
+    Args:
+        layers: of each the arguments of `littlebit_linear` after x, bias and ranks included.
+
+    Raises:
+        RuntimeError: as `littlebit_linear`; or the layers take different numbers of values.
+    """
+    parts = [part for layer in layers for part in layer[:8]]
+    ranks = [rank for layer in layers for rank in layer[8]]
+    return _loaded().linears(x, parts, ranks, [len(layer[8]) for layer in layers])
 
 
 def littlebit_linear_grad(

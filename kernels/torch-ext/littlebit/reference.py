@@ -7,13 +7,13 @@ extra memory does not grow with the layer. Every call unpacks anew: correct ever
 Source: LittleBit, arXiv 2506.13771, eq. 5 (the forward in factored form).
 """
 
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
 from .packing import factor_shape, unpack_signs
 
-__all__ = ["SLAB", "littlebit_linear", "littlebit_linear_grad"]
+__all__ = ["SLAB", "littlebit_linear", "littlebit_linear_grad", "littlebit_linears"]
 
 SLAB = 1 << 22  # signs unpacked at a time: 16 MiB of fp32
 
@@ -54,6 +54,11 @@ def littlebit_linear(
         out += bias.float()
     result.view(out.shape).copy_(out)
     return result
+
+
+def littlebit_linears(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> List[torch.Tensor]:
+    """The products of several layers with the same x; each layer is the arguments of `littlebit_linear` after x."""
+    return [littlebit_linear(x, *layer) for layer in layers]
 
 
 def littlebit_linear_grad(

@@ -1,0 +1,214 @@
+"""Layers that read the same tensor in one call: exact, only when it is really the same, and without a trace in what is saved."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hf_littlebit import LittleBitConfig, LittleBitLinear, ops, share_inputs, unshare_inputs
+from hf_littlebit.shared import SharedInput
+
+load = AutoModelForCausalLM.from_pretrained
+IDS = torch.arange(12).reshape(2, 6)
+
+
+def options(**more):
+    return LittleBitConfig(2.0, init="dual_svid", **more)
+
+
+def logits(model, **more):
+    with torch.no_grad():
+        return model(IDS, **more).logits
+
+
+def layer(out_features=24, in_features=40, ranks=(8, 16), bias=True, seed=0):
+    torch.manual_seed(seed)
+    linear = LittleBitLinear(in_features, out_features, list(ranks), bias=bias).requires_grad_(False)
+    for value in linear.parameters():
+        if value.is_floating_point():
+            value.normal_()
+        else:
+            info = torch.iinfo(value.dtype)
+            value.data = torch.randint(info.min, info.max, value.shape).to(value.dtype)
+    return linear
+
+
+class Attention(nn.Module):
+    """q, k and v of what `inputs` makes of x."""
+
+    def __init__(self, inputs=lambda x: (x, x, x)):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = layer(24), layer(16, ranks=(8,), bias=False, seed=1), layer(16, seed=2)
+        self.inputs = inputs
+
+    def forward(self, x):
+        q, k, v = self.inputs(x)
+        return self.q_proj(q), self.k_proj(k), self.v_proj(v)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers each call of the operator for several had."""
+    found, linears = [], ops.linears
+    monkeypatch.setattr(ops, "linears", lambda x, layers: found.append(len(layers)) or linears(x, layers))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (2, 3, 40), (0, 40)], ids=str)
+def test_results_are_those_of_the_layers(dtype, shape, calls):
+    model, x = Attention(), torch.randn(shape).to(dtype)
+    alone = model(x)
+    assert share_inputs(model) == 1
+    for _ in range(2):
+        together = model(x)
+        assert all(map(torch.equal, alone, together)) and [y.dtype for y in together] == [dtype] * 3
+        assert [y.shape for y in together] == [y.shape for y in alone] and all(y._base is None for y in together)
+    assert calls == [3, 3]
+    group = model.q_proj.group
+    assert group._x is None and not any(y is not None for y in group._results), "results outlive their round"
+    unshare_inputs(model)
+    assert all(map(torch.equal, alone, model(x))) and calls == [3, 3]
+
+
+@torch.no_grad()
+def test_autocast_and_inference_mode():
+    model, x = Attention(), torch.randn(2, 40)
+    share_inputs(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        together = model(x)
+        unshare_inputs(model)
+        assert all(map(torch.equal, together, model(x))) and together[0].dtype == torch.bfloat16
+    share_inputs(model)
+    alone = Attention()(x)
+    with torch.inference_mode():
+        assert all(map(torch.equal, model(x * 1), alone))
+
+
+@torch.no_grad()
+def test_an_x_that_was_changed_in_place_is_another_x(calls):
+    model, plain, x = Attention(), Attention(), torch.randn(2, 40)
+    share_inputs(model)
+    found = []
+    for each in (model, plain):
+        own = x.clone()
+        found += [each.q_proj(own), each.k_proj(own.add_(1)), each.v_proj(own)]
+    assert all(map(torch.equal, found[:3], found[3:])) and calls == [3, 3]
+
+
+@torch.no_grad()
+def test_siblings_that_read_different_tensors_part(calls):
+    """As in attention to another sequence."""
+    other = torch.randn(2, 40)
+    model, plain = (Attention(lambda x: (x, other, other)) for _ in range(2))
+    share_inputs(model)
+    for _ in range(5):
+        x = torch.randn(2, 40)
+        assert all(map(torch.equal, model(x), plain(x)))
+    assert model.q_proj.group is None and len(calls) <= 3
+
+
+def test_gradients_are_those_of_the_layers(calls):
+    model, plain = Attention(), Attention()
+    share_inputs(model)
+    x = torch.randn(2, 40)
+    grads = []
+    for each in (model, plain):
+        leaf = x.clone().requires_grad_()
+        sum(y.square().sum() for y in each(leaf)).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads) and not calls
+    assert not model(x)[0].requires_grad and calls == [3], "nothing to record"
+    model.v_proj.bias.requires_grad_()
+    assert model(x)[2].requires_grad and calls == [3]
+
+
+@torch.no_grad()
+def test_weights_that_are_elsewhere_are_left_alone(calls):
+    model, x = Attention(), torch.randn(2, 40)
+    share_inputs(model)
+    q = model.q_proj(x)
+    model.k_proj.to("meta")
+    model.q_proj.group._x = None
+    assert torch.equal(model.q_proj(x), q) and calls == [3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_in_one_graph(backend):
+    model = Attention()
+    share_inputs(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for tokens in (1, 3, 3):
+        x = torch.randn(tokens, 40)
+        unshared = [getattr(model, name) for name in ("q_proj", "k_proj", "v_proj")]
+        expected = [ops.linear(x, *each.factors()) for each in unshared]
+        assert all(map(torch.equal, compiled(x), expected))
+    explained = torch._dynamo.explain(model)(x)
+    assert explained.graph_break_count == 0
+    targets = [str(node.target) for graph in explained.graphs for node in graph.graph.nodes]
+    assert targets.count("hf_littlebit.linears.default") == 1 and "hf_littlebit.linear.default" not in targets
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("family", ["llama", "llama_bias", "opt", "bert", "mixtral"])
+def test_a_loaded_model_saves_the_same_file(family, family_dir, tmp_path):
+    from transformers import AutoConfig, AutoModel
+
+    kind = (
+        load
+        if "CausalLM" in str(AutoConfig.from_pretrained(family_dir(family)).architectures)
+        else AutoModel.from_pretrained
+    )
+    plain = kind(family_dir(family), quantization_config=options())
+    plain.save_pretrained(tmp_path / "plain")
+    shared = kind(tmp_path / "plain", quantization_config=LittleBitConfig(share_inputs=True))
+    groups = {id(m.group) for m in shared.modules() if isinstance(m, LittleBitLinear) and m.group is not None}
+    assert groups
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(shared(IDS)[0], plain(IDS)[0])
+    assert {id(m.group) for m in shared.modules() if isinstance(m, LittleBitLinear) and m.group is not None} == groups
+    shared.save_pretrained(tmp_path / "shared")
+    saved = [load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "shared")]
+    assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("plain", "shared")]
+    assert configs[0] == configs[1] and "share_inputs" not in configs[1]["quantization_config"]
+
+
+def test_while_a_dense_model_is_loaded(family_dir, tmp_path):
+    plain = load(family_dir("llama"), quantization_config=options())
+    shared = load(family_dir("llama"), quantization_config=options(share_inputs=True))
+    layers = len(plain.model.layers)
+    groups = [m.group for m in shared.modules() if isinstance(m, LittleBitLinear) and m.group is not None]
+    assert len(groups) == 5 * layers and len(set(map(id, groups))) == 2 * layers
+    assert torch.equal(logits(plain), logits(shared))
+    out = [each.generate(IDS[:1], max_new_tokens=8, do_sample=False) for each in (plain, shared)]
+    assert torch.equal(*out)
+    twin = copy.deepcopy(shared)
+    assert twin.model.layers[0].mlp.up_proj.group.members[1] is twin.model.layers[0].mlp.up_proj
+    assert torch.equal(logits(twin), logits(plain))
+    assert type(shared.dequantize().model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def test_only_packed_models(family_dir):
+    with pytest.raises(ValueError, match="share_inputs is for packed models, but format is 'latent'"):
+        load(family_dir("llama"), quantization_config=options(share_inputs=True, format="latent"))
+    with pytest.raises(ValueError, match="bpw is missing"):
+        load(family_dir("llama"), quantization_config=LittleBitConfig(share_inputs=True))
+
+
+def test_groups_are_of_packed_siblings_with_one_input_size():
+    model = Attention()
+    model.q_proj = nn.Linear(40, 24)
+    assert share_inputs(model) == 1 and len(model.k_proj.group.members) == 2
+    model.v_proj = layer(16, 48)
+    unshare_inputs(model)
+    assert share_inputs(model) == 0 and model.k_proj.group is None
+    assert isinstance(SharedInput([model.k_proj, layer()]).members, list)
