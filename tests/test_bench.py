@@ -63,6 +63,18 @@ def test_a_folder_is_loaded_and_its_other_form_is_made(packed, family_dir):
     assert not result.ratio and "dense" not in result.table()
 
 
+def test_shared_inputs_are_a_third_model(packed, family_dir, tmp_path, capsys):
+    assert main(["bench", packed, *FAST, "--packed-only", "--share-inputs", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["models"]) == ["packed", "shared"] and not found["ratio"]
+    assert list(found["shared_ratio"]) == ["prefill", "decode", "decode_cpu"] and found["shared_ratio"]["decode"] > 0
+    result = check(bench(packed, share_inputs=True, **QUICK), ("dense", "packed", "shared"))
+    assert result.ratio["decode"] > 0 and "shared / packed" in result.table()
+    build("phi3").config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="leave --share-inputs out"):
+        bench(str(tmp_path / "config.json"), config(), share_inputs=True, **QUICK)
+
+
 def test_every_generation_is_as_long_as_asked(packed, monkeypatch):
     """An end of text would end a random model's text at random."""
     lengths, ticks = [], clock.Ticks.put

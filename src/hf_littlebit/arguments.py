@@ -127,6 +127,11 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
         help="packed or dense folder, Hub id, or config.json; forms that are not stored get random weights",
     )
     bench.add_argument("--packed-only", action="store_true", help="leave the dense model out, to save memory and time")
+    bench.add_argument(
+        "--share-inputs",
+        action="store_true",
+        help="also measure layers that read one input in one call, as a third model",
+    )
     bench.add_argument("--prompt-tokens", metavar="N", type=int, default=32, help="tokens that are read (default: 32)")
     bench.add_argument("--max-new-tokens", metavar="N", type=int, default=32, help="tokens that are made (default: 32)")
     bench.add_argument("--rounds", metavar="N", type=int, default=5, help="turns that each model takes (default: 5)")

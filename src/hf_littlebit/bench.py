@@ -31,6 +31,7 @@ from .clock import PARTS, Clock, Ticks, groups_of
 from .config import LittleBitConfig
 from .machine import growth, machine, wait
 from .plan import Plan, plan_model
+from .shared import share_inputs as together
 from .size import format_bytes
 from .skeleton import empty_model, model_class
 from .source import Source, find_source
@@ -67,8 +68,9 @@ class Bench:
     new: int
     rounds: int
     compiled: bool
-    models: dict[str, Speed]  # "dense" and "packed"
+    models: dict[str, Speed]  # "dense", "packed" and "shared": packed with shared inputs
     ratio: dict[str, float]  # packed over dense; empty without the dense model
+    shared_ratio: dict[str, float]  # shared over packed; empty without the shared one
     machine: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,6 +87,8 @@ class Bench:
             rows[-1].append("-" if speed.load_seconds is None else f"{speed.load_seconds:.2f}")
         if self.ratio:
             rows.append(["packed / dense", *(f"{value:.3g}" for value in self.ratio.values())])
+        if self.shared_ratio:
+            rows.append(["shared / packed", *(f"{value:.3g}" for value in self.shared_ratio.values())])
         head = ["", "prefill tok/s", "decode tok/s", "per CPU s", "weights", "peak", "load s"]
         times = [(name, step) for name in self.models for step in ("prefill", "decode")]
         shares = []
@@ -115,6 +119,7 @@ def bench(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     compiled: bool = False,
+    share_inputs: bool = False,
 ) -> Bench:
     """Measure a causal language model, dense and packed.
 
@@ -125,6 +130,7 @@ def bench(
         dtype: of what is dense; that of the model by default, bf16 where its config names none.
         compiled: decode by torch.compile over a static cache (CUDA graphs on a GPU), as `generate` does with
             `cache_implementation="static"`. The time shares are those of the same cache without compilation.
+        share_inputs: also measure the packed model with layers of one input in one call (shared.py).
 
     Raises:
         ValueError: for a model that cannot generate, sizes beyond its context, or a dense one without `config`.
@@ -145,25 +151,36 @@ def bench(
     plan = plan_model(skeleton, used, source.header)
     kept = dtype or compat.resolve_dtype(source.config.dtype or torch.bfloat16)
     runs: dict[str, _Run] = {}
-    for kind in ("packed",) if packed_only else ("dense", "packed"):
-        method = used if kind == "packed" else None
-        runs[kind] = _Run(source, plan, method, kept, torch.device(device), prompt, new, compiled)
-    ratios: dict[str, list[float]] = {"prefill": [], "decode": [], "decode_cpu": []}
+    for kind in _kinds(packed_only, share_inputs):
+        method = None if kind == "dense" else used
+        runs[kind] = _Run(source, plan, method, kept, torch.device(device), prompt, new, compiled, kind == "shared")
+    steps = ("prefill", "decode", "decode_cpu")
+    rates: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in runs}
     for _ in range(rounds):
-        speeds = {kind: run.turn() for kind, run in runs.items()}
-        for index, step in enumerate(ratios):
-            if len(runs) == 2:
-                ratios[step].append(speeds["packed"][index] / speeds["dense"][index])
+        for kind, run in runs.items():
+            rates[kind].append(run.turn())
     models = {kind: run.result() for kind, run in runs.items()}
-    ratio = {step: statistics.median(values) for step, values in ratios.items() if values}
+    ratio, shared_ratio = (
+        dict(zip(steps, _ratios(rates[over], rates[under]), strict=True)) if over in runs and under in runs else {}
+        for over, under in (("packed", "dense"), ("shared", "packed"))
+    )
     if ratio:
         packed, dense = models["packed"], models["dense"]
         ratio["weights"] = packed.weight_bytes / dense.weight_bytes
         if packed.growth_bytes is not None and dense.growth_bytes is not None:
             ratio["peak"] = (packed.weight_bytes + packed.growth_bytes) / (dense.weight_bytes + dense.growth_bytes)
-    return Bench(
-        os.path.basename(name.rstrip("/")), plan.bpw, prompt, new, rounds, compiled, models, ratio, machine(device)
-    )
+    title = os.path.basename(name.rstrip("/"))
+    return Bench(title, plan.bpw, prompt, new, rounds, compiled, models, ratio, shared_ratio, machine(device))
+
+
+def _kinds(packed_only: bool, shared: bool) -> list[str]:
+    return [*(() if packed_only else ("dense",)), "packed", *(("shared",) if shared else ())]
+
+
+def _ratios(over: list[tuple[float, ...]], under: list[tuple[float, ...]]) -> list[float]:
+    """The medians over the rounds of one model's speeds relative to another's."""
+    by_step = zip(zip(*over, strict=True), zip(*under, strict=True), strict=True)
+    return [statistics.median(a / b for a, b in zip(*pair, strict=True)) for pair in by_step]
 
 
 def _choose(source: Source, given: LittleBitConfig | None) -> LittleBitConfig:
@@ -191,6 +208,7 @@ class _Run:
         prompt: int,
         new: int,
         compiled: bool,
+        shared: bool,
     ):
         self.device, self.new, self.prompt = device, new, prompt
         self.compile_config = CompileConfig()
@@ -213,6 +231,10 @@ class _Run:
             self.model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device)
         seconds = time.perf_counter() - start
         self.model.eval()
+        if shared and not together(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} has no packed layers that are known to read one input; leave --share-inputs out"
+            )
         quantizer = getattr(self.model, "hf_quantizer", None)
         if compiled and quantizer is not None and not quantizer.is_compileable:
             raise ValueError(

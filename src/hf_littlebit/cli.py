@@ -232,6 +232,7 @@ def run_bench(args: argparse.Namespace) -> int:
         device=_device(args),
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         compiled=args.compile,
+        share_inputs=args.share_inputs,
     )
     print(json.dumps(result.as_dict()) if args.json else result.table())
     return 0
