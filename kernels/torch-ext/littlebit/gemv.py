@@ -112,10 +112,10 @@ def _stage_one(
     BLOCK_W: tl.constexpr,
 ):
     block = tl.program_id(0)
-    for layer in tl.static_range(len(layers)):
-        # Alone, no branch is compiled: `or` asks only what is not known while compiling.
+    for layer in tl.static_range(len(ranks)):
+        # Alone, nothing is asked. The ranks are counted, because before triton 3.7 a tuple that holds a None has no len.
         blocks = block_count(ranks[layer], UNITS[layer], BLOCK_N)
-        if len(layers) == 1 or (block >= 0) & (block < blocks):
+        if len(ranks) == 1 or (block >= 0) & (block < blocks):
             _layer_one(block, x, layers, partial, in_features, stride_x, span, ranks, UNITS, layer, BLOCK_N, BLOCK_W)
         block -= blocks
 
@@ -184,9 +184,9 @@ def _stage_two(
     BLOCK_W: tl.constexpr,
 ):
     block = tl.program_id(0)
-    for layer in tl.static_range(len(layers)):
+    for layer in tl.static_range(len(ranks)):
         blocks = tl.cdiv(layers[layer][6], BLOCK_N)
-        if len(layers) == 1 or (block >= 0) & (block < blocks):
+        if len(ranks) == 1 or (block >= 0) & (block < blocks):
             _layer_two(block, partial, layers, ranks, UNITS, layer, SPLITS, BLOCK_N, BLOCK_W)
         block -= blocks
 
