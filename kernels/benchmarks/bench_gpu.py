@@ -7,7 +7,8 @@ turns, and the medians of one run are compared:
     packed      the Triton kernels, bf16 in and out          bf16        cuBLAS, the dense linear
     gemlite     its 1-bit weights, where it is installed     floor       two kernels in a graph that do nothing
 
-`--tune` measures tile sizes first (tuning.py writes them beside the kernels); `--gradient` adds a table of the gradient.
+`--tune` measures tile sizes first (tuning.py writes them beside the kernels); `--gradient` adds a table of the gradient,
+`--shared` one of layers that read the same token, called apart and together.
 Prints a table, then one line of JSON with the machine and the versions; `--out` also writes that line to a file.
 """
 
@@ -26,6 +27,7 @@ BPW = (0.1, 0.55, 1.0)
 BATCHES = (1, 4, 16, 64, 512)  # tokens
 COLD = 256 << 20  # bytes of copies that are rotated: several times the L2 cache
 NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
+SHARED = {"q/k/v": ((4096, 4096),) * 3, "gate/up": ((11008, 4096),) * 2}  # (out, in) of layers that read the same x
 LIMIT = 5e-3  # of the error's norm, relative to the result's: bf16 in and out
 Call = Callable[[int], Any]
 
@@ -161,6 +163,25 @@ def measure(out: int, into: int, bpws: Sequence[float], rounds: int, gradient: b
             yield {**row, "gradient": gradient}
 
 
+def measure_shared(name: str, bpw: float, rounds: int) -> dict:
+    """A row: microseconds of one call for each layer, and of one call for all, of one token."""
+    sizes = [(out, into, ranks_of(out, into, bpw)) for out, into in SHARED[name]]
+    size = sum(sum(ranks) * (out + into) // 8 for out, into, ranks in sizes)
+    groups = copies_of(lambda: [(*layer(*one), None, one[2]) for one in sizes], size)
+    x = torch.randn(1, sizes[0][1], device="cuda").bfloat16()
+
+    def apart(index: int) -> List[torch.Tensor]:
+        return [gpu.littlebit_linear(x, *one) for one in groups[index % len(groups)]]
+
+    def together(index: int) -> List[torch.Tensor]:
+        return gpu.littlebit_linears(x, groups[index % len(groups)])
+
+    wrong = error(lambda: torch.cat(together(0), -1), lambda: torch.cat(apart(0), -1).float())
+    assert wrong < LIMIT, f"{name} at {bpw}: error {wrong:.1e}, limit {LIMIT}"
+    times = turns({"apart": apart, "together": together}, rounds)
+    return {"layers": name, "batch": 1, "bpw": bpw, "sizes": sizes, "error": wrong, **times}
+
+
 def machine() -> Dict[str, object]:
     import triton
 
@@ -179,6 +200,9 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=[f"{out}x{into}" for out, into in SHAPES], help="out x in")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--gradient", action="store_true", help="the gradient with respect to x too")
+    parser.add_argument(
+        "--shared", action="store_true", help="layers that read the same token, apart and together, too"
+    )
     parser.add_argument("--tune", action="store_true", help="measure tile sizes first")
     parser.add_argument("--out", type=Path, help="also write the JSON line here")
     options = parser.parse_args()
@@ -209,7 +233,13 @@ def main() -> int:
                     )
                     rows.append({**row, "x_bf16": round(row["bf16"] / row["packed"], 2)})
                 torch.cuda.empty_cache()
-    line = json.dumps({"benchmark": "gpu", "machine": machine(), "floor_us": least, "rows": rows})
+        shared = [measure_shared(name, bpw, options.rounds) for name in SHARED for bpw in options.bpw if options.shared]
+    for row in shared:
+        print(
+            f"{row['layers']:8}{row['bpw']:6}: apart {row['apart']:.1f} µs, together {row['together']:.1f} µs, "
+            f"{row['apart'] / row['together']:.2f}x, {row['together'] / least:.1f}x floor"
+        )
+    line = json.dumps({"benchmark": "gpu", "machine": machine(), "floor_us": least, "rows": rows, "shared": shared})
     if options.out:
         options.out.write_text(line + "\n")
     print(line)

@@ -25,6 +25,7 @@ compiles = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"
 )
 NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
+STAGES = ["_stage_one", "_stage_two"]
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -73,25 +74,42 @@ def launches(monkeypatch):
         lambda self, *arguments, grid, warmup, **options: found.append((self, arguments, options)),
     )
 
-    def launch(shape, tokens, dtype, gradient):
+    def forget():
+        for cached in (tuning.decode, tuning.decode_group, tuning.tiles):
+            cached.cache_clear()
+
+    def launch(shapes, tokens, dtype, gradient=False):
         found.clear()
-        tuning.decode.cache_clear()
-        tuning.tiles.cache_clear()
-        parts = {
-            name: torch.empty(size, dtype=kind)
-            for name, (size, kind) in factor_shapes(shape[1], shape[0], shape[2]).items()
-        }
-        parts = [parts.get(name) for name in NAMES]
+        forget()
+        layers = []
+        for out, into, ranks in shapes:
+            parts = {
+                name: torch.empty(size, dtype=kind) for name, (size, kind) in factor_shapes(into, out, ranks).items()
+            }
+            layers.append([*map(parts.get, NAMES), torch.empty(out, dtype=dtype), ranks])
+        x = torch.empty(tokens, shapes[0][0 if gradient else 1], dtype=dtype)
         if gradient:
-            gpu.littlebit_linear_grad(torch.empty(tokens, shape[0], dtype=dtype), *parts, shape[2])
+            gpu.littlebit_linear_grad(x, *layers[0][:7], layers[0][8])
+        elif len(layers) == 1:
+            gpu.littlebit_linear(x, *layers[0])
         else:
-            bias = torch.empty(shape[0], dtype=dtype)
-            gpu.littlebit_linear(torch.empty(tokens, shape[1], dtype=dtype), *parts, bias, shape[2])
+            gpu.littlebit_linears(x, layers)
         return list(found)
 
     yield launch
-    tuning.decode.cache_clear()
-    tuning.tiles.cache_clear()
+    forget()
+
+
+def described(value, place, constants, hints, aligned=True):
+    """A launch argument's type as triton writes it; what it would specialize on goes into constants and hints."""
+    if isinstance(value, tuple):
+        return tuple(described(item, (*place, i), constants, hints, aligned) for i, item in enumerate(value))
+    if value is None or (aligned and isinstance(value, int) and value == 1):
+        constants[place] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor) or (aligned and value % 16 == 0):
+        hints[place] = [["tt.divisibility", 16]]
+    return POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
 
 
 def compile_ahead(kernel, arguments, options, target):
@@ -101,20 +119,11 @@ def compile_ahead(kernel, arguments, options, target):
 
     signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
-        name, place = parameter.name, (index,)
-        if index >= len(arguments) or arguments[index] is None:
-            signature[name], constants[place] = "constexpr", options.get(name)
-            continue
-        value = arguments[index]
-        if isinstance(value, torch.Tensor):
-            signature[name], hints[place] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, tuple):
-            signature[name] = ("i32",) * len(value)
-            hints.update({(index, i): [["tt.divisibility", 16]] for i, item in enumerate(value) if item % 16 == 0})
+        if index < len(arguments):
+            aligned = not parameter.do_not_specialize
+            signature[parameter.name] = described(arguments[index], (index,), constants, hints, aligned)
         else:
-            signature[name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                hints[place] = [["tt.divisibility", 16]]
+            signature[parameter.name], constants[(index,)] = "constexpr", options[parameter.name]
     wanted = {name: value for name, value in options.items() if name.startswith("num_")}
     return triton.compile(ASTSource(kernel, signature, constants, hints), target=target, options=wanted)
 
@@ -131,9 +140,32 @@ def resources(compiled, folder):
     return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", done.stdout).groups()))
 
 
+@pytest.fixture(params=["nvidia", "amd"])
+def build(request, tmp_path, monkeypatch):
+    """A function that compiles a launch for a vendor's GPU; a program must fit, and may spill `stack` bytes a thread."""
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    nvidia = request.param == "nvidia"
+    target = GPUTarget("cuda", 90, 32) if nvidia else GPUTarget("hip", "gfx942", 64)
+
+    def build(kernel, arguments, options, stack=0):
+        compiled = compile_ahead(kernel, arguments, options, target)
+        # 64 KiB is what an AMD compute unit has, 99 what every NVIDIA GPU since Ampere lets a program take.
+        assert compiled.metadata.shared <= (99 if nvidia else 64) * 1024
+        if nvidia:
+            registers, spilled = resources(compiled, tmp_path)
+            print(
+                f"{kernel.fn.__name__} {options}: {registers} registers, {spilled} B stack, {compiled.metadata.shared} B shared"
+            )
+            assert spilled <= stack, "registers are spilled"
+        return compiled
+
+    return build
+
+
 @needs_triton
 @compiles
-@pytest.mark.parametrize("vendor", ["nvidia", "amd"])
 @pytest.mark.parametrize(
     "shape, tokens, dtype, gradient",
     [
@@ -148,27 +180,46 @@ def resources(compiled, folder):
     ],
     ids=str,
 )
-def test_kernels_compile_without_a_gpu(launches, tmp_path, monkeypatch, vendor, shape, tokens, dtype, gradient):
-    from triton.backends.compiler import GPUTarget
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    target = GPUTarget("cuda", 90, 32) if vendor == "nvidia" else GPUTarget("hip", "gfx942", 64)
-    found = launches(shape, tokens, dtype, gradient)
+def test_kernels_compile_without_a_gpu(launches, build, shape, tokens, dtype, gradient):
+    found = launches([shape], tokens, dtype, gradient)
     names = [kernel.fn.__name__ for kernel, _, _ in found]
     decode = tokens <= gpu.DECODE and not gradient
-    assert (
-        names == ["_stage_one", "_stage_two"] if decode else names[::2] == ["_expand", "_contract"] or len(names) == 2
-    )
-    for kernel, arguments, options in found:
-        compiled = compile_ahead(kernel, arguments, options, target)
-        # 64 KiB is what an AMD compute unit has, 99 what every NVIDIA GPU since Ampere lets a program take.
-        assert compiled.metadata.shared <= (99 if vendor == "nvidia" else 64) * 1024
-        if vendor == "nvidia":
-            registers, stack = resources(compiled, tmp_path)
-            print(
-                f"{kernel.fn.__name__} {options}: {registers} registers, {stack} B stack, {compiled.metadata.shared} B shared"
-            )
-            assert stack <= (0 if decode else 128), "registers are spilled"
+    assert names == STAGES if decode else names[::2] == ["_expand", "_contract"] or len(names) == 2
+    for launch in found:
+        build(*launch, stack=0 if decode else 128)
+
+
+def reductions(compiled):
+    """The layout, element by element and thread by thread, of every sum: its order follows from nothing else."""
+    text = compiled.asm["ttgir"]
+    named = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+    found = re.findall(r"\}\) : \((tensor<[^)]*)\) -> ", text)
+    return [re.sub(r"#\w+", lambda name: named.get(name[0], name[0]), layout) for layout in found]
+
+
+@needs_triton
+@compiles
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(4096, 4096, (80, 80)), (1024, 4096, (24, 24)), (1024, 4096, (24, 24))],
+        [(11008, 4096, (128, 128)), (11008, 4096, (128, 128))],
+        [(129, 256, (33, 7, 64)), (1, 256, (8,)), (96, 256, (64, 64))],
+    ],
+    ids=str,
+)
+def test_layers_that_read_the_same_x_compile_as_one(launches, build, monkeypatch, shapes):
+    from hf_littlebit.kernels import tuning
+
+    together = launches(shapes, 1, torch.bfloat16)
+    assert [kernel.fn.__name__ for kernel, _, _ in together] == STAGES
+    outs, ranks = tuple(shape[0] for shape in shapes), tuple(shape[2] for shape in shapes)
+    config = tuning.decode_group(torch.device("cpu"), outs, shapes[0][1], ranks)
+    monkeypatch.setattr(tuning, "_decode_rule", lambda *_: config)
+    alone = [launches([shape], 1, torch.bfloat16) for shape in shapes]
+    for stage, launch in enumerate(together):
+        each = [layout for layer in alone for layout in reductions(build(*layer[stage]))]
+        assert each and reductions(build(*launch)) == each
 
 
 DISPATCH = """

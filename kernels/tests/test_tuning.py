@@ -13,7 +13,7 @@ RANKS = (296, 296)
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """No remembered choices, and an empty folder of measured ones."""
-    caches = (tuning._measured, tuning.decode, tuning.tiles)
+    caches = (tuning._measured, tuning.decode, tuning.decode_group, tuning.tiles)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
@@ -54,6 +54,16 @@ def test_precision_follows_the_dtype():
     assert [tuning.terms(CPU, dtype, 512) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [3, 1, 2]
 
 
+def test_a_group_fills_the_device_together(fresh, monkeypatch):
+    monkeypatch.setattr(tuning, "_cores", lambda device: 16)
+    alone = tuning.decode(CPU, 4096, 4096, (80, 80))
+    assert tuning.decode_group(CPU, (4096,), 4096, ((80, 80),)) == alone
+    together = tuning.decode_group(CPU, (4096, 1024, 1024), 4096, ((80, 80), (24, 24), (24, 24)))
+    assert all(map(power, together)) and 1 < together.splits < alone.splits
+    assert tuning.decode(CPU, 1024, 4096, (80,)).columns_two == 32
+    assert tuning.decode_group(CPU, (1024, 1024), 4096, ((80,), (80,))).columns_two == 64
+
+
 def test_a_measured_file_is_obeyed(fresh):
     decode, tiles = tuning.Decode(16, 4, 2, 4, 16, 4, 2), tuning.Tiles(64, 32, 32, 32, 4, 2, 1, 1)
     rule = tuning.tiles(CPU, 64, 160, RANKS, 128, torch.bfloat16, True)
@@ -62,7 +72,7 @@ def test_a_measured_file_is_obeyed(fresh):
         tuning._key("tiles", 64, 160, RANKS, 128, 1, "forward"): tiles,
     }
     (fresh / "cpu.json").write_text(json.dumps({"device": "cpu", "configs": configs}))
-    for cache in (tuning._measured, tuning.decode, tuning.tiles):
+    for cache in (tuning._measured, tuning.decode, tuning.decode_group, tuning.tiles):
         cache.cache_clear()
     assert tuning.decode(CPU, 64, 160, RANKS) == decode
     assert tuning.tiles(CPU, 64, 160, RANKS, 128, torch.bfloat16, False) == tiles

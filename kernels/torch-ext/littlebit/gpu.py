@@ -2,11 +2,11 @@
 
     y = sum_p h_p * (U_p (l_p * (V_p^T (g_p * x)))) + bias          as reference.py, same arguments
 
-One to four tokens go to gemv.py (two launches), more and every gradient to gemm.py (two, or three where the long sum is cut
-into splits); tuning.py says how large the tiles are. The kernels are triton's common language, so NVIDIA (cuda), AMD (cuda
-under ROCm) and Intel (xpu) compile the same source. Nothing here waits for the device or asks it for a value, and a kernel
-is compiled per dtype, tile size and divisibility of the layer's sizes, never per number of tokens: a call can be captured
-in a CUDA graph once it has run.
+One to four tokens go to gemv.py (two launches, also of several layers that read the same x), more and every gradient to
+gemm.py (two, or three where the long sum is cut into splits); tuning.py says how large the tiles are. The kernels are
+triton's common language, so NVIDIA (cuda), AMD (cuda under ROCm) and Intel (xpu) compile the same source. Nothing here waits
+for the device or asks it for a value, and a kernel is compiled per dtype, tile size and divisibility of the layer's sizes,
+never per number of tokens: a call can be captured in a CUDA graph once it has run.
 
 triton is imported at the first product, not with the package.
 """
@@ -20,7 +20,15 @@ import torch
 
 from .packing import factor_shapes
 
-__all__ = ["DEVICES", "interpreted", "littlebit_linear", "littlebit_linear_grad", "load", "missing"]
+__all__ = [
+    "DEVICES",
+    "interpreted",
+    "littlebit_linear",
+    "littlebit_linear_grad",
+    "littlebit_linears",
+    "load",
+    "missing",
+]
 
 DEVICES = ("cuda", "xpu")
 DECODE = 4  # tokens up to which gemv.py computes
@@ -84,7 +92,25 @@ def littlebit_linear(
         RuntimeError: a part is missing, or has another shape, dtype or device than the ranks and x ask for; x is on the CPU
             and the kernels are not interpreted; there is no triton.
     """
-    return _product(x, (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in), bias, tuple(ranks), False)
+    layer = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks)
+    return _products(x, (layer,), False)[0]
+
+
+def littlebit_linears(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> List[torch.Tensor]:
+    """What `littlebit_linear` gives for each of several layers that read the same x; one to four tokens in two launches.
+
+    Args:
+        x: [..., in_features] of fp32, bf16 or fp16.
+        layers: (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) each, of the same in_features; all else
+            may differ. A layer's tiles follow from all layers, so its result may be summed in another order than alone.
+
+    Returns:
+        [..., out_features] of x's dtype for each layer, in their order.
+
+    Raises:
+        RuntimeError: as `littlebit_linear`.
+    """
+    return _products(x, layers, False) if layers else []
 
 
 def littlebit_linear_grad(
@@ -99,41 +125,36 @@ def littlebit_linear_grad(
     ranks: Sequence[int],
 ) -> torch.Tensor:
     """The gradient with respect to x: grad [..., out_features] -> [..., in_features]; errors as `littlebit_linear`."""
-    return _product(grad, (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in), None, tuple(ranks), True)
+    layer = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, None, ranks)
+    return _products(grad, (layer,), True)[0]
 
 
-def _product(
-    x: torch.Tensor,
-    parts: Sequence[Optional[torch.Tensor]],
-    bias: Optional[torch.Tensor],
-    ranks: Tuple[int, ...],
-    transposed: bool,
-) -> torch.Tensor:
+def _products(x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool) -> List[torch.Tensor]:
     gemv, gemm, tuning = _kernels()
     if x.device.type == "cpu" and not interpreted():
         raise RuntimeError(
             "x is on the CPU, but triton compiles for GPUs only; move the layer, or set TRITON_INTERPRET=1"
         )
-    ready = _checked(x, parts, bias, ranks, transposed)
-    out_features, in_features = ready[4].shape[1], ready[6].shape[1]
-    features, made = (out_features, in_features) if transposed else (in_features, out_features)
-    y = x.new_empty(*x.shape[:-1], made)
+    ready = [_checked(x, layer, transposed) for layer in layers]
+    features = x.shape[-1]
+    results = [x.new_empty(*x.shape[:-1], layer[6 if transposed else 4].shape[1]) for layer in ready]
     rows = x.reshape(-1, features)
     if rows.stride(1) != 1 and features > 1:
         rows = rows.contiguous()
     tokens = rows.shape[0]
     if not tokens:
-        return y
-    arguments = (rows, *ready, None if bias is None else bias.contiguous(), ranks, y.view(tokens, made))
+        return results
+    flat = [y.view(tokens, y.shape[-1]) for y in results]
     with _on(x.device):
         if tokens <= DECODE and not transposed:
-            gemv.product(*arguments, tuning.decode(x.device, out_features, in_features, ranks))
-        else:
-            config = tuning.tiles(
-                x.device, out_features, in_features, ranks, tuning.bucket(tokens), x.dtype, transposed
-            )
-            gemm.product(*arguments, config, transposed)
-    return y
+            outs, ranks = tuple([y.shape[1] for y in flat]), tuple([layer[8] for layer in ready])
+            gemv.products(rows, ready, flat, tuning.decode_group(x.device, outs, features, ranks))
+            return results
+        for layer, y in zip(ready, flat):  # noqa: B905 Python 3.9
+            sizes = layer[4].shape[1], layer[6].shape[1], layer[8]
+            config = tuning.tiles(x.device, *sizes, tuning.bucket(tokens), x.dtype, transposed)
+            gemm.product(rows, *layer, y, config, transposed)
+    return results
 
 
 def _on(device: torch.device) -> Any:
@@ -156,17 +177,13 @@ def _expected(in_features: int, out_features: int, ranks: Tuple[int, ...]) -> Li
     return found
 
 
-def _checked(
-    x: torch.Tensor,
-    parts: Sequence[Optional[torch.Tensor]],
-    bias: Optional[torch.Tensor],
-    ranks: Tuple[int, ...],
-    transposed: bool,
-) -> List[Any]:
-    """The parts, contiguous, as the kernels take them: a wrong shape would read past the end of a tensor.
+def _checked(x: torch.Tensor, layer: Sequence[Any], transposed: bool) -> List[Any]:
+    """The layer, its parts contiguous, as the kernels take it: a wrong shape would read past the end of a tensor.
 
     A tail of no rows becomes None; words of no rows become u's, which are then never read.
     """
+    *parts, bias, ranks = layer
+    ranks = tuple(ranks)
     u, scale_out, scale_in = parts[0], parts[4], parts[6]
     if u is None or scale_out is None or scale_in is None or scale_out.dim() != 2 or scale_in.dim() != 2:
         raise RuntimeError("u, scale_out and scale_in are needed, the scales with 2 dimensions: [paths, features]")
@@ -196,4 +213,4 @@ def _checked(
         )
     for index in (0, 2):
         ready[index] = u if ready[index] is None else ready[index]
-    return ready
+    return [*ready, None if bias is None else bias.contiguous(), ranks]

@@ -12,7 +12,7 @@ from typing import Sequence, Tuple
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "in_units", "locate", "rank_sum", "sign_tile", "word_tile"]
+__all__ = ["INTERPRETED", "block_count", "in_units", "locate", "rank_sum", "sign_tile", "word_tile"]
 
 
 @triton.jit
@@ -45,6 +45,15 @@ def locate(block, ranks, UNIT: tl.constexpr, BLOCK: tl.constexpr):
         tails = tl.where(here, tails_seen, tails)
         inside = tl.where(here, (block - blocks) * BLOCK, inside)
     return path, rank, before, words, tails, inside
+
+
+@triton.jit
+def block_count(ranks, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """The blocks of all paths together, as `locate` cuts them."""
+    blocks = 0
+    for index in tl.static_range(len(ranks)):
+        blocks += tl.cdiv(ranks[index] * UNIT, BLOCK)
+    return blocks
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Tile sizes of the Triton kernels: by shape and device, from a file of measured ones or by a rule.
 
     decode(device, out, in, ranks)                                   -> Decode, for gemv.py
+    decode_group(device, outs, in, ranks_of_each)                    -> Decode, for gemv.py's layers that read the same x
     tiles(device, out, in, ranks, bucket, dtype, transposed)         -> Tiles, for gemm.py
 
 `configs/<device>.json` holds what `tune` measured on a device of that name; a shape it does not hold, and a device without
@@ -10,6 +11,7 @@ not speed, and is never tuned.
 """
 
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 
 from .packing import factor_shapes
 
-__all__ = ["CONFIGS", "Decode", "Tiles", "bucket", "decode", "terms", "tiles", "tune"]
+__all__ = ["CONFIGS", "Decode", "Tiles", "bucket", "decode", "decode_group", "terms", "tiles", "tune"]
 
 CONFIGS = Path(__file__).with_name("configs")
 LARGEST = 4096  # tokens of the last bucket
@@ -130,6 +132,14 @@ def decode(device: torch.device, out: int, into: int, ranks: Tuple[int, ...]) ->
     return Decode(*found) if found else _decode_rule(_cores(device), out, into, ranks)
 
 
+@functools.lru_cache(maxsize=None)
+def decode_group(
+    device: torch.device, outs: Tuple[int, ...], into: int, ranks_of_each: Tuple[Tuple[int, ...], ...]
+) -> Decode:
+    """Tiles for one to four tokens of layers that read the same x: those of one layer with all their outputs and paths."""
+    return decode(device, sum(outs), into, tuple(itertools.chain(*ranks_of_each)))
+
+
 def _decode_rule(cores: int, out: int, into: int, ranks: Tuple[int, ...]) -> Decode:
     # 64 signs a thread and step: what fits in registers beside the sums.
     columns = 32
@@ -186,7 +196,7 @@ def tune(
         layers: (out_features, in_features, ranks) each.
         batches: numbers of tokens; those up to four share one Decode. `gradient` also measures the gradient's tiles.
     """
-    from . import gemm, gemv, gpu
+    from . import gpu
 
     device = torch.device("cuda", torch.cuda.current_device())
     path = folder / f"{_name(device)}.json"
@@ -195,35 +205,38 @@ def tune(
         ranks = tuple(some)
         # Rotated, so that the weights are cold; the smallest layers stay in the cache, as they do in a model.
         count = min(64, 1 + (256 << 20) * 8 // (sum(ranks) * (out + into)))
-        copies = [_random_parts(out, into, ranks, device) for _ in range(count)]
-        cases: Dict[str, Tuple[Any, Callable[..., None], int, int, bool]] = {}
+        copies = [[*_random_parts(out, into, ranks, device), None, ranks] for _ in range(count)]
+        cases: Dict[str, Tuple[Any, int, int, bool]] = {}
         for tokens in batches:
             for transposed in (False, True) if gradient else (False,):
                 if tokens <= gpu.DECODE and not transposed:
                     start: Any = decode(device, out, into, ranks)
-                    cases[_key("decode", out, into, ranks)] = (start, gemv.product, tokens, into, False)
+                    cases[_key("decode", out, into, ranks)] = (start, tokens, into, False)
                     continue
                 start = tiles(device, out, into, ranks, bucket(tokens), dtype, transposed)
                 key = _key("tiles", out, into, ranks, bucket(tokens), start.terms, _way(transposed))
-                cases[key] = (start, gemm.product, tokens, out if transposed else into, transposed)
-        for key, (start, product, tokens, features, transposed) in cases.items():
+                cases[key] = (start, tokens, out if transposed else into, transposed)
+        for key, (start, tokens, features, transposed) in cases.items():
             x = torch.randn(tokens, features, device=device).to(dtype)
             y = x.new_empty(tokens, into if transposed else out)
-
-            last = (transposed,) if product is gemm.product else ()
-            best, seconds = _search(start, functools.partial(_run, product, copies, x, y, ranks, last))
+            best, seconds = _search(start, functools.partial(_run, copies, x, y, transposed))
             configs[key] = list(best)
             print(f"{key}: {best} {seconds * 1e6:.1f} us", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
     path.write_text(json.dumps({**about, "configs": configs}).replace('], "', '],\n"') + "\n")
-    for cached in (_measured, decode, tiles):
+    for cached in (_measured, decode, decode_group, tiles):
         cached.cache_clear()
     return path
 
 
-def _run(product: Any, copies: Sequence[Any], x: Any, y: Any, ranks: Tuple[int, ...], last: Any, config: Any) -> float:
-    return _seconds(lambda parts: product(x, *parts, None, ranks, y, config, *last), copies)
+def _run(copies: Sequence[Any], x: torch.Tensor, y: torch.Tensor, transposed: bool, config: Any) -> float:
+    from . import gemm, gemv
+
+    if isinstance(config, Decode):
+        return _seconds(lambda layer: gemv.products(x, [layer], [y], config), copies)
+    product: Any = gemm.product
+    return _seconds(lambda layer: product(x, *layer, y, config, transposed), copies)
 
 
 def _search(start: Any, run: Callable[[Any], float]) -> Tuple[Any, float]:
@@ -248,7 +261,7 @@ def _search(start: Any, run: Callable[[Any], float]) -> Tuple[Any, float]:
 
 
 def _random_parts(out: int, into: int, ranks: Tuple[int, ...], device: torch.device) -> List[Optional[torch.Tensor]]:
-    """What gemv.product and gemm.product take between x and bias."""
+    """What littlebit_linear takes between x and bias."""
     found: Dict[str, torch.Tensor] = {}
     for name, (shape, dtype) in factor_shapes(into, out, ranks).items():
         if dtype.is_floating_point:
