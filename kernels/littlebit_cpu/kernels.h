@@ -9,11 +9,11 @@
 #if defined(__GNUC__)
 #define LITTLEBIT_INLINE inline __attribute__((always_inline))
 #define LITTLEBIT_RESTRICT __restrict__
-#define LITTLEBIT_PREFETCH(address) __builtin_prefetch(reinterpret_cast<const void*>(address))
+#define LITTLEBIT_PREFETCH(address, level) __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 4 - level)
 #else
 #define LITTLEBIT_INLINE inline
 #define LITTLEBIT_RESTRICT
-#define LITTLEBIT_PREFETCH(address)
+#define LITTLEBIT_PREFETCH(address, level)
 #endif
 
 namespace littlebit {
@@ -30,7 +30,7 @@ struct Input {
 struct Words {
   const uint32_t* words;
   int64_t stride, rows, first, columns;
-  const uint32_t* after = nullptr;  // what will be multiplied next, its rows `after_stride` apart: a hint
+  const uint32_t* after = nullptr;  // what will be multiplied next, its rows `after_stride` apart: a hint, or null
   int64_t after_stride = 0;
 };
 
@@ -146,15 +146,22 @@ LITTLEBIT_INLINE void inputs(const Input& input, int64_t token, int64_t k, const
 // Columns at a time: their accumulators and the words stay in the first-level cache while the tokens pass.
 constexpr int64_t kColumns = 1024, kColumnsOfOne = 8192;
 
-// Words that a sweep asks for ahead of their use: about a memory latency's worth. The rows are short and pages apart, so
-// that the hardware foresees little of them.
-constexpr int64_t kAhead = 1024;
+// Words that a sweep asks for ahead of their use, in two steps: far ones, a memory latency away and more, come into the
+// second-level cache, and near ones from there into the first. A core has too few places for lines on their way from memory
+// to the first level to keep the memory busy. The hardware foresees little, because every page is new.
+constexpr int64_t kAhead = 1024, kNear = 128;
 
 LITTLEBIT_INLINE uintptr_t address(const uint32_t* words, int64_t offset) {
   return reinterpret_cast<uintptr_t>(words) + static_cast<uintptr_t>(offset) * sizeof(uint32_t);
 }
 
-// sweep(acc, x, words, count, next): `next` are `count` words that will be swept soon, or anything: an address, not a pointer.
+// Asks for what the word at `words` + i will be followed by; `next` are far words, or anything: an address, not a pointer.
+LITTLEBIT_INLINE void prefetch(const uint32_t* words, uintptr_t next, int64_t i) {
+  LITTLEBIT_PREFETCH(next + sizeof(uint32_t) * static_cast<uintptr_t>(i), 2);
+  LITTLEBIT_PREFETCH(address(words, i + kNear), 1);
+}
+
+// sweep(acc, x, words, count, next): `next` are `count` words that will be swept soon.
 template <void (*sweep)(float*, const float*, const uint32_t*, int64_t, uintptr_t)>
 LITTLEBIT_INLINE void product(const Words& words, const Input& input, int64_t tokens, float* acc, int64_t lda) {
   alignas(64) float gain[32], x[32];
@@ -165,7 +172,9 @@ LITTLEBIT_INLINE void product(const Words& words, const Input& input, int64_t to
       const int64_t k = 32 * (words.first + row);
       const uint32_t* now = words.words + row * words.stride + begin;
       const int64_t over = row + ahead - words.rows;
-      const uintptr_t next = over < 0 ? address(now, ahead * words.stride) : address(words.after, over * words.after_stride);
+      const uintptr_t next = over < 0      ? address(now, ahead * words.stride)
+                             : words.after ? address(words.after, over * words.after_stride)
+                                           : address(now, 0);
       gains(input, k, gain);
       for (int64_t token = 0; token < tokens; ++token) {
         inputs(input, token, k, gain, x);

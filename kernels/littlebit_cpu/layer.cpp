@@ -21,6 +21,7 @@ constexpr int64_t kOutputs = 2048;       // outputs at a time in stage 2, for mo
 constexpr int64_t kOutputsOfOne = 8192;
 constexpr int64_t kTransposed = 16;      // rows of transposed words at a time
 constexpr int64_t kLanes = 16;
+constexpr int64_t kAhead = 2048;         // words of V that are asked for ahead of their use
 
 std::atomic<const Kernels*> chosen{nullptr};
 
@@ -47,10 +48,20 @@ struct Factor {
 
   // The row of words made of the tail's bytes, for `count` columns from `column` on.
   void assemble(int64_t column, int64_t count, uint32_t* out) const {
-    std::fill_n(out, count, 0u);
-    for (int64_t byte = 0; 8 * byte < length % 32; ++byte) {
-      const uint8_t* row = tail + byte * stride + column;
-      for (int64_t i = 0; i < count; ++i) out[i] |= static_cast<uint32_t>(row[i]) << (8 * byte);
+    switch ((length % 32 + 7) / 8) {
+      case 1: return join<1>(column, count, out);
+      case 2: return join<2>(column, count, out);
+      case 3: return join<3>(column, count, out);
+      case 4: return join<4>(column, count, out);
+    }
+  }
+
+  template <int bytes>
+  void join(int64_t column, int64_t count, uint32_t* LITTLEBIT_RESTRICT out) const {
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t word = 0;
+      for (int byte = 0; byte < bytes; ++byte) word |= static_cast<uint32_t>(tail[byte * stride + column + i]) << (8 * byte);
+      out[i] = word;
     }
   }
 };
@@ -136,13 +147,17 @@ void each_path(const Layer& layer, const Shape& shape, const F& f) {
 void reduce(const Kernels& isa, const Layer& layer, const Shape& shape, Array x, int64_t stride, int64_t tokens,
             int64_t begin, int64_t end, float* inner) {
   std::fill_n(inner, tokens * pitch(shape.rank), 0.0f);
-  each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
-    const Input input = {x, stride, shifted(layer.scale_in, p * shape.in), shape.in};
-    const bool last = p + 1 == layer.paths;
-    const uint32_t* after = last ? layer.u : layer.v + begin * shape.rank + first + u.length;
-    multiply(isa, factor_v(layer, shape), first, u.length, begin, end, input, tokens, inner + first, pitch(shape.rank),
-             after, last ? u.length : shape.rank);
-  });
+  // One token takes V in the order of memory, a row with all its paths: every page is then entered once.
+  const int64_t step = tokens > 1 ? std::max<int64_t>(end - begin, 1) : 1;
+  for (int64_t row = begin; row < end; row += step) {
+    each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
+      const Input input = {x, stride, shifted(layer.scale_in, p * shape.in), shape.in};
+      const int64_t ahead = row * shape.rank + first + kAhead, left = ahead - end * shape.rank;  // behind V comes U
+      const uint32_t* after = left < 0 ? layer.v + ahead : layer.u + left;
+      multiply(isa, factor_v(layer, shape), first, u.length, row, row + step, input, tokens, inner + first,
+               pitch(shape.rank), after, 0);
+    });
+  }
 }
 
 // Between the stages: inner *= l.

@@ -70,7 +70,7 @@ AVX512 void sweep(float* acc, const float* x, const uint32_t* words, int64_t cou
   t.t6 = _mm512_fmadd_ps(p1, _mm512_set1_ps(x[31]), _mm512_mul_ps(p0, _mm512_set1_ps(x[30])));
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
-    LITTLEBIT_PREFETCH(next + 4 * static_cast<uintptr_t>(i));
+    shared::prefetch(words, next, i);
     const __m512i w = _mm512_loadu_si512(words + i);
     _mm512_storeu_ps(acc + i, add(_mm512_loadu_ps(acc + i), w, t));
   }
@@ -166,7 +166,7 @@ AVX2 void sweep(float* acc, const float* x, const uint32_t* words, int64_t count
   t.t10 = _mm256_fmadd_ps(p1, _mm256_set1_ps(x[31]), _mm256_mul_ps(p0, _mm256_set1_ps(x[30])));
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    LITTLEBIT_PREFETCH(next + 4 * static_cast<uintptr_t>(i));
+    shared::prefetch(words, next, i);
     const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + i));
     _mm256_storeu_ps(acc + i, add(_mm256_loadu_ps(acc + i), w, t));
   }
