@@ -376,3 +376,16 @@ def test_nothing_is_touched_past_the_end(tmp_path):
     assert build.returncode == 0, build.stderr
     done = subprocess.run([str(tmp_path / "check"), "8"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "generic" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64") and SOURCE.exists()),
+    reason="needs aarch64-linux-gnu-g++, qemu-aarch64 and the C++ source",
+)
+def test_neon_in_emulation(tmp_path):
+    """As `make neon`, shorter."""
+    sources = [str(path) for path in SOURCE.glob("*.cpp") if path.name != "binding.cpp"]
+    flags = ["-std=c++17", "-O2", "-static", "-pthread", "-w"]
+    subprocess.run(["aarch64-linux-gnu-g++", *flags, *sources, "-o", str(tmp_path / "check")], check=True)
+    done = subprocess.run(["qemu-aarch64", str(tmp_path / "check"), "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "neon" in done.stdout, done.stdout + done.stderr
