@@ -143,17 +143,17 @@ void each_path(const Layer& layer, const Shape& shape, const F& f) {
   }
 }
 
-// Stage 1 over the rows [begin, end) of V's words: inner[t, r] = sum_k g[k] x[t, k] V[k, r].
+// Stage 1 over the rows [begin, end) of V's words: inner[t, r] = sum_k g[k] x[t, k] V[k, r]. `next`: words used after them.
 void reduce(const Kernels& isa, const Layer& layer, const Shape& shape, Array x, int64_t stride, int64_t tokens,
-            int64_t begin, int64_t end, float* inner) {
+            int64_t begin, int64_t end, float* inner, const uint32_t* next) {
   std::fill_n(inner, tokens * pitch(shape.rank), 0.0f);
   // One token takes V in the order of memory, a row with all its paths: every page is then entered once.
   const int64_t step = tokens > 1 ? std::max<int64_t>(end - begin, 1) : 1;
   for (int64_t row = begin; row < end; row += step) {
     each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
       const Input input = {x, stride, shifted(layer.scale_in, p * shape.in), shape.in};
-      const int64_t ahead = row * shape.rank + first + kAhead, left = ahead - end * shape.rank;  // behind V comes U
-      const uint32_t* after = left < 0 ? layer.v + ahead : layer.u + left;
+      const int64_t ahead = row * shape.rank + first + kAhead, left = ahead - end * shape.rank;
+      const uint32_t* after = left < 0 ? layer.v + ahead : next + left;
       multiply(isa, factor_v(layer, shape), first, u.length, row, row + step, input, tokens, inner + first,
                pitch(shape.rank), after, 0);
     });
@@ -169,9 +169,9 @@ void scale_inner(const Layer& layer, const Shape& shape, int64_t tokens, float* 
   }
 }
 
-// Stage 2 for the outputs [begin, end): y = sum_p h_p * (U_p inner_p) + bias.
+// Stage 2 for the outputs [begin, end): y = sum_p h_p * (U_p inner_p) + bias. `next`: words used after U's, or null.
 void expand(const Kernels& isa, const Layer& layer, const Shape& shape, const float* inner, int64_t tokens,
-            int64_t begin, int64_t end, void* y, Dtype dtype) {
+            int64_t begin, int64_t end, void* y, Dtype dtype, const uint32_t* next) {
   const int64_t step = std::min(end - begin, tokens > 1 ? kOutputs : kOutputsOfOne);
   const int64_t row = pitch(step);
   Floats buffer = floats(2 * tokens * row);
@@ -182,8 +182,11 @@ void expand(const Kernels& isa, const Layer& layer, const Shape& shape, const fl
     each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
       std::fill_n(part, tokens * row, 0.0f);
       const Input input = {{inner + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
-      multiply(isa, u, column, count, 0, u.rows(), input, tokens, part, row,
-               u.words + u.whole() * shape.out + column, shape.out);
+      const bool last = p + 1 == layer.paths;
+      const uint32_t* after = !last                 ? u.words + u.whole() * shape.out + column
+                              : column + step < end ? layer.u + column + step
+                                                    : next;
+      multiply(isa, u, column, count, 0, u.rows(), input, tokens, part, row, after, last ? 0 : shape.out);
       const Array scale = shifted(layer.scale_out, p * shape.out);
       for (int64_t t = 0; t < tokens; ++t) {
         isa.combine(part + t * row, scale, column, layer.bias, p == 0, count, total + t * row);
@@ -205,22 +208,22 @@ struct Job {
   int64_t parts, place;
 };
 
-void forward_tokens(const Kernels& isa, const std::vector<Job>& jobs, Array x, int64_t stride, int64_t begin,
-                    int64_t tokens, float* buffer, const Pool& pool, int64_t threads) {
-  x = shifted(x, begin * stride);
-  const auto inner = [&](const Job& job, int64_t part) { return buffer + job.place + part * tokens * pitch(job.shape.rank); };
-  run(pool, threads, [&](int64_t i) {
-    for (size_t j = 0; j < jobs.size(); ++j) {
-      const Job& job = jobs[j];
-      // A layer that is not cut goes to one thread whole, the next such layer to the next thread.
-      const int64_t part = job.parts > 1 ? i : i == static_cast<int64_t>(j) % threads ? 0 : 1;
-      if (part >= job.parts) continue;
-      const int64_t rows = factor_v(*job.layer, job.shape).rows();
-      reduce(isa, *job.layer, job.shape, x, stride, tokens, share(rows, part, job.parts), share(rows, part + 1, job.parts),
-             inner(job, part));
-    }
-  });
-  for (const Job& job : jobs) {
+struct Call {
+  const Kernels& isa;
+  const std::vector<Job>& jobs;
+  Array x;
+  int64_t stride, tokens;
+  float* buffer;
+
+  float* inner(const Job& job, int64_t part) const { return buffer + job.place + part * tokens * pitch(job.shape.rank); }
+
+  void first(const Job& job, int64_t part, const uint32_t* next) const {
+    const int64_t rows = factor_v(*job.layer, job.shape).rows();
+    reduce(isa, *job.layer, job.shape, x, stride, tokens, share(rows, part, job.parts), share(rows, part + 1, job.parts),
+           inner(job, part), next);
+  }
+
+  void between(const Job& job) const {
     float* sum = inner(job, 0);
     for (int64_t part = 1; part < job.parts; ++part) {
       const float* other = inner(job, part);
@@ -228,13 +231,37 @@ void forward_tokens(const Kernels& isa, const std::vector<Job>& jobs, Array x, i
     }
     scale_inner(*job.layer, job.shape, tokens, sum);
   }
-  run(pool, threads, [&](int64_t i) {
-    for (const Job& job : jobs) {
-      const int64_t out = job.shape.out, lanes = (out + kLanes - 1) / kLanes, count = std::min(threads, lanes);
-      if (i >= count) continue;
-      const int64_t first = kLanes * share(lanes, i, count), last = std::min(out, kLanes * share(lanes, i + 1, count));
-      expand(isa, *job.layer, job.shape, inner(job, 0), tokens, first, last, advance(job.y, x.dtype, begin * out), x.dtype);
+
+  void second(const Job& job, int64_t token, int64_t part, int64_t parts, const uint32_t* next) const {
+    const int64_t out = job.shape.out, lanes = (out + kLanes - 1) / kLanes, count = std::min(parts, lanes);
+    if (part >= count) return;
+    const int64_t begin = kLanes * share(lanes, part, count), end = std::min(out, kLanes * share(lanes, part + 1, count));
+    expand(isa, *job.layer, job.shape, inner(job, 0), tokens, begin, end, advance(job.y, x.dtype, token * out), x.dtype, next);
+  }
+};
+
+// The tokens from `token` on. One thread takes layer after layer; several meet twice, however many layers there are.
+void forward_tokens(const Call& call, int64_t token, const Pool& pool, int64_t threads) {
+  const std::vector<Job>& jobs = call.jobs;
+  const size_t count = jobs.size();
+  if (threads == 1) {
+    for (size_t j = 0; j < count; ++j) {
+      for (int64_t part = 0; part < jobs[j].parts; ++part) call.first(jobs[j], part, jobs[j].layer->u);
+      call.between(jobs[j]);
+      call.second(jobs[j], token, 0, 1, j + 1 < count ? jobs[j + 1].layer->v : nullptr);
     }
+    return;
+  }
+  run(pool, threads, [&](int64_t i) {
+    for (size_t j = 0; j < count; ++j) {
+      // A layer that is not cut goes to one thread whole, the next such layer to the next thread.
+      const int64_t part = jobs[j].parts > 1 ? i : i == static_cast<int64_t>(j) % threads ? 0 : 1;
+      if (part < jobs[j].parts) call.first(jobs[j], part, j + 1 < count ? jobs[j + 1].layer->v : jobs[0].layer->u);
+    }
+  });
+  for (const Job& job : jobs) call.between(job);
+  run(pool, threads, [&](int64_t i) {
+    for (size_t j = 0; j < count; ++j) call.second(jobs[j], token, i, threads, j + 1 < count ? jobs[j + 1].layer->u : nullptr);
   });
 }
 
@@ -289,14 +316,13 @@ void forward(const Layer* layers, int64_t count, Array x, int64_t stride, int64_
              const Pool& pool) {
   const Kernels& isa = kernels();
   const int64_t chunks = (tokens + kTokens - 1) / kTokens;
-  std::vector<Job> jobs;
-  int64_t work = 0;
   const auto small = [&](const Shape& shape) { return shape.rank * (shape.in + shape.out) * tokens < kSmall; };
+  std::vector<Job> jobs;
+  int64_t threads = 1;
   for (int64_t i = 0; i < count; ++i) {
     jobs.push_back({layers + i, Shape(layers[i]), y[i], 1, 0});
-    work += jobs.back().shape.rank * (jobs.back().shape.in + jobs.back().shape.out) * tokens;
+    if (!small(jobs.back().shape)) threads = pool.threads;
   }
-  const int64_t threads = work < kSmall ? 1 : pool.threads;
   // Many tokens are cut themselves, and then no layer is.
   const bool by_tokens = threads > 1 && chunks >= threads;
   int64_t size = 0;
@@ -310,7 +336,8 @@ void forward(const Layer* layers, int64_t count, Array x, int64_t stride, int64_
     const Floats buffer = floats(size);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * kTokens;
-      forward_tokens(isa, jobs, x, stride, first, std::min(kTokens, tokens - first), buffer.get(), pool, parts);
+      const Call call = {isa, jobs, shifted(x, first * stride), stride, std::min(kTokens, tokens - first), buffer.get()};
+      forward_tokens(call, first, pool, parts);
     }
   };
   if (by_tokens) {

@@ -44,7 +44,7 @@ def part_name(weight: str, part: str) -> str:
     return part if weight == "weight" else f"{weight}_{part}"
 
 
-PACKED_PARAMETERS = tuple(part_name("weight", part) for part in PACKED_PARTS)
+FORWARD_PARAMETERS = (*(part_name("weight", part) for part in PACKED_PARTS), "bias")
 
 
 def pack_parts(paths: Sequence[Path], scale_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -226,16 +226,17 @@ class LittleBitLinear(FactorModule, nn.Linear):
             result = self.group.product(self.place, x)
             if result is not None:
                 return result
-        return ops.linear(autocast_input(x), *self.factors())
+        *parts, bias = self.factors()
+        return ops.linear(autocast_input(x), parts, bias, self.ranks)
 
-    def factors(self) -> ops.Layer:
-        """The parts, the bias and the ranks, as `ops.linear` takes them."""
+    def factors(self) -> list[Tensor | None]:
+        """The parts as `ops.linear` takes them, and the bias."""
         held = self._parameters
         try:
             # Eight times Module.__getattr__ would cost as much as the whole product of a small layer.
-            return [held[name] for name in PACKED_PARAMETERS], held["bias"], self.ranks
+            return [held[name] for name in FORWARD_PARAMETERS]
         except KeyError:  # a wrapper (parametrizations, sharding) keeps them elsewhere
-            return [getattr(self, name) for name in PACKED_PARAMETERS], self.bias, self.ranks
+            return [getattr(self, name) for name in FORWARD_PARAMETERS]
 
     def paths(self) -> list[Path]:
         """The factors, with ±UNPACKED_LATENT for latents."""

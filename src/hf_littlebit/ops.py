@@ -23,7 +23,6 @@ from .kernels import littlebit_linear, littlebit_linear_grad, littlebit_linears
 
 __all__ = ["differentiable", "linear", "linears"]
 
-Layer = tuple[Sequence[Tensor | None], Tensor | None, list[int]]  # parts, bias and ranks, as `linear` takes them
 
 _PARTS = "Tensor u, Tensor? u_tail, Tensor? v, Tensor? v_tail, Tensor scale_out, Tensor scale_rank, Tensor scale_in"
 _LIBRARY = torch.library.Library("hf_littlebit", "FRAGMENT")  # lives as long as the module: dropping it unregisters
@@ -41,11 +40,13 @@ def linear(x: Tensor, parts: Sequence[Tensor | None], bias: Tensor | None, ranks
         return _OPERATOR(x, *parts, bias, ranks)
 
 
-def linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
-    """`linear` of several layers with the same x, in one call. Only where none is `differentiable`: no gradient is recorded."""
-    parts = [part for own, bias, _ in layers for part in (*own, bias)]
-    ranks = [rank for *_, own in layers for rank in own]
-    paths = [len(own) for *_, own in layers]
+def linears(x: Tensor, parts: list[Tensor | None], ranks: list[int], paths: list[int]) -> list[Tensor]:
+    """`linear` of several layers with the same x, in one call. Only where none is `differentiable`: no gradient is recorded.
+
+    Args:
+        parts: eight of every layer, as `linear` takes them, the bias last. ranks: of every path of every layer.
+        paths: how many of the ranks belong to each layer.
+    """
     if torch.compiler.is_compiling():
         return _TOGETHER(x, parts, ranks, paths)
     with torch._C._AutoDispatchBelowAutograd():

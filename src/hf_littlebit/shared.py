@@ -44,6 +44,8 @@ class SharedInput:
 
     def __init__(self, members: Sequence[LittleBitLinear]):
         self.members = list(members)
+        self._ranks = [rank for member in self.members for rank in member.ranks]
+        self._paths = [len(member.ranks) for member in self.members]
         self._x: Tensor | None = None
         self._version = 0
         self._results: list[Tensor | None] = []
@@ -64,11 +66,10 @@ class SharedInput:
             if self._wasted >= PATIENCE:
                 self.dissolve()
                 return None
-        layers = [member.factors() for member in self.members]
-        for parts, bias, _ in layers:
-            if parts[0].device != x.device or ops.differentiable(x, bias, *parts):  # type: ignore[union-attr]
-                return None
-        results: list[Tensor | None] = [*ops.linears(autocast_input(x), layers)]
+        parts = [part for member in self.members for part in member.factors()]
+        if any(u.device != x.device for u in parts[::8]) or ops.differentiable(x, *parts):  # type: ignore[union-attr]
+            return None
+        results: list[Tensor | None] = [*ops.linears(autocast_input(x), parts, self._ranks, self._paths)]
         result, results[place] = results[place], None
         self._x, self._version, self._results = x, _version(x), results
         return result
