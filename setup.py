@@ -31,17 +31,17 @@ class OptionalBuild(build_ext):
             lines = str(error).strip().splitlines() or [type(error).__name__]
             self.warn(
                 f"hf-littlebit: the compiled CPU kernel was not built ({lines[0]}). The package works without it, slowly: "
-                "packed layers run in plain torch. With a C++17 compiler installed, reinstall to get it."
+                "packed layers run in plain torch. To get it, install gcc or clang for C++17, and hf-littlebit again."
             )
 
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "msvc":
-            raise NotImplementedError("no Windows compiler is supported yet")
+            raise NotImplementedError("Microsoft's compiler is not supported")
         ext.extra_compile_args += ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-unused-parameter"]
         if sys.platform == "darwin":
             ext.extra_link_args += ["-undefined", "dynamic_lookup"]
         else:
-            ext.extra_link_args += ["-Wl,--no-as-needed", self.stand_in()]
+            ext.extra_link_args += ["-Wl,--no-as-needed", self.stand_in(), "-Wl,--unresolved-symbols=ignore-all"]
         super().build_extension(ext)
 
     def stand_in(self) -> str:
@@ -52,7 +52,8 @@ class OptionalBuild(build_ext):
         source.write_text("")
         objects = self.compiler.compile([str(source)], output_dir=str(folder))
         library = folder / "libtorch_cpu.so"
-        self.compiler.link_shared_object(objects, str(library), extra_preargs=[f"-Wl,-soname,{library.name}"])
+        soname = f"-Wl,-soname,{library.name}"
+        self.compiler.link_shared_object(objects, str(library), extra_preargs=[soname], target_lang="c++")
         return str(library)
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -78,7 +79,7 @@ setup(
         Extension(
             NAME,
             [f"{SOURCE}/{file}.cpp" for file in FILES],
-            depends=[f"{SOURCE}/{header}.h" for header in ("littlebit", "kernels", "latents", "torch_abi")],
+            depends=[f"{SOURCE}/{header}.h" for header in ("littlebit", "kernels", "factor", "latents", "torch_abi")],
             language="c++",
         )
     ],

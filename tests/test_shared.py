@@ -1,16 +1,22 @@
 """Layers that read the same tensor in one call: exact, only when it is really the same, and without a trace in what is saved."""
 
 import copy
+import gc
 import json
+import pickle
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from hf_littlebit import LittleBitConfig, LittleBitLinear, ops, share_inputs, unshare_inputs
-from hf_littlebit.shared import SharedInput
+from hf_littlebit.shared import siblings
 
 load = AutoModelForCausalLM.from_pretrained
 IDS = torch.arange(12).reshape(2, 6)
@@ -37,10 +43,14 @@ def layer(out_features=24, in_features=40, ranks=(8, 16), bias=True, seed=0):
     return linear
 
 
+def same(x):
+    return x, x, x
+
+
 class Attention(nn.Module):
     """q, k and v of what `inputs` makes of x."""
 
-    def __init__(self, inputs=lambda x: (x, x, x)):
+    def __init__(self, inputs=same):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = layer(24), layer(16, ranks=(8,), bias=False, seed=1), layer(16, seed=2)
         self.inputs = inputs
@@ -70,8 +80,7 @@ def test_results_are_those_of_the_layers(dtype, shape, calls):
         assert all(map(torch.equal, alone, together)) and [y.dtype for y in together] == [dtype] * 3
         assert [y.shape for y in together] == [y.shape for y in alone] and all(y._base is None for y in together)
     assert calls == [3, 3]
-    group = model.q_proj.group
-    assert group._x is None and not any(y is not None for y in group._results), "results outlive their round"
+    assert not model.q_proj.group._rounds, "results outlive their round"
     unshare_inputs(model)
     assert all(map(torch.equal, alone, model(x))) and calls == [3, 3]
 
@@ -123,19 +132,94 @@ def test_gradients_are_those_of_the_layers(calls):
         sum(y.square().sum() for y in each(leaf)).backward()
         grads.append(leaf.grad)
     assert torch.equal(*grads) and not calls
-    assert not model(x)[0].requires_grad and calls == [3], "nothing to record"
-    model.v_proj.bias.requires_grad_()
-    assert model(x)[2].requires_grad and calls == [3]
+
+
+def test_what_was_computed_without_gradients_is_not_used_with_them(calls):
+    model, plain = Attention(), Attention()
+    share_inputs(model)
+    grads = []
+    for each in (model, plain):
+        leaf = torch.ones(2, 40, requires_grad=True)
+        with torch.no_grad():
+            each.q_proj(leaf)
+        each.k_proj(leaf).square().sum().backward()
+        y = checkpoint(each.q_proj, leaf, use_reentrant=True) + each.v_proj(leaf).sum() + each.k_proj(leaf).sum()
+        y.square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads) and calls
+
+
+@torch.no_grad()
+def test_what_was_computed_in_another_mode_is_not_used(calls):
+    model, x = Attention(), torch.randn(2, 40)
+    share_inputs(model)
+    model.q_proj(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.k_proj(x).dtype == torch.bfloat16
+    with torch.inference_mode():
+        model.q_proj(x)
+    assert not model.v_proj(x).is_inference()
+
+
+def test_threads_do_not_share(threads=4):
+    """Each computes for its own x, many times at once, on one model."""
+    model, plain = Attention(), Attention()
+    share_inputs(model)
+    wrong, interval = [], sys.getswitchinterval()
+
+    def work(seed):
+        x = torch.randn(1, 40, generator=torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            expected = plain(x)
+            for _ in range(1500):
+                if not all(map(torch.equal, model(x), expected)):
+                    wrong.append(seed)
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, range(threads)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong and model.q_proj.group is not None
 
 
 @torch.no_grad()
 def test_weights_that_are_elsewhere_are_left_alone(calls):
-    model, x = Attention(), torch.randn(2, 40)
+    x = torch.randn(2, 40)
+    q = Attention().q_proj(x)
+    for release in (lambda layer: layer.to("meta"), lambda layer: setattr(layer.weight, "data", torch.empty(0))):
+        model = Attention()
+        share_inputs(model)
+        release(model.k_proj)
+        assert torch.equal(model.q_proj(x), q) and not calls
+
+
+@torch.no_grad()
+def test_under_vmap_and_after_a_copy(calls):
+    model, x = Attention(), torch.randn(3, 2, 40)
     share_inputs(model)
-    q = model.q_proj(x)
-    model.k_proj.to("meta")
-    model.q_proj.group._x = None
-    assert torch.equal(model.q_proj(x), q) and calls == [3]
+    assert torch.equal(torch.vmap(model.q_proj)(x), Attention().q_proj(x)) and not calls
+    model.q_proj(x)  # leaves a round open
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.q_proj.group is None and all(map(torch.equal, twin(x), Attention()(x)))
+
+
+def test_a_model_is_freed_when_it_is_deleted():
+    model = Attention()
+    share_inputs(model)
+    with torch.no_grad():
+        model.q_proj(torch.randn(2, 40))
+    layers = [weakref.ref(layer) for layer in model.children()]
+    gc.disable()
+    try:
+        kept = model.q_proj
+        del model
+        assert [layer() is not None for layer in layers] == [True, False, False]
+        with torch.no_grad():
+            assert kept(torch.randn(2, 40)).shape == (2, 24)
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()
@@ -153,6 +237,19 @@ def test_compiled_in_one_graph(backend):
     assert explained.graph_break_count == 0
     targets = [str(node.target) for graph in explained.graphs for node in graph.graph.nodes]
     assert targets.count("hf_littlebit.linears.default") == 1 and "hf_littlebit.linear.default" not in targets
+
+
+@torch.no_grad()
+def test_compiled_siblings_that_read_different_tensors_part():
+    other = torch.randn(2, 40)
+    model, plain = (Attention(lambda x: (x, other, other)) for _ in range(2))
+    share_inputs(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(2, 40)
+        assert all(map(torch.equal, compiled(x), plain(x)))
+    assert model.q_proj.group is None
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -190,9 +287,7 @@ def test_while_a_dense_model_is_loaded(family_dir, tmp_path):
     assert torch.equal(logits(plain), logits(shared))
     out = [each.generate(IDS[:1], max_new_tokens=8, do_sample=False) for each in (plain, shared)]
     assert torch.equal(*out)
-    twin = copy.deepcopy(shared)
-    assert twin.model.layers[0].mlp.up_proj.group.members[1] is twin.model.layers[0].mlp.up_proj
-    assert torch.equal(logits(twin), logits(plain))
+    assert torch.equal(logits(copy.deepcopy(shared)), logits(plain))
     assert type(shared.dequantize().model.layers[0].mlp.up_proj) is nn.Linear
 
 
@@ -206,8 +301,9 @@ def test_only_packed_models(family_dir):
 def test_groups_are_of_packed_siblings_with_one_input_size():
     model = Attention()
     model.q_proj = nn.Linear(40, 24)
-    assert share_inputs(model) == 1 and len(model.k_proj.group.members) == 2
+    assert share_inputs(model) == 1 and model.k_proj.group is model.v_proj.group is not None
     model.v_proj = layer(16, 48)
     unshare_inputs(model)
     assert share_inputs(model) == 0 and model.k_proj.group is None
-    assert isinstance(SharedInput([model.k_proj, layer()]).members, list)
+    names = ["a.q_proj", "b.k_proj", "b.v_proj", "up_proj", "gate_proj", "b.up_proj"]
+    assert siblings(names) == [["b.k_proj", "b.v_proj"], ["gate_proj", "up_proj"]]

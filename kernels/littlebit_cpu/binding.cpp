@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <deque>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -170,13 +171,18 @@ std::vector<Tensor> linears(const Tensor& x, std::vector<Part> parts, std::vecto
     check(paths[i] >= 0 && first + static_cast<size_t>(paths[i]) <= ranks.size(), "layer ", i, " has ", paths[i], " paths, but ",
           ranks.size() - first, " ranks are left");
     const auto begin = ranks.begin() + static_cast<std::ptrdiff_t>(first);
-    bound.emplace_back(*own[0], own[1], own[2], own[3], *own[4], *own[5], *own[6], own[7],
-                       std::vector<int64_t>(begin, begin + paths[i]));
+    try {
+      bound.emplace_back(*own[0], own[1], own[2], own[3], *own[4], *own[5], *own[6], own[7],
+                         std::vector<int64_t>(begin, begin + paths[i]));
+    } catch (const std::runtime_error& error) {
+      littlebit::fail("layer ", i, ": ", error.what());
+    }
     first += static_cast<size_t>(paths[i]);
     layers.push_back(bound.back().layer);
     check(layers[i].in_features == layers[0].in_features, "layer ", i, " takes ", layers[i].in_features, " values, but layer 0 ",
           layers[0].in_features);
   }
+  check(first == ranks.size(), ranks.size(), " ranks were given, but the layers have ", first, " paths");
   if (!count) return results;
   const Rows rows(x, "x", layers[0].in_features);
   for (const littlebit::Layer& layer : layers) {

@@ -88,6 +88,22 @@ void threads(int64_t count, void (*task)(int64_t, void*), void* context) {
   for (std::thread& thread : running) thread.join();
 }
 
+// Whether layers of one x have the bits that they have alone; `alone` are those of `layer`.
+bool check_company(const littlebit::Layer& layer, const Buffer& x, int64_t stride, int64_t tokens, const Buffer& alone,
+                   const littlebit::Pool& pool) {
+  // The first path as a layer of its own reads a part of the arrays.
+  littlebit::Layer one = layer;
+  one.paths = 1;
+  const littlebit::Layer layers[] = {one, layer, one};
+  const Dtype dtype = x.array().dtype;
+  Buffer first(dtype, tokens * layer.out_features), company[] = {first, first, first};
+  void* data[] = {company[0].bytes.data(), company[1].bytes.data(), company[2].bytes.data()};
+  void* own = first.bytes.data();
+  littlebit::forward(&one, 1, x.array(), stride, tokens, &own, pool);
+  littlebit::forward(layers, 3, x.array(), stride, tokens, data, pool);
+  return company[0].bytes == first.bytes && company[1].bytes == alone.bytes && company[2].bytes == first.bytes;
+}
+
 double check(int64_t in, int64_t out, std::vector<int64_t> ranks, int64_t tokens, Dtype dtype, Dtype scales, bool bias,
              int64_t pool) {
   const int64_t paths = static_cast<int64_t>(ranks.size());
@@ -127,6 +143,7 @@ double check(int64_t in, int64_t out, std::vector<int64_t> ranks, int64_t tokens
       littlebit::backward(layer, x.array(), stride, tokens, data, runner);
     } else {
       littlebit::forward(&layer, 1, x.array(), stride, tokens, &data, runner);
+      if (!check_company(layer, x, stride, tokens, y, runner)) return INFINITY;
     }
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t n = 0; n < to; ++n) {

@@ -30,9 +30,13 @@ struct Input {
 struct Words {
   const uint32_t* words;
   int64_t stride, rows, first, columns;
-  const uint32_t* after = nullptr;  // what will be multiplied next, its rows `after_stride` apart: a hint, or null
+  uintptr_t after = 0;  // the address of what will be multiplied next, its rows `after_stride` apart: a hint, or 0
   int64_t after_stride = 0;
 };
+
+// Of a word that may lie outside its array: for asking only.
+inline uintptr_t address(uintptr_t words, int64_t offset) { return words + static_cast<uintptr_t>(offset) * sizeof(uint32_t); }
+inline uintptr_t address(const uint32_t* words, int64_t offset) { return address(reinterpret_cast<uintptr_t>(words), offset); }
 
 struct Kernels {
   const char* name;
@@ -151,9 +155,6 @@ constexpr int64_t kColumns = 1024, kColumnsOfOne = 8192;
 // to the first level to keep the memory busy. The hardware foresees little, because every page is new.
 constexpr int64_t kAhead = 1024, kNear = 128;
 
-LITTLEBIT_INLINE uintptr_t address(const uint32_t* words, int64_t offset) {
-  return reinterpret_cast<uintptr_t>(words) + static_cast<uintptr_t>(offset) * sizeof(uint32_t);
-}
 
 // Asks for what the word at `words` + i will be followed by; `next` are far words, or anything: an address, not a pointer.
 LITTLEBIT_INLINE void prefetch(const uint32_t* words, uintptr_t next, int64_t i) {

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "factor.h"
 
 namespace littlebit {
 namespace {
@@ -19,9 +19,8 @@ constexpr int64_t kSmall = 4 << 20;      // multiply-adds under which waking a s
 constexpr int64_t kTokens = 64;          // tokens at a time: bounds the buffers
 constexpr int64_t kOutputs = 2048;       // outputs at a time in stage 2, for more than one token
 constexpr int64_t kOutputsOfOne = 8192;
-constexpr int64_t kTransposed = 16;      // rows of transposed words at a time
 constexpr int64_t kLanes = 16;
-constexpr int64_t kAhead = 2048;         // words of V that are asked for ahead of their use
+constexpr int64_t kFar = 2048;           // words of V that one token asks for ahead of their use
 
 std::atomic<const Kernels*> chosen{nullptr};
 
@@ -36,82 +35,6 @@ const Kernels* find(const std::string& isa) {
 using Floats = std::unique_ptr<float[]>;
 
 Floats floats(int64_t count) { return Floats(new float[static_cast<size_t>(std::max<int64_t>(count, 1))]); }
-
-// Columns of a packed factor: its whole words, then its tail as one more row of words whose missing bits are 0.
-struct Factor {
-  const uint32_t* words;
-  const uint8_t* tail;
-  int64_t stride, length;
-
-  int64_t whole() const { return length / 32; }
-  int64_t rows() const { return (length + 31) / 32; }
-
-  // The row of words made of the tail's bytes, for `count` columns from `column` on.
-  void assemble(int64_t column, int64_t count, uint32_t* out) const {
-    switch ((length % 32 + 7) / 8) {
-      case 1: return join<1>(column, count, out);
-      case 2: return join<2>(column, count, out);
-      case 3: return join<3>(column, count, out);
-      case 4: return join<4>(column, count, out);
-    }
-  }
-
-  template <int bytes>
-  void join(int64_t column, int64_t count, uint32_t* LITTLEBIT_RESTRICT out) const {
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t word = 0;
-      for (int byte = 0; byte < bytes; ++byte) word |= static_cast<uint32_t>(tail[byte * stride + column + i]) << (8 * byte);
-      out[i] = word;
-    }
-  }
-};
-
-void call_product(const Kernels& isa, const Words& words, const Input& input, int64_t tokens, float* acc, int64_t lda) {
-  const bool batch = isa.batch_product && tokens >= isa.batch;
-  (batch ? isa.batch_product : isa.product)(words, input, tokens, acc, lda);
-}
-
-// acc[t, n - column] += sum over the rows [begin, end) of words of input(t, k) * factor(k, n), n = column .. + count
-void multiply(const Kernels& isa, const Factor& factor, int64_t column, int64_t count, int64_t begin, int64_t end,
-              const Input& input, int64_t tokens, float* acc, int64_t lda, const uint32_t* after, int64_t after_stride) {
-  const int64_t whole = std::min(end, factor.whole());
-  if (begin < whole) {
-    const uint32_t* first = factor.words + begin * factor.stride + column;
-    const Words words = {first, factor.stride, whole - begin, begin, count, after, after_stride};
-    call_product(isa, words, input, tokens, acc, lda);
-  }
-  if (end > factor.whole() && begin < end) {
-    std::unique_ptr<uint32_t[]> row(new uint32_t[static_cast<size_t>(count)]);
-    factor.assemble(column, count, row.get());
-    call_product(isa, {row.get(), count, 1, factor.whole(), count, after, after_stride}, input, tokens, acc, lda);
-  }
-}
-
-// The transposed product: acc[t, k - 32 begin] += sum_n input(t, n) * factor(k, column + n), n < count, for the inputs k
-// of the rows [begin, end) of words. `acc` has room for whole rows of words.
-void multiply_transposed(const Kernels& isa, const Factor& factor, int64_t column, int64_t count, int64_t begin,
-                         int64_t end, const Input& input, int64_t tokens, float* acc, int64_t lda) {
-  const int64_t width = 32 * (end - begin), whole = std::max(begin, std::min(end, factor.whole()));
-  std::unique_ptr<uint32_t[]> turned(new uint32_t[static_cast<size_t>(kTransposed * width)]);
-  const int64_t blocks = (count + 31) / 32;
-  for (int64_t first = 0; first < blocks; first += kTransposed) {
-    const int64_t rows = std::min(kTransposed, blocks - first);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t start = 32 * (first + row), size = std::min<int64_t>(32, count - start);
-      uint32_t* out = turned.get() + row * width;
-      if (begin < whole) {
-        const uint32_t* words = factor.words + begin * factor.stride + column + start;
-        isa.transpose(words, factor.stride, whole - begin, size, out);
-      }
-      if (end > factor.whole()) {
-        uint32_t last[32];
-        factor.assemble(column + start, size, last);
-        isa.transpose(last, 32, 1, size, out + 32 * (whole - begin));
-      }
-    }
-    call_product(isa, {turned.get(), width, rows, first, width}, input, tokens, acc, lda);
-  }
-}
 
 Array shifted(Array array, int64_t offset) {
   const int64_t size = array.dtype == Dtype::f32 ? 4 : 2;
@@ -145,17 +68,19 @@ void each_path(const Layer& layer, const Shape& shape, const F& f) {
 
 // Stage 1 over the rows [begin, end) of V's words: inner[t, r] = sum_k g[k] x[t, k] V[k, r]. `next`: words used after them.
 void reduce(const Kernels& isa, const Layer& layer, const Shape& shape, Array x, int64_t stride, int64_t tokens,
-            int64_t begin, int64_t end, float* inner, const uint32_t* next) {
+            int64_t begin, int64_t end, float* inner, uintptr_t next) {
   std::fill_n(inner, tokens * pitch(shape.rank), 0.0f);
   // One token takes V in the order of memory, a row with all its paths: every page is then entered once.
-  const int64_t step = tokens > 1 ? std::max<int64_t>(end - begin, 1) : 1;
+  const bool in_order = tokens == 1;
+  const int64_t step = in_order ? 1 : std::max<int64_t>(end - begin, 1);
   for (int64_t row = begin; row < end; row += step) {
     each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
       const Input input = {x, stride, shifted(layer.scale_in, p * shape.in), shape.in};
-      const int64_t ahead = row * shape.rank + first + kAhead, left = ahead - end * shape.rank;
-      const uint32_t* after = left < 0 ? layer.v + ahead : next + left;
+      const int64_t ahead = row * shape.rank + first + (in_order ? kFar : u.length), left = ahead - end * shape.rank;
+      const bool inside = in_order ? left < 0 : p + 1 < layer.paths;
+      const uintptr_t after = inside ? address(layer.v, ahead) : address(next, in_order ? left : 0);
       multiply(isa, factor_v(layer, shape), first, u.length, row, row + step, input, tokens, inner + first,
-               pitch(shape.rank), after, 0);
+               pitch(shape.rank), after, in_order ? 0 : shape.rank);
     });
   }
 }
@@ -169,9 +94,9 @@ void scale_inner(const Layer& layer, const Shape& shape, int64_t tokens, float* 
   }
 }
 
-// Stage 2 for the outputs [begin, end): y = sum_p h_p * (U_p inner_p) + bias. `next`: words used after U's, or null.
+// Stage 2 for the outputs [begin, end): y = sum_p h_p * (U_p inner_p) + bias. `next`: words used after U's, or 0.
 void expand(const Kernels& isa, const Layer& layer, const Shape& shape, const float* inner, int64_t tokens,
-            int64_t begin, int64_t end, void* y, Dtype dtype, const uint32_t* next) {
+            int64_t begin, int64_t end, void* y, Dtype dtype, uintptr_t next) {
   const int64_t step = std::min(end - begin, tokens > 1 ? kOutputs : kOutputsOfOne);
   const int64_t row = pitch(step);
   Floats buffer = floats(2 * tokens * row);
@@ -183,8 +108,8 @@ void expand(const Kernels& isa, const Layer& layer, const Shape& shape, const fl
       std::fill_n(part, tokens * row, 0.0f);
       const Input input = {{inner + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
       const bool last = p + 1 == layer.paths;
-      const uint32_t* after = !last                 ? u.words + u.whole() * shape.out + column
-                              : column + step < end ? layer.u + column + step
+      const uintptr_t after = !last                 ? address(u.words, u.whole() * shape.out + column)
+                              : column + step < end ? address(layer.u, column + step)
                                                     : next;
       multiply(isa, u, column, count, 0, u.rows(), input, tokens, part, row, after, last ? 0 : shape.out);
       const Array scale = shifted(layer.scale_out, p * shape.out);
@@ -217,10 +142,20 @@ struct Call {
 
   float* inner(const Job& job, int64_t part) const { return buffer + job.place + part * tokens * pitch(job.shape.rank); }
 
-  void first(const Job& job, int64_t part, const uint32_t* next) const {
-    const int64_t rows = factor_v(*job.layer, job.shape).rows();
-    reduce(isa, *job.layer, job.shape, x, stride, tokens, share(rows, part, job.parts), share(rows, part + 1, job.parts),
-           inner(job, part), next);
+  // The row of V's words with which a part of stage 1 begins, and the output with which a part of stage 2 does.
+  int64_t row(const Job& job, int64_t part) const {
+    return share(factor_v(*job.layer, job.shape).rows(), part, job.parts);
+  }
+  int64_t output(const Job& job, int64_t part, int64_t parts) const {
+    const int64_t lanes = (job.shape.out + kLanes - 1) / kLanes;
+    return std::min(job.shape.out, kLanes * share(lanes, part, parts));
+  }
+
+  uintptr_t v(const Job& job, int64_t part) const { return address(job.layer->v, row(job, part) * job.shape.rank); }
+  uintptr_t u(const Job& job, int64_t part, int64_t parts) const { return address(job.layer->u, output(job, part, parts)); }
+
+  void first(const Job& job, int64_t part, uintptr_t next) const {
+    reduce(isa, *job.layer, job.shape, x, stride, tokens, row(job, part), row(job, part + 1), inner(job, part), next);
   }
 
   void between(const Job& job) const {
@@ -232,36 +167,41 @@ struct Call {
     scale_inner(*job.layer, job.shape, tokens, sum);
   }
 
-  void second(const Job& job, int64_t token, int64_t part, int64_t parts, const uint32_t* next) const {
-    const int64_t out = job.shape.out, lanes = (out + kLanes - 1) / kLanes, count = std::min(parts, lanes);
-    if (part >= count) return;
-    const int64_t begin = kLanes * share(lanes, part, count), end = std::min(out, kLanes * share(lanes, part + 1, count));
-    expand(isa, *job.layer, job.shape, inner(job, 0), tokens, begin, end, advance(job.y, x.dtype, token * out), x.dtype, next);
+  void second(const Job& job, int64_t token, int64_t part, int64_t parts, uintptr_t next) const {
+    const int64_t begin = output(job, part, parts), end = output(job, part + 1, parts);
+    if (begin == end) return;
+    void* y = advance(job.y, x.dtype, token * job.shape.out);
+    expand(isa, *job.layer, job.shape, inner(job, 0), tokens, begin, end, y, x.dtype, next);
   }
 };
 
 // The tokens from `token` on. One thread takes layer after layer; several meet twice, however many layers there are.
 void forward_tokens(const Call& call, int64_t token, const Pool& pool, int64_t threads) {
   const std::vector<Job>& jobs = call.jobs;
-  const size_t count = jobs.size();
   if (threads == 1) {
-    for (size_t j = 0; j < count; ++j) {
-      for (int64_t part = 0; part < jobs[j].parts; ++part) call.first(jobs[j], part, jobs[j].layer->u);
-      call.between(jobs[j]);
-      call.second(jobs[j], token, 0, 1, j + 1 < count ? jobs[j + 1].layer->v : nullptr);
+    for (const Job& job : jobs) {
+      const Job* after = &job + 1 < jobs.data() + jobs.size() ? &job + 1 : nullptr;
+      call.first(job, 0, call.u(job, 0, 1));
+      call.between(job);
+      call.second(job, token, 0, 1, after ? call.v(*after, 0) : 0);
     }
     return;
   }
+  // A layer that is not cut goes to one thread whole, the next such layer to the next thread.
+  const auto part = [&](size_t j, int64_t i) {
+    return jobs[j].parts > 1 ? i : i == static_cast<int64_t>(j) % threads ? 0 : jobs[j].parts;
+  };
   run(pool, threads, [&](int64_t i) {
-    for (size_t j = 0; j < count; ++j) {
-      // A layer that is not cut goes to one thread whole, the next such layer to the next thread.
-      const int64_t part = jobs[j].parts > 1 ? i : i == static_cast<int64_t>(j) % threads ? 0 : 1;
-      if (part < jobs[j].parts) call.first(jobs[j], part, j + 1 < count ? jobs[j + 1].layer->v : jobs[0].layer->u);
+    for (size_t j = 0; j < jobs.size(); ++j) {
+      const uintptr_t next = j + 1 < jobs.size() ? call.v(jobs[j + 1], part(j + 1, i)) : call.u(jobs[0], i, threads);
+      if (part(j, i) < jobs[j].parts) call.first(jobs[j], part(j, i), next);
     }
   });
   for (const Job& job : jobs) call.between(job);
   run(pool, threads, [&](int64_t i) {
-    for (size_t j = 0; j < count; ++j) call.second(jobs[j], token, i, threads, j + 1 < count ? jobs[j + 1].layer->u : nullptr);
+    for (size_t j = 0; j < jobs.size(); ++j) {
+      call.second(jobs[j], token, i, threads, j + 1 < jobs.size() ? call.u(jobs[j + 1], i, threads) : 0);
+    }
   });
 }
 

@@ -62,6 +62,10 @@ AOTITorchError torch_delete_string(StringHandle);
 AOTITorchError torch_parallel_for(int64_t, int64_t, int64_t, ParallelFunc, void*);
 AOTITorchError torch_get_num_threads(uint32_t*);
 
+#if defined(__ELF__)
+__attribute__((weak)) const char* torch_exception_get_what_without_backtrace();  // from torch 2.13 on
+#endif
+
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
@@ -93,7 +97,11 @@ void check(bool right, const Parts&... parts) {
 }
 
 inline void call(AOTITorchError error) {
-  if (error) fail("torch reported an error to the compiled CPU kernel");
+  if (!error) return;
+#if defined(__ELF__)
+  if (torch_exception_get_what_without_backtrace) fail(torch_exception_get_what_without_backtrace());
+#endif
+  fail("torch reported an error to the compiled CPU kernel; it is on the standard error stream");
 }
 
 template <class T, class F, class... Arguments>
@@ -191,15 +199,33 @@ struct Take<std::optional<T>> {
   }
 };
 
+// A list that is owned.
+class List {
+ public:
+  explicit List(StableListHandle handle) : handle_(handle) {}
+  List(const List&) = delete;
+  List& operator=(const List&) = delete;
+  ~List() {
+    if (handle_) torch_delete_list(handle_);
+  }
+
+  size_t size() const { return ask<size_t>(torch_list_size, handle_); }
+  StableIValue item(size_t i) const { return ask<StableIValue>(torch_list_get_item, handle_, i); }
+  void append(StableIValue value) { call(torch_list_push_back(handle_, value)); }
+  StableListHandle release() { return std::exchange(handle_, nullptr); }
+
+ private:
+  StableListHandle handle_;
+};
+
 template <class T>
 struct Take<std::vector<T>> {
   static std::vector<T> from(StableIValue value) {
-    const auto list = reinterpret_cast<StableListHandle>(value);
-    const size_t size = ask<size_t>(torch_list_size, list);
+    const List list(reinterpret_cast<StableListHandle>(value));
+    const size_t size = list.size();
     std::vector<T> result;
     result.reserve(size);
-    for (size_t i = 0; i < size; ++i) result.push_back(Take<T>::from(ask<StableIValue>(torch_list_get_item, list, i)));
-    call(torch_delete_list(list));
+    for (size_t i = 0; i < size; ++i) result.push_back(Take<T>::from(list.item(i)));
     return result;
   }
 };
@@ -222,9 +248,9 @@ inline StableIValue give(const std::string& text) {
 }
 
 inline StableIValue give(std::vector<Tensor> tensors) {
-  const auto list = ask<StableListHandle>(torch_new_list_reserve_size, tensors.size());
-  for (Tensor& tensor : tensors) call(torch_list_push_back(list, give(std::move(tensor))));
-  return reinterpret_cast<StableIValue>(list);
+  List list(ask<StableListHandle>(torch_new_list_reserve_size, tensors.size()));
+  for (Tensor& tensor : tensors) list.append(give(std::move(tensor)));
+  return reinterpret_cast<StableIValue>(list.release());
 }
 
 // box<&f>: a function of C++ types as torch calls it.

@@ -1,7 +1,6 @@
 """The compiled CPU kernel against fp64, on every instruction set of this machine."""
 
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -179,52 +178,6 @@ def test_results_depend_on_the_number_of_threads_alone(isa, threads):
                 assert torch.equal(dx, cpu.littlebit_linear_grad(y, *parts, shape[2]))
 
 
-def test_layers_of_one_x_have_the_bits_that_each_has_alone(isa, threads):
-    shapes = [(1500, 1400, (1000, 500)), (40, 1400, (24,)), (1200, 1400, (33, 7, 64)), (1, 1400, (8,))]
-    layers = [
-        (*layer(*shape, seed=seed)[0], torch.randn(shape[0]) if seed % 2 else None, list(shape[2]))
-        for seed, shape in enumerate(shapes)
-    ]
-    for count in (1, 2, 3):
-        threads(count)
-        for x in (
-            torch.randn(1, 1400),
-            torch.randn(1400).bfloat16(),
-            torch.randn(5, 2800)[:, ::2],
-            torch.randn(3, 70, 1400),
-        ):
-            for some in (layers, layers[1:2], layers[1::2], layers[::-1]):
-                found = cpu.littlebit_linears(x, some)
-                assert all(map(torch.equal, found, [cpu.littlebit_linear(x, *each) for each in some]))
-                assert len({y.data_ptr() for y in found}) == len(some) and all(y._base is None for y in found)
-    assert cpu.littlebit_linears(x, []) == [] and cpu.littlebit_linears(x[:0], layers)[2].shape == (0, 70, 1200)
-
-
-@built
-def test_wrong_layers_are_errors():
-    cpu.load()
-    layers = [(*layer(33, 70, (16, 40))[0], None, [16, 40]), (*layer(20, 70, (8,))[0], None, [8])]
-    x = torch.randn(2, 70)
-    assert len(cpu.littlebit_linears(x, layers)) == 2
-    for wrong, text in (
-        ((*layers[1][:5], layers[1][5][1:], *layers[1][6:]), r"scale_rank is \[1, 7\], but must be \[1, 8\]"),
-        ((None, *layers[1][1:]), "u, scale_out, scale_rank or scale_in of layer 1 is missing"),
-        ((*layer(20, 71, (8,))[0], None, [8]), "layer 1 takes 71 values, but layer 0 70"),
-        ((*layers[1][:8], [8, 8]), "but must be"),
-    ):
-        with pytest.raises(RuntimeError, match=text):
-            cpu.littlebit_linears(x, [layers[0], wrong])
-    operator = torch.ops.hf_littlebit_cpu.linears
-    parts = [part for each in layers for part in each[:8]]
-    for arguments, text in (
-        ((parts[1:], [16, 40, 8], [2, 1]), "15 parts were given, but 2 layers have 16"),
-        ((parts, [16, 40], [2, 1]), "layer 1 has 1 paths, but 0 ranks are left"),
-        ((parts, [16, 40, 8], [2, -1]), "layer 1 has -1 paths"),
-    ):
-        with pytest.raises(RuntimeError, match=text):
-            operator(x, *arguments)
-
-
 @built
 def test_wrong_parts_are_errors():
     cpu.load()
@@ -361,31 +314,3 @@ def test_results_are_no_views(module):
         y = module.littlebit_linear(torch.randn(*shape), *parts, None, (16, 40))
         dx = module.littlebit_linear_grad(y, *parts, (16, 40))
         assert y._base is None and dx._base is None and y.is_contiguous() and dx.shape == shape
-
-
-@pytest.mark.skipif(shutil.which("g++") is None or not SOURCE.exists(), reason="needs g++ and the C++ source")
-def test_nothing_is_touched_past_the_end(tmp_path):
-    """Address and undefined-behaviour sanitizers over odd shapes (a short run of `make asan`)."""
-    sources = [str(path) for path in SOURCE.glob("*.cpp") if path.name != "binding.cpp"]
-    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread", "-w"]
-    build = subprocess.run(
-        ["g++", *flags, *sources, "-o", str(tmp_path / "check")], capture_output=True, text=True, check=False
-    )
-    if "cannot find" in build.stderr:
-        pytest.skip("the compiler has no sanitizer libraries")
-    assert build.returncode == 0, build.stderr
-    done = subprocess.run([str(tmp_path / "check"), "8"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "generic" in done.stdout, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(
-    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64") and SOURCE.exists()),
-    reason="needs aarch64-linux-gnu-g++, qemu-aarch64 and the C++ source",
-)
-def test_neon_in_emulation(tmp_path):
-    """As `make neon`, shorter."""
-    sources = [str(path) for path in SOURCE.glob("*.cpp") if path.name != "binding.cpp"]
-    flags = ["-std=c++17", "-O2", "-static", "-pthread", "-w"]
-    subprocess.run(["aarch64-linux-gnu-g++", *flags, *sources, "-o", str(tmp_path / "check")], check=True)
-    done = subprocess.run(["qemu-aarch64", str(tmp_path / "check"), "2"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "neon" in done.stdout, done.stdout + done.stderr

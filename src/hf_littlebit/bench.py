@@ -32,6 +32,7 @@ from .config import LittleBitConfig
 from .machine import growth, machine, wait
 from .plan import Plan, plan_model
 from .shared import share_inputs as together
+from .shared import siblings
 from .size import format_bytes
 from .skeleton import empty_model, model_class
 from .source import Source, find_source
@@ -149,6 +150,11 @@ def bench(
     if context is not None and prompt + new > context:
         raise ValueError(f"{prompt} tokens of prompt and {new} new ones exceed the context of {context}; lower them")
     plan = plan_model(skeleton, used, source.header)
+    if share_inputs and not siblings(weight.module for weight in plan.weights):
+        raise ValueError(
+            f"{type(skeleton).__name__} has no packed layers that are called like layers with one input; leave "
+            "--share-inputs (share_inputs=True) out"
+        )
     kept = dtype or compat.resolve_dtype(source.config.dtype or torch.bfloat16)
     runs: dict[str, _Run] = {}
     for kind in _kinds(packed_only, share_inputs):
@@ -231,10 +237,8 @@ class _Run:
             self.model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device)
         seconds = time.perf_counter() - start
         self.model.eval()
-        if shared and not together(self.model):
-            raise ValueError(
-                f"{type(self.model).__name__} has no packed layers that are known to read one input; leave --share-inputs out"
-            )
+        if shared:
+            together(self.model)
         quantizer = getattr(self.model, "hf_quantizer", None)
         if compiled and quantizer is not None and not quantizer.is_compileable:
             raise ValueError(

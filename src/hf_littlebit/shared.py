@@ -3,18 +3,22 @@
 Attention calls `q_proj(x)`, `k_proj(x)`, `v_proj(x)` one after the other. The first call computes all three and keeps the
 results of the others until they are asked for with the same x: on a GPU one token then takes two launches instead of six, on
 a CPU the threads meet twice instead of six times. Nothing is merged or moved, so what is saved is the same file, and every
-result is the layer's own product (on a CPU bit for bit; on a GPU the sum over the inputs may be cut at other places).
+result is the layer's own product: bit for bit on a CPU, and on a GPU where the layers alone would get the same tiles.
 
-Layers are put together by their names, but only ever share what they are really given: another x, a gradient to record or a
-layer whose weights are elsewhere (offloaded) is computed as without. A group whose members turn out to read different
-tensors is dissolved. Only a model that changes x in place between the calls, which none that is known does, would have to be
-kept from torch.compile and torch.inference_mode, where such a change cannot be seen.
+Layers are put together by their names, but only ever share what they are really given. Another x, a changed one, another
+autocast, stream or thread, gradients switched on, a layer whose weights are elsewhere (offloaded, sharded): computed as
+without. A group whose members turn out to read different tensors is dissolved, and a copy of a model shares nothing.
+
+What cannot be seen is a model that changes its own weights between the calls, or, under torch.compile and
+torch.inference_mode, x in place.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -23,79 +27,155 @@ from torch import Tensor, nn
 from . import ops
 from .linear import LittleBitLinear, autocast_input
 
-__all__ = ["SharedInput", "share_inputs", "unshare_inputs"]
+__all__ = ["SharedInput", "share_inputs", "siblings", "unshare_inputs"]
 
 logger = logging.getLogger("hf_littlebit")
 
-# Names that models give to siblings with one input, in the order in which they are called.
+# Names that models give to modules of one parent with one input, in the order in which they are called.
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
 PATIENCE = 2  # rounds in a row with results that nobody asked for, after which a group is dissolved
 
+Results = list[Tensor | None]  # of every member; None where it was asked for
+
 
 class SharedInput:
     """A group of packed layers, at least two, of the same in_features. Holds results between the calls of one round only."""
 
     def __init__(self, members: Sequence[LittleBitLinear]):
-        self.members = list(members)
-        self._ranks = [rank for member in self.members for rank in member.ranks]
-        self._paths = [len(member.ranks) for member in self.members]
-        self._x: Tensor | None = None
-        self._version = 0
-        self._results: list[Tensor | None] = []
+        # Weak: a layer that is replaced, or a model that is deleted, takes its memory along.
+        self._members = [weakref.ref(member) for member in members]
+        self._ranks = [rank for member in members for rank in member.ranks]
+        self._paths = [len(member.ranks) for member in members]
+        self._rounds: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Results]] = {}  # by thread
+        self._traced: tuple[Tensor, Results] | None = None  # the round that torch.compile is tracing
         self._wasted = 0
-        for place, member in enumerate(self.members):
+        for place, member in enumerate(members):
             member.group, member.place = self, place
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied layer computes alone: which other copies it belongs to is not known."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
     def product(self, place: int, x: Tensor) -> Tensor | None:
         """The result of member `place` for x, or None if it has to compute alone."""
-        if x is self._x and self._results[place] is not None and _version(x) == self._version:
-            result, self._results[place] = self._results[place], None
-            if all(other is None for other in self._results):
-                self._x, self._wasted = None, 0
-            return result
-        if self._x is not None:
-            self._x, self._results = None, []
+        if torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling():
+            return self._product_in_trace(place, x)
+        thread = get_ident()
+        open_round = self._rounds.pop(thread, None)
+        if open_round is not None:
+            held, state, results = open_round
+            result = results[place]
+            if held() is x and result is not None and state == _state(x):
+                results[place] = None
+                if _any_left(results):
+                    self._rounds[thread] = open_round
+                else:
+                    self._wasted = 0
+                return result
             self._wasted += 1
             if self._wasted >= PATIENCE:
                 self.dissolve()
+                logger.info(
+                    "%d layers that are called like siblings read different tensors: apart again", len(self._paths)
+                )
                 return None
-        parts = [part for member in self.members for part in member.factors()]
-        if any(u.device != x.device for u in parts[::8]) or ops.differentiable(x, *parts):  # type: ignore[union-attr]
+        if torch._C._functorch.maybe_current_level() is not None:  # vmap knows the single operator only
             return None
-        results: list[Tensor | None] = [*ops.linears(autocast_input(x), parts, self._ranks, self._paths)]
-        result, results[place] = results[place], None
-        self._x, self._version, self._results = x, _version(x), results
+        computed = self._compute(x)
+        if computed is None:
+            return None
+        result, computed[place] = computed[place], None
+        self._rounds[thread] = weakref.ref(x), _state(x), computed
         return result
+
+    def _product_in_trace(self, place: int, x: Tensor) -> Tensor | None:
+        """The same with what torch.compile can follow: it sees which tensors are one, but neither threads nor changes."""
+        if self._traced is not None:
+            held, results = self._traced
+            result = results[place]
+            if held is x and result is not None:
+                results[place] = None
+                if not _any_left(results):
+                    self._traced = None
+                return result
+            self.dissolve()
+            return None
+        computed = self._compute(x)
+        if computed is None:
+            return None
+        result, computed[place] = computed[place], None
+        self._traced = x, computed
+        return result
+
+    def _compute(self, x: Tensor) -> Results | None:
+        parts: list[Any] = []
+        for reference in self._members:
+            member = reference()
+            if member is None:
+                return None
+            parts += member.factors()
+        # A part that is released (offloaded, or sharded and not gathered) is on meta or has no elements.
+        if any(u.device != x.device or u.dim() != 2 for u in parts[::8]):
+            return None
+        return [*ops.linears(autocast_input(x), parts, self._ranks, self._paths)]
 
     def dissolve(self) -> None:
         """Every member computes alone from now on."""
-        for member in self.members:
-            member.group = None
-        logger.info("layers called like siblings read different tensors and are computed apart: %s", self.members)
+        self._rounds, self._traced = {}, None
+        for reference in self._members:
+            member = reference()
+            if member is not None and member.group is self:
+                member.group = None
 
 
-def _version(x: Tensor) -> int:
-    """Counts changes in place, where there is a count: not under torch.compile and torch.inference_mode."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _any_left(results: Results) -> bool:
+    return any(result is not None for result in results)
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What a result depends on besides x's identity and the weights. A tensor made under inference_mode counts no changes."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    stream = torch.cuda.current_stream(x.device) if kind == "cuda" else None
+    return 0 if x.is_inference() else x._version, autocast, torch.is_inference_mode_enabled(), stream
+
+
+def siblings(names: Iterable[str]) -> list[list[str]]:
+    """Of the dotted names of layers, those that are called like layers with one input: lists of two names or more."""
+    parents: dict[str, set[str]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        parents.setdefault(parent, set()).add(own)
+    found = []
+    for parent, children in parents.items():
+        for alike in SIBLINGS:
+            there = [f"{parent}.{own}" if parent else own for own in alike if own in children]
+            if len(there) > 1:
+                found.append(there)
+    return found
 
 
 def share_inputs(model: nn.Module) -> int:
     """Compute packed layers that read the same tensor together; see the module's text. Returns the number of groups."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LittleBitLinear)}
     groups = 0
-    for parent in model.modules():
-        children: dict[str, Any] = dict(parent.named_children())
-        for names in SIBLINGS:
-            found = [children[name] for name in names if isinstance(children.get(name), LittleBitLinear)]
-            if len(found) > 1 and len({member.in_features for member in found}) == 1:
-                SharedInput(found)
-                groups += 1
+    for names in siblings(layers):
+        members = [layers[name] for name in names]
+        if len({member.in_features for member in members}) == 1:
+            SharedInput(members)
+            groups += 1
     return groups
 
 

@@ -35,7 +35,7 @@ __all__ = [
 
 LIBRARY = Path(__file__).with_name("liblittlebit_cpu.so")
 REMEDY = (
-    "install a C++ compiler, then hf-littlebit again from its source "
+    "install a C++ compiler (gcc or clang), then hf-littlebit again from its source "
     "(pip install --force-reinstall --no-deps --no-cache-dir --no-binary hf-littlebit hf-littlebit)"
 )
 
