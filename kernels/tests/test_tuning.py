@@ -54,14 +54,12 @@ def test_precision_follows_the_dtype():
     assert [tuning.terms(CPU, dtype, 512) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [3, 1, 2]
 
 
-def test_a_group_fills_the_device_together(fresh, monkeypatch):
+def test_a_group_takes_the_tiles_of_its_widest_layer(fresh, monkeypatch):
     monkeypatch.setattr(tuning, "_cores", lambda device: 16)
     alone = tuning.decode(CPU, 4096, 4096, (80, 80))
     assert tuning.decode_group(CPU, (4096,), 4096, ((80, 80),)) == alone
-    together = tuning.decode_group(CPU, (4096, 1024, 1024), 4096, ((80, 80), (24, 24), (24, 24)))
-    assert all(map(power, together)) and 1 < together.splits < alone.splits
-    assert tuning.decode(CPU, 1024, 4096, (80,)).columns_two == 32
-    assert tuning.decode_group(CPU, (1024, 1024), 4096, ((80,), (80,))).columns_two == 64
+    assert tuning.decode_group(CPU, (1024, 4096, 1024), 4096, ((24, 24), (80, 80), (24, 24))) == alone
+    assert tuning.decode(CPU, 1024, 4096, (24, 24)) != alone
 
 
 def test_a_measured_file_is_obeyed(fresh):

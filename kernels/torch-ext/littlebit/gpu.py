@@ -102,7 +102,7 @@ def littlebit_linears(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> List[
     Args:
         x: [..., in_features] of fp32, bf16 or fp16.
         layers: (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) each, of the same in_features; all else
-            may differ. A layer's tiles follow from all layers, so its result may be summed in another order than alone.
+            may differ. The tiles are those of the widest layer: the sums of a much smaller one may be cut elsewhere than alone.
 
     Returns:
         [..., out_features] of x's dtype for each layer, in their order.

@@ -11,7 +11,6 @@ not speed, and is never tuned.
 """
 
 import functools
-import itertools
 import json
 import re
 from pathlib import Path
@@ -136,8 +135,12 @@ def decode(device: torch.device, out: int, into: int, ranks: Tuple[int, ...]) ->
 def decode_group(
     device: torch.device, outs: Tuple[int, ...], into: int, ranks_of_each: Tuple[Tuple[int, ...], ...]
 ) -> Decode:
-    """Tiles for one to four tokens of layers that read the same x: those of one layer with all their outputs and paths."""
-    return decode(device, sum(outs), into, tuple(itertools.chain(*ranks_of_each)))
+    """Tiles for one to four tokens of layers that read the same x: those of the widest alone.
+
+    They are measured where single layers are, and a layer of the same sizes has the bits that it has alone.
+    """
+    widest = max(range(len(outs)), key=outs.__getitem__)
+    return decode(device, outs[widest], into, ranks_of_each[widest])
 
 
 def _decode_rule(cores: int, out: int, into: int, ranks: Tuple[int, ...]) -> Decode:
