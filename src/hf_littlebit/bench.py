@@ -19,7 +19,7 @@ import copy
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from .config import LittleBitConfig
 from .machine import growth, machine, wait
 from .plan import Plan, plan_model
 from .shared import share_inputs as together
-from .shared import siblings
+from .shared import siblings, unshare_inputs
 from .size import format_bytes
 from .skeleton import empty_model, model_class
 from .source import Source, find_source
@@ -157,9 +157,11 @@ def bench(
         )
     kept = dtype or compat.resolve_dtype(source.config.dtype or torch.bfloat16)
     runs: dict[str, _Run] = {}
-    for kind in _kinds(packed_only, share_inputs):
+    for kind in ("packed",) if packed_only else ("dense", "packed"):
         method = None if kind == "dense" else used
-        runs[kind] = _Run(source, plan, method, kept, torch.device(device), prompt, new, compiled, kind == "shared")
+        runs[kind] = _Run(source, plan, method, kept, torch.device(device), prompt, new, compiled)
+    if share_inputs:
+        runs["shared"] = runs["packed"].sharing()
     steps = ("prefill", "decode", "decode_cpu")
     rates: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in runs}
     for _ in range(rounds):
@@ -177,10 +179,6 @@ def bench(
             ratio["peak"] = (packed.weight_bytes + packed.growth_bytes) / (dense.weight_bytes + dense.growth_bytes)
     title = os.path.basename(name.rstrip("/"))
     return Bench(title, plan.bpw, prompt, new, rounds, compiled, models, ratio, shared_ratio, machine(device))
-
-
-def _kinds(packed_only: bool, shared: bool) -> list[str]:
-    return [*(() if packed_only else ("dense",)), "packed", *(("shared",) if shared else ())]
 
 
 def _ratios(over: list[tuple[float, ...]], under: list[tuple[float, ...]]) -> list[float]:
@@ -214,7 +212,6 @@ class _Run:
         prompt: int,
         new: int,
         compiled: bool,
-        shared: bool,
     ):
         self.device, self.new, self.prompt = device, new, prompt
         self.compile_config = CompileConfig()
@@ -237,8 +234,6 @@ class _Run:
             self.model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device)
         seconds = time.perf_counter() - start
         self.model.eval()
-        if shared:
-            together(self.model)
         quantizer = getattr(self.model, "hf_quantizer", None)
         if compiled and quantizer is not None and not quantizer.is_compileable:
             raise ValueError(
@@ -252,12 +247,28 @@ class _Run:
         self.tokens = torch.randint(vocabulary, (1, prompt), generator=draw).to(device)
         self.groups = groups_of(self.model, plan)
         size = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers()))
-        for _ in range(WARM_UP if compiled else 0):
-            self.generate()
-        with growth(device) as grown:
-            self.generate()
-        self.speed = Speed("loaded" if loaded else "random", seconds if loaded else None, size, grown[0])
+        self.shared = False
+        self.speed = Speed("loaded" if loaded else "random", seconds if loaded else None, size, self._warm_up())
         self.times: list[tuple[float, float, float]] = []
+
+    def sharing(self) -> _Run:
+        """The same model, weights at the same places in memory, with layers of one input in one call."""
+        run = copy.copy(self)
+        run.shared, run.times = True, []
+        run.speed = replace(self.speed, growth_bytes=run._warm_up(), prefill_ms={}, decode_ms={})
+        return run
+
+    def _warm_up(self) -> int | None:
+        """Bytes that the process grew by in the first generation after what compiling needs."""
+        self._switch()
+        for _ in range(WARM_UP if self.compiled else 0):
+            self.generate()
+        with growth(self.device) as grown:
+            self.generate()
+        return grown[0]
+
+    def _switch(self) -> None:
+        together(self.model) if self.shared else unshare_inputs(self.model)
 
     def generate(self, streamer: Ticks | None = None) -> None:
         options: dict[str, Any] = {"max_new_tokens": self.new, "streamer": streamer}
@@ -271,6 +282,7 @@ class _Run:
 
     def turn(self) -> tuple[float, float, float]:
         """Tokens per second of prefill and decode, and per CPU second of decode."""
+        self._switch()
         wait(self.device)
         start, ticks = time.perf_counter(), Ticks()
         self.generate(ticks)
@@ -283,6 +295,7 @@ class _Run:
 
     def result(self) -> Speed:
         """The medians, and the shares."""
+        self._switch()
         medians = [statistics.median(values) for values in zip(*self.times, strict=True)]
         self.speed.prefill, self.speed.decode, self.speed.decode_cpu = medians
         clocks = [Clock(self.groups, self.device) for _ in range(min(SHARES, len(self.times)))]

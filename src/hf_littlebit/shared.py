@@ -46,6 +46,15 @@ PATIENCE = 2  # rounds in a row with results that nobody asked for, after which 
 Results = list[Tensor | None]  # of every member; None where it was asked for
 
 
+class _Round:
+    """Results for one x that are waiting to be asked for."""
+
+    __slots__ = ("left", "results", "state", "x")
+
+    def __init__(self, x: weakref.ref[Tensor], state: tuple[Any, ...], results: Results, left: int):
+        self.x, self.state, self.results, self.left = x, state, results, left
+
+
 class SharedInput:
     """A group of packed layers, at least two, of the same in_features. Holds results between the calls of one round only."""
 
@@ -54,7 +63,7 @@ class SharedInput:
         self._members = [weakref.ref(member) for member in members]
         self._ranks = [rank for member in members for rank in member.ranks]
         self._paths = [len(member.ranks) for member in members]
-        self._rounds: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Results]] = {}  # by thread
+        self._rounds: dict[int, _Round] = {}  # by thread
         self._traced: tuple[Tensor, Results] | None = None  # the round that torch.compile is tracing
         self._wasted = 0
         for place, member in enumerate(members):
@@ -73,14 +82,14 @@ class SharedInput:
         if torch.compiler.is_compiling():
             return self._product_in_trace(place, x)
         thread = get_ident()
-        open_round = self._rounds.pop(thread, None)
-        if open_round is not None:
-            held, state, results = open_round
-            result = results[place]
-            if held() is x and result is not None and state == _state(x):
-                results[place] = None
-                if _any_left(results):
-                    self._rounds[thread] = open_round
+        held = self._rounds.pop(thread, None)
+        if held is not None:
+            result = held.results[place]
+            if held.x() is x and result is not None and held.state == _state(x):
+                held.results[place] = None
+                held.left -= 1
+                if held.left:
+                    self._rounds[thread] = held
                 else:
                     self._wasted = 0
                 return result
@@ -93,11 +102,11 @@ class SharedInput:
                 return None
         if torch._C._functorch.maybe_current_level() is not None:  # vmap knows the single operator only
             return None
-        computed = self._compute(x)
-        if computed is None:
+        results = self._compute(x)
+        if results is None:
             return None
-        result, computed[place] = computed[place], None
-        self._rounds[thread] = weakref.ref(x), _state(x), computed
+        result, results[place] = results[place], None
+        self._rounds[thread] = _Round(weakref.ref(x), _state(x), results, len(results) - 1)
         return result
 
     def _product_in_trace(self, place: int, x: Tensor) -> Tensor | None:
@@ -107,7 +116,7 @@ class SharedInput:
             result = results[place]
             if held is x and result is not None:
                 results[place] = None
-                if not _any_left(results):
+                if all(other is None for other in results):
                     self._traced = None
                 return result
             self.dissolve()
@@ -138,10 +147,6 @@ class SharedInput:
             member = reference()
             if member is not None and member.group is self:
                 member.group = None
-
-
-def _any_left(results: Results) -> bool:
-    return any(result is not None for result in results)
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
