@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
+CHECK := $(filter-out %/binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp))
 
 .PHONY: demo test lint asan valgrind neon bench-cpu bench-gpu clean
 
@@ -38,20 +39,20 @@ lint: $(VENV)/.installed
 asan:
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Wno-uninitialized \
-	  $(filter-out %/binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp)) -o build/check-cpu -pthread
+	  $(CHECK) -o build/check-cpu -pthread
 	build/check-cpu
 
 # The same under valgrind, which takes its AVX2 and plain paths: uninitialised memory too.
 valgrind:
 	mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -w $(filter-out %/binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp)) -o build/check-valgrind -pthread
+	$(CXX) -std=c++17 -O1 -g -w $(CHECK) -o build/check-valgrind -pthread
 	valgrind -q --error-exitcode=1 build/check-valgrind 3
 
 # The same for 64-bit ARM, on any machine with a cross-compiler (Debian: g++-aarch64-linux-gnu, qemu-user).
 neon:
 	mkdir -p build
 	aarch64-linux-gnu-g++ -std=c++17 -O2 -static -Wall -Wextra \
-	  $(filter-out %/binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp)) -o build/check-neon -pthread
+	  $(CHECK) -o build/check-neon -pthread
 	qemu-aarch64 build/check-neon 8
 
 bench-cpu: $(VENV)/.installed

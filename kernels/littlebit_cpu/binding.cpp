@@ -1,10 +1,10 @@
 // The operators, on torch's stable ABI (torch_abi.h): one library serves every Python and every torch from 2.10 on.
 //
-//     hf_littlebit_cpu::linear, linears, linear_grad     the kernel by itself, as used by torch-ext/littlebit/cpu.py
+//     hf_littlebit_cpu::linear, linears, linear_grad        the kernel by itself, as used by torch-ext/littlebit/cpu.py
 //     hf_littlebit_cpu::scaled_signs, scaled_signs_grad     passes over latents in training, as used by src/hf_littlebit/product.py
-//     hf_littlebit_cpu::select(isa) -> isa      forces an instruction set ("auto": the best), for tests; "" only asks
-//     hf_littlebit::linear, linears, linear_grad         the same functions for the CPU dispatch key of the plugin's operators,
-//                                               whose schemas are in src/hf_littlebit/ops.py; nothing calls these if absent
+//     hf_littlebit_cpu::select(isa) -> isa                  forces an instruction set ("auto": the best), for tests; "" only asks
+//     hf_littlebit::linear, linears, linear_grad            the same functions for the CPU dispatch key of the plugin's operators,
+//                                                           whose schemas are in src/hf_littlebit/ops.py; nothing calls these if absent
 #include <algorithm>
 #include <deque>
 #include <optional>
@@ -24,6 +24,7 @@ using littlebit::Dtype;
 using littlebit::Tensor;
 using Part = std::optional<Tensor>;
 
+constexpr size_t kParts = 8;  // of a layer: u, u_tail, v, v_tail, scale_out, scale_rank, scale_in and bias
 constexpr int64_t kMaxRank = int64_t{1} << 31;  // sums of ranks stay far from overflow
 
 Dtype dtype_of(int32_t dtype, const char* name) {
@@ -155,18 +156,18 @@ Tensor linear(const Tensor& x, const Tensor& u, Part u_tail, Part v, Part v_tail
   return y;
 }
 
-// Layers of one x: eight parts each (as of linear, u to bias), `paths[i]` of the ranks belong to layer i.
+// Layers of one x: kParts parts each, `paths[i]` of the ranks belong to layer i.
 std::vector<Tensor> linears(const Tensor& x, std::vector<Part> parts, std::vector<int64_t> ranks,
                             std::vector<int64_t> paths) {
   const size_t count = paths.size();
-  check(parts.size() == 8 * count, parts.size(), " parts were given, but ", count, " layers have ", 8 * count);
+  check(parts.size() == kParts * count, parts.size(), " parts were given, but ", count, " layers have ", kParts * count);
   std::deque<Bound> bound;
   std::vector<littlebit::Layer> layers;
   std::vector<Tensor> results;
   std::vector<void*> data;
   size_t first = 0;
   for (size_t i = 0; i < count; ++i) {
-    const Part* own = parts.data() + 8 * i;
+    const Part* own = parts.data() + kParts * i;
     for (const int part : {0, 4, 5, 6}) check(own[part].has_value(), "u, scale_out, scale_rank or scale_in of layer ", i, " is missing");
     check(paths[i] >= 0 && first + static_cast<size_t>(paths[i]) <= ranks.size(), "layer ", i, " has ", paths[i], " paths, but ",
           ranks.size() - first, " ranks are left");

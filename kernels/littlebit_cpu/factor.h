@@ -46,7 +46,7 @@ inline void call_product(const Kernels& isa, const Words& words, const Input& in
 
 // acc[t, n - column] += sum over the rows [begin, end) of words of input(t, k) * factor(k, n), n = column .. + count
 inline void multiply(const Kernels& isa, const Factor& factor, int64_t column, int64_t count, int64_t begin, int64_t end,
-              const Input& input, int64_t tokens, float* acc, int64_t lda, uintptr_t after, int64_t after_stride) {
+                     const Input& input, int64_t tokens, float* acc, int64_t lda, uintptr_t after, int64_t after_stride) {
   const int64_t whole = std::min(end, factor.whole());
   if (begin < whole) {
     const uint32_t* first = factor.words + begin * factor.stride + column;
@@ -63,7 +63,7 @@ inline void multiply(const Kernels& isa, const Factor& factor, int64_t column, i
 // The transposed product: acc[t, k - 32 begin] += sum_n input(t, n) * factor(k, column + n), n < count, for the inputs k
 // of the rows [begin, end) of words. `acc` has room for whole rows of words.
 inline void multiply_transposed(const Kernels& isa, const Factor& factor, int64_t column, int64_t count, int64_t begin,
-                         int64_t end, const Input& input, int64_t tokens, float* acc, int64_t lda) {
+                                int64_t end, const Input& input, int64_t tokens, float* acc, int64_t lda) {
   const int64_t width = 32 * (end - begin), whole = std::max(begin, std::min(end, factor.whole()));
   std::unique_ptr<uint32_t[]> turned(new uint32_t[static_cast<size_t>(kTransposed * width)]);
   const int64_t blocks = (count + 31) / 32;

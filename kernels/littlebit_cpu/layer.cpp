@@ -5,7 +5,6 @@
 // threads alone, so results do too.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -179,11 +178,10 @@ struct Call {
 void forward_tokens(const Call& call, int64_t token, const Pool& pool, int64_t threads) {
   const std::vector<Job>& jobs = call.jobs;
   if (threads == 1) {
-    for (const Job& job : jobs) {
-      const Job* after = &job + 1 < jobs.data() + jobs.size() ? &job + 1 : nullptr;
-      call.first(job, 0, call.u(job, 0, 1));
-      call.between(job);
-      call.second(job, token, 0, 1, after ? call.v(*after, 0) : 0);
+    for (size_t j = 0; j < jobs.size(); ++j) {
+      call.first(jobs[j], 0, call.u(jobs[j], 0, 1));
+      call.between(jobs[j]);
+      call.second(jobs[j], token, 0, 1, j + 1 < jobs.size() ? call.v(jobs[j + 1], 0) : 0);
     }
     return;
   }

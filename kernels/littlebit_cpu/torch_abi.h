@@ -172,7 +172,7 @@ inline std::string dtype_name(int32_t dtype) {
   return "of another dtype";
 }
 
-// An argument, from a StableIValue that the callee owns. take<int32_t> is a dtype.
+// An argument, from a StableIValue that the callee owns. Take<int32_t> is a dtype.
 template <class T>
 struct Take {
   static T from(StableIValue value) {
@@ -253,7 +253,7 @@ inline StableIValue give(std::vector<Tensor> tensors) {
   return reinterpret_cast<StableIValue>(list.release());
 }
 
-// box<&f>: a function of C++ types as torch calls it.
+// Boxed<&f>::run: a function of C++ types as torch calls it.
 template <auto function>
 struct Boxed;
 

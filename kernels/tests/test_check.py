@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "littlebit_cpu"
+SOURCES = [str(path) for path in SOURCE.glob("*.cpp") if path.name != "binding.cpp"]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None or not SOURCE.exists(), reason="needs g++ and the C++ source")
+@pytest.mark.skipif(shutil.which("g++") is None or not SOURCES, reason="needs g++ and the C++ source")
 def test_nothing_is_touched_past_the_end(tmp_path):
     """Address and undefined-behaviour sanitizers over odd shapes (a short run of `make asan`)."""
-    sources = [str(path) for path in SOURCE.glob("*.cpp") if path.name != "binding.cpp"]
     flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread", "-w"]
     build = subprocess.run(
-        ["g++", *flags, *sources, "-o", str(tmp_path / "check")], capture_output=True, text=True, check=False
+        ["g++", *flags, *SOURCES, "-o", str(tmp_path / "check")], capture_output=True, text=True, check=False
     )
     if "cannot find" in build.stderr:
         pytest.skip("the compiler has no sanitizer libraries")
@@ -25,13 +25,12 @@ def test_nothing_is_touched_past_the_end(tmp_path):
 
 
 @pytest.mark.skipif(
-    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64") and SOURCE.exists()),
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64") and SOURCES),
     reason="needs aarch64-linux-gnu-g++, qemu-aarch64 and the C++ source",
 )
 def test_neon_in_emulation(tmp_path):
     """As `make neon`, shorter."""
-    sources = [str(path) for path in SOURCE.glob("*.cpp") if path.name != "binding.cpp"]
     flags = ["-std=c++17", "-O2", "-static", "-pthread", "-w"]
-    subprocess.run(["aarch64-linux-gnu-g++", *flags, *sources, "-o", str(tmp_path / "check")], check=True)
+    subprocess.run(["aarch64-linux-gnu-g++", *flags, *SOURCES, "-o", str(tmp_path / "check")], check=True)
     done = subprocess.run(["qemu-aarch64", str(tmp_path / "check"), "2"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "neon" in done.stdout, done.stdout + done.stderr

@@ -162,14 +162,12 @@ def bench(
         runs[kind] = _Run(source, plan, method, kept, torch.device(device), prompt, new, compiled)
     if share_inputs:
         runs["shared"] = runs["packed"].sharing()
-    steps = ("prefill", "decode", "decode_cpu")
-    rates: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in runs}
     for _ in range(rounds):
-        for kind, run in runs.items():
-            rates[kind].append(run.turn())
+        for run in runs.values():
+            run.turn()
     models = {kind: run.result() for kind, run in runs.items()}
     ratio, shared_ratio = (
-        dict(zip(steps, _ratios(rates[over], rates[under]), strict=True)) if over in runs and under in runs else {}
+        _ratios(runs[over], runs[under]) if over in runs and under in runs else {}
         for over, under in (("packed", "dense"), ("shared", "packed"))
     )
     if ratio:
@@ -181,10 +179,11 @@ def bench(
     return Bench(title, plan.bpw, prompt, new, rounds, compiled, models, ratio, shared_ratio, machine(device))
 
 
-def _ratios(over: list[tuple[float, ...]], under: list[tuple[float, ...]]) -> list[float]:
+def _ratios(over: _Run, under: _Run) -> dict[str, float]:
     """The medians over the rounds of one model's speeds relative to another's."""
-    by_step = zip(zip(*over, strict=True), zip(*under, strict=True), strict=True)
-    return [statistics.median(a / b for a, b in zip(*pair, strict=True)) for pair in by_step]
+    rounds = list(zip(over.times, under.times, strict=True))
+    steps = enumerate(("prefill", "decode", "decode_cpu"))
+    return {step: statistics.median(a[index] / b[index] for a, b in rounds) for index, step in steps}
 
 
 def _choose(source: Source, given: LittleBitConfig | None) -> LittleBitConfig:
@@ -280,8 +279,8 @@ class _Run:
         with torch.inference_mode():
             self.model.generate(self.tokens, attention_mask=torch.ones_like(self.tokens), **options)
 
-    def turn(self) -> tuple[float, float, float]:
-        """Tokens per second of prefill and decode, and per CPU second of decode."""
+    def turn(self) -> None:
+        """Append to `times` the tokens per second of prefill and decode, and per CPU second of decode."""
         self._switch()
         wait(self.device)
         start, ticks = time.perf_counter(), Ticks()
@@ -291,7 +290,6 @@ class _Run:
         self.times.append(
             (self.prompt / (first - start), steps / (last - first), steps / (ticks.cpu[-1] - ticks.cpu[1]))
         )
-        return self.times[-1]
 
     def result(self) -> Speed:
         """The medians, and the shares."""

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from .kernels import littlebit_linear, littlebit_linear_grad, littlebit_linears
 
-__all__ = ["differentiable", "linear", "linears"]
+__all__ = ["PART_COUNT", "differentiable", "linear", "linears"]
 
 
+PART_COUNT = 8  # of a layer in `linears`: those below and the bias
 _PARTS = "Tensor u, Tensor? u_tail, Tensor? v, Tensor? v_tail, Tensor scale_out, Tensor scale_rank, Tensor scale_in"
 _LIBRARY = torch.library.Library("hf_littlebit", "FRAGMENT")  # lives as long as the module: dropping it unregisters
 
@@ -44,7 +45,7 @@ def linears(x: Tensor, parts: list[Tensor | None], ranks: list[int], paths: list
     """`linear` of several layers with the same x, in one call. Only where none is `differentiable`: no gradient is recorded.
 
     Args:
-        parts: eight of every layer, as `linear` takes them, the bias last. ranks: of every path of every layer.
+        parts: PART_COUNT of every layer, as `linear` takes them, the bias last. ranks: of every path of every layer.
         paths: how many of the ranks belong to each layer.
     """
     if torch.compiler.is_compiling():
@@ -66,13 +67,13 @@ def differentiable(*tensors: Tensor | None) -> bool:
 def _linears(x: Tensor, parts: list[Tensor | None], ranks: list[int], paths: list[int]) -> list[Tensor]:
     layers, first = [], 0
     for index, count in enumerate(paths):
-        layers.append((*parts[8 * index : 8 * index + 8], ranks[first : first + count]))
+        layers.append((*parts[PART_COUNT * index : PART_COUNT * (index + 1)], ranks[first : first + count]))
         first += count
     return littlebit_linears(x, layers)
 
 
 def _linears_fake(x: Tensor, parts: list[Any], ranks: list[int], paths: list[int]) -> list[Tensor]:
-    return [_linear_fake(x, parts[8 * index]) for index in range(len(paths))]
+    return [_linear_fake(x, parts[PART_COUNT * index]) for index in range(len(paths))]
 
 
 def _linear_fake(x: Tensor, u: Tensor, *rest: Any) -> Tensor:

@@ -136,7 +136,7 @@ class SharedInput:
                 return None
             parts += member.factors()
         # A part that is released (offloaded, or sharded and not gathered) is on meta or has no elements.
-        if any(u.device != x.device or u.dim() != 2 for u in parts[::8]):
+        if any(u.device != x.device or u.dim() != 2 for u in parts[:: ops.PART_COUNT]):
             return None
         return [*ops.linears(autocast_input(x), parts, self._ranks, self._paths)]
 
