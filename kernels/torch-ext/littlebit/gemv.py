@@ -1,11 +1,10 @@
-"""Decode: layers that read the same one to four tokens, in two Triton launches that cover all layers and paths.
+"""One to four tokens without matrix units: layers that read the same tokens, in two Triton launches that cover all layers and paths.
 
     stage one    partial[t, s, j] = sum over split s of  g_p[k] x[t, k] V[k, j]          p: the path of column j
     stage two    y[t, n] = sum_p h_p[n] sum_j (l[j] sum_s partial[t, s, j]) U[j, n] + bias[n]
 
-A bit flips the sign of an fp32 number by an exclusive or, so every product is exact and the sums are fp32: nothing is
-unpacked to memory and no matrix unit is asked, because at so few tokens the launches and the wait for memory are what is
-left. Stage one has few columns and a long sum, so it is cut into splits that write side by side and stage two adds in a
+For devices whose matrix units take no bf16; decode.py is faster where they do. A bit flips the sign of an fp32 number by an
+exclusive or, so every product is exact and the sums are fp32. Stage one has few columns and a long sum, so it is cut into splits that write side by side and stage two adds in a
 fixed order: no atomics, no clearing, the same result every time. Scales and bias are applied where a value is loaded or
 stored. A token is an axis of the grid: the arithmetic is per token anyway, and the words come from the L2 cache.
 
@@ -14,7 +13,7 @@ knows the alignment of its pointers; it computes there what it computes alone, i
 """
 
 import functools
-from typing import Any, NamedTuple, Sequence, Tuple
+from typing import Any, Iterator, NamedTuple, Sequence, Tuple
 
 import torch
 import triton
@@ -22,7 +21,7 @@ import triton.language as tl
 
 from .tiles import block_count, in_units, locate, rank_sum, word_tile
 
-__all__ = ["products"]
+__all__ = ["launches"]
 
 
 @triton.jit
@@ -214,10 +213,13 @@ def _plan(in_features: int, outs: Tuple[int, ...], ranks: Tuple[Tuple[int, ...],
     return _Plan(scaled, units, sum(every), -(-rows // span), span, blocks_one, blocks_two)
 
 
-def products(x: torch.Tensor, layers: Sequence[Sequence[Any]], results: Sequence[torch.Tensor], config: Any) -> None:
-    """results[i] [tokens, out_features] of layers[i] and x [tokens, in_features], whose rows are contiguous.
+def launches(
+    x: torch.Tensor, layers: Sequence[Sequence[Any]], results: Sequence[torch.Tensor], config: Any
+) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
+    """(kernel, grid, arguments, options) of both launches of results[i] [tokens, out_features] of layers[i] and x.
 
     Args:
+        x: [tokens, in_features], whose rows are contiguous.
         layers: (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) each, checked and contiguous.
         config: a tuning.Decode: tile sizes, warps and the number of splits, of all layers.
     """
@@ -229,26 +231,26 @@ def products(x: torch.Tensor, layers: Sequence[Sequence[Any]], results: Sequence
     for (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, _), y, out in zip(layers, results, outs):  # noqa: B905
         ones.append((v, v_tail, scale_in))
         twos.append((u, u_tail, scale_out, scale_rank, bias, y, out))
-    _stage_one[(plan.blocks_one, plan.splits, tokens)](
-        x,
-        tuple(ones),
-        partial,
-        in_features,
-        x.stride(0),
-        plan.span,
-        plan.ranks,
-        UNITS=plan.units,
-        BLOCK_N=config.columns_one,
-        BLOCK_W=config.words_one,
-        num_warps=config.warps_one,
+    yield (
+        _stage_one,
+        (plan.blocks_one, plan.splits, tokens),
+        (x, tuple(ones), partial, in_features, x.stride(0), plan.span, plan.ranks),
+        {
+            "UNITS": plan.units,
+            "BLOCK_N": config.columns_one,
+            "BLOCK_W": config.words_one,
+            "num_warps": config.warps_one,
+        },
     )
-    _stage_two[(plan.blocks_two, tokens)](
-        partial,
-        tuple(twos),
-        plan.ranks,
-        UNITS=plan.units,
-        SPLITS=plan.splits,
-        BLOCK_N=config.columns_two,
-        BLOCK_W=config.words_two,
-        num_warps=config.warps_two,
+    yield (
+        _stage_two,
+        (plan.blocks_two, tokens),
+        (partial, tuple(twos), plan.ranks),
+        {
+            "UNITS": plan.units,
+            "SPLITS": plan.splits,
+            "BLOCK_N": config.columns_two,
+            "BLOCK_W": config.words_two,
+            "num_warps": config.warps_two,
+        },
     )

@@ -14,10 +14,13 @@ triton is imported at the first product, not with the package.
 import contextlib
 import functools
 import importlib
-from typing import Any, List, Optional, Sequence, Tuple
+import weakref
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
+from .launch import Recorded, Step, record
 from .packing import factor_shapes
 
 __all__ = [
@@ -31,7 +34,8 @@ __all__ = [
 ]
 
 DEVICES = ("cuda", "xpu")
-DECODE = 4  # tokens up to which gemv.py computes
+DECODE = 4  # tokens up to which decode.py (or gemv.py) computes
+RECORDS = 64  # numbers of tokens, dtypes ... of a layer whose launches are kept
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
 
@@ -65,13 +69,13 @@ def interpreted() -> bool:
 
 
 @functools.lru_cache(maxsize=None)
-def _kernels() -> Tuple[Any, Any, Any]:
-    """gemv, gemm and tuning."""
+def _kernels() -> Any:
+    """The modules that need triton: decode, gemm, gemv and tuning."""
     if not load():
         raise RuntimeError(missing())
-    from . import gemm, gemv, tuning
+    from . import decode, gemm, gemv, tuning
 
-    return gemv, gemm, tuning
+    return SimpleNamespace(decode=decode, gemm=gemm, gemv=gemv, tuning=tuning)
 
 
 def littlebit_linear(
@@ -130,36 +134,158 @@ def littlebit_linear_grad(
 
 
 def _products(x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool) -> List[torch.Tensor]:
-    gemv, gemm, tuning = _kernels()
+    bound = _bound(x, layers, transposed)
+    lead = x.shape[:-1]
+    tokens = lead.numel()
+    if x.is_neg():  # a view that only says so: its memory holds the other signs
+        x = x.resolve_neg()
+    results = [x.new_empty(*lead, out) for out in bound.outs]
+    if not tokens:
+        return results
+    rows = x
+    if not x.is_contiguous():
+        rows = x.reshape(tokens, bound.features)
+        if rows.stride(1) != 1 and bound.features > 1:
+            rows = rows.contiguous()
+    address = rows.data_ptr()
+    stride = bound.features if tokens == 1 or rows is x else rows.stride(0)
+    key = (tokens, x.dtype, address % 16, stride)
+    recorded = bound.recorded.get(key)
+    with _on(x):
+        if recorded is None:
+            _first(key, bound, rows.reshape(tokens, bound.features), results, layers, transposed)
+            return results
+        scratch = 0
+        if recorded.scratch_bytes:
+            memory = x.new_empty(recorded.scratch_bytes, dtype=torch.uint8)
+            scratch = memory.data_ptr()
+        recorded(_stream(x.get_device()), [address, *[y.data_ptr() for y in results]], scratch)
+    return results
+
+
+def _first(key: Any, bound: "_Bound", rows: torch.Tensor, results: Any, layers: Any, transposed: bool) -> None:
+    """The product by the JIT; what it launches is kept for calls with the same key."""
+    ready = [_checked(rows, layer, transposed) for layer in layers]
+    flat = [y.view(rows.shape[0], y.shape[-1]) for y in results]
+    if rows.shape[0] == 1 and rows.stride(0) != bound.features:
+        rows = rows.as_strided(rows.shape, (bound.features, 1))
+    kept = [part for layer in ready for part in layer[:8]]
+    recorded = record(_steps(rows, ready, flat, transposed), [rows, *flat], kept)
+    # A part that was made contiguous lives only as long as this call.
+    given = {id(part) for layer in layers for part in layer[:8]}
+    if recorded is not None and all(part is None or id(part) in given for part in kept):
+        if len(bound.recorded) >= RECORDS:
+            bound.recorded.clear()
+        bound.recorded[key] = recorded
+
+
+def _steps(rows: torch.Tensor, ready: List[Any], flat: List[torch.Tensor], transposed: bool) -> Iterator[Step]:
+    """The launches of results[i] = layers[i](rows)."""
+    kernels = _kernels()
+    device, (tokens, features) = rows.device, rows.shape
+    if tokens <= DECODE and not transposed:
+        outs, ranks = tuple([y.shape[1] for y in flat]), tuple([layer[8] for layer in ready])
+        few = kernels.tuning.few(device, outs, features, ranks)
+        if few is not None:
+            yield from kernels.decode.launches(rows, ready, flat, few, kernels.tuning.starts_early(device))
+        else:
+            config = kernels.tuning.decode_group(device, outs, features, ranks)
+            yield from kernels.gemv.launches(rows, ready, flat, config)
+        return
+    for layer, y in zip(ready, flat):  # noqa: B905 Python 3.9
+        sizes = layer[4].shape[1], layer[6].shape[1], layer[8]
+        config = kernels.tuning.tiles(device, *sizes, kernels.tuning.bucket(tokens), rows.dtype, transposed)
+        yield from kernels.gemm.launches(rows, *layer, y, config, transposed)
+
+
+class _Bound:
+    """Layers whose parts were checked once, and what was launched for them.
+
+    Attributes:
+        features: of the input (of the gradient, where transposed). outs: of each result.
+        recorded: by number of tokens, dtype, alignment and row stride.
+    """
+
+    __slots__ = ("_addresses", "_parts", "device", "features", "outs", "ranks", "recorded")
+
+    def __init__(self, x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool, dead: Callable[[Any], None]):
+        ready = [_checked(x, layer, transposed) for layer in layers]
+        self.features = x.shape[-1]
+        self.device = x.device
+        self.outs = [layer[6 if transposed else 4].shape[1] for layer in ready]
+        self.ranks = [layer[8][:] for layer in layers]
+        self.recorded: Dict[Any, Recorded] = {}
+        # Weak: the parts live as long as their layer does, and so does this.
+        parts = [part for layer in layers for part in layer[:8]]
+        self._parts = [None if part is None else weakref.ref(part, dead) for part in parts]
+        self._addresses = [0 if part is None else part.data_ptr() for part in parts]
+
+    def holds(self, layers: Sequence[Sequence[Any]]) -> bool:
+        """These are the layers that were checked: the same tensors, with the same memory."""
+        index = 0
+        for place, layer in enumerate(layers):
+            if layer[8] != self.ranks[place]:
+                return False
+            for part in layer[:8]:
+                known = self._parts[index]
+                if part is None:
+                    if known is not None:
+                        return False
+                elif known is None or known() is not part or part.data_ptr() != self._addresses[index]:
+                    return False
+                index += 1
+        return index == len(self._parts)
+
+
+_all_bound: Dict[Any, _Bound] = {}
+
+
+def _bound(x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool) -> _Bound:
+    """What is known of the layers, checked again if a part is another one or elsewhere in memory.
+
+    Raises:
+        RuntimeError: as `littlebit_linear`.
+    """
+    key = (transposed, *[id(layer[0]) for layer in layers])
+    found = _all_bound.get(key)
+    if found is not None and found.holds(layers):
+        if x.shape and x.shape[-1] == found.features and x.device == found.device and x.dtype in _DTYPES:
+            return found
     if x.device.type == "cpu" and not interpreted():
         raise RuntimeError(
             "x is on the CPU, but triton compiles for GPUs only; move the layer, or set TRITON_INTERPRET=1"
         )
-    ready = [_checked(x, layer, transposed) for layer in layers]
-    features = x.shape[-1]
-    results = [x.new_empty(*x.shape[:-1], layer[6 if transposed else 4].shape[1]) for layer in ready]
-    rows = x.reshape(-1, features)
-    if rows.stride(1) != 1 and features > 1:
-        rows = rows.contiguous()
-    tokens = rows.shape[0]
-    if not tokens:
-        return results
-    flat = [y.view(tokens, y.shape[-1]) for y in results]
-    with _on(x.device):
-        if tokens <= DECODE and not transposed:
-            outs, ranks = tuple([y.shape[1] for y in flat]), tuple([layer[8] for layer in ready])
-            gemv.products(rows, ready, flat, tuning.decode_group(x.device, outs, features, ranks))
-            return results
-        for layer, y in zip(ready, flat):  # noqa: B905 Python 3.9
-            sizes = layer[4].shape[1], layer[6].shape[1], layer[8]
-            config = tuning.tiles(x.device, *sizes, tuning.bucket(tokens), x.dtype, transposed)
-            gemm.product(rows, *layer, y, config, transposed)
-    return results
+    made = _Bound(x, layers, transposed, lambda _: _all_bound.pop(key, None))
+    _all_bound[key] = made
+    return made
 
 
-def _on(device: torch.device) -> Any:
+def forget() -> None:
+    """Drop what is known of all layers: tile sizes were measured anew, or a test changes them."""
+    _all_bound.clear()
+
+
+@functools.lru_cache(maxsize=None)
+def _stream_of() -> Callable[[int], int]:
+    import triton
+
+    return triton.runtime.driver.active.get_current_stream
+
+
+def _stream(index: int) -> int:
+    """The current stream of a device, as triton's launcher takes it."""
+    return _stream_of()(index)
+
+
+_here = contextlib.nullcontext()
+
+
+def _on(x: torch.Tensor) -> Any:
     """triton launches on the current device, whatever the tensors are on."""
-    return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+    kind = x.device.type
+    if kind == "cpu" or getattr(torch, kind).current_device() == x.get_device():
+        return _here
+    return getattr(torch, kind).device(x.device)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,143 @@
+"""Launching Triton kernels: by the JIT the first time, and then without its front door.
+
+A product is a list of steps (kernel, grid, arguments, options). `kernel[grid](*arguments, **options)` binds and classifies
+every argument anew, which takes longer than the kernel runs. What it finds depends on the arguments' types, on which
+integers are 1 or a multiple of 16, and on the alignment of pointers; for the same layer and as many tokens all of that stays
+the same. So the first call goes through the JIT, and `record` keeps the compiled kernels with their arguments, tensors as
+addresses. Later calls put the new addresses of x, of the results and of the scratch memory in place and call triton's
+launcher itself, as torch's inductor does.
+
+Addresses that change are of three kinds, and a recorded launch names them by their place in one list:
+
+    inputs and results      the tensors that `record` is given as `moving`
+    scratch                 what the steps allocated for themselves: one allocation serves all of it
+    everything else         the layer's parts: their addresses are kept, and the caller answers for their staying valid
+"""
+
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+
+__all__ = ["Recorded", "Step", "record", "run"]
+
+Step = Tuple[Any, Tuple[int, ...], Tuple[Any, ...], Dict[str, Any]]  # kernel, grid, arguments, options
+ALIGNMENT = 256  # bytes, of every piece of scratch
+
+
+class _Launch(NamedTuple):
+    """One compiled kernel with its arguments."""
+
+    run: Callable[..., None]
+    head: Tuple[Any, ...]  # the grid's three sides
+    kernel: Tuple[Any, ...]  # what the launcher takes between the stream and the arguments
+    arguments: List[Any]
+    places: List[Tuple[int, int]]  # (argument, address that it takes)
+    built: List[Tuple[int, Any]]  # (argument, nested tuple with `_Place`s in it)
+
+
+class _Place(NamedTuple):
+    """Stands for the address of that index."""
+
+    index: int
+
+
+class Recorded:
+    """The launches of a product, ready for other addresses of x, results and scratch.
+
+    Attributes:
+        scratch_bytes: of the one allocation that they share; 0 if they need none.
+    """
+
+    def __init__(self, launches: List[_Launch], offsets: List[int], scratch_bytes: int):
+        self._launches, self._offsets, self.scratch_bytes = launches, offsets, scratch_bytes
+
+    def __call__(self, stream: int, addresses: List[int], scratch: int) -> None:
+        """Launch on `stream`.
+
+        Args:
+            addresses: of the tensors that `record` got as `moving`, in their order. The list is extended in place.
+            scratch: the address of `scratch_bytes` bytes, aligned to ALIGNMENT.
+        """
+        addresses += [scratch + offset for offset in self._offsets]
+        for launch in self._launches:
+            arguments = launch.arguments.copy()
+            for place, index in launch.places:
+                arguments[place] = addresses[index]
+            for place, template in launch.built:
+                arguments[place] = _filled(template, addresses)
+            launch.run(*launch.head, stream, *launch.kernel, *arguments)
+
+
+def run(steps: Iterable[Step]) -> None:
+    """Launch the steps by the JIT, in their order."""
+    for kernel, grid, arguments, options in steps:
+        kernel[grid](*arguments, **options)
+
+
+def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence[Any]) -> Optional[Recorded]:
+    """`run(steps)`, and what it takes to launch the same again; None where nothing is compiled (the interpreter).
+
+    Args:
+        moving: tensors whose addresses will be others in later launches.
+        kept: tensors (or None) whose addresses stay. Any other tensor among the arguments is scratch of the steps: it means
+            nothing before them and nothing after.
+    """
+    known: Dict[int, Optional[int]] = {id(tensor): None for tensor in kept if tensor is not None}
+    known.update({id(tensor): index for index, tensor in enumerate(moving)})
+    offsets: List[int] = []
+    size = 0
+    alive = []  # so that no two pieces of scratch have one id
+    launches = []
+    for kernel, grid, arguments, options in steps:
+        compiled = kernel[grid](*arguments, **options)
+        for tensor in _tensors(arguments):
+            if id(tensor) not in known:
+                known[id(tensor)] = len(moving) + len(offsets)
+                offsets.append(size)
+                alive.append(tensor)
+                size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if compiled is None or not hasattr(compiled, "packed_metadata"):
+            launches = None
+        if launches is None:
+            continue
+        names = [parameter.name for parameter in kernel.params[len(arguments) :]]
+        templates = [_template(value, known) for value in (*arguments, *(options[name] for name in names))]
+        launches.append(
+            _Launch(
+                compiled.run,
+                (*grid, 1, 1)[:3],
+                (compiled.function, compiled.packed_metadata, None, None, None),
+                templates,
+                [(place, value.index) for place, value in enumerate(templates) if isinstance(value, _Place)],
+                [(place, value) for place, value in enumerate(templates) if _has_places(value)],
+            )
+        )
+    return None if launches is None else Recorded(launches, offsets, size)
+
+
+def _tensors(values: Any) -> List[torch.Tensor]:
+    """All tensors in nested tuples."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [tensor for value in values for tensor in _tensors(value)] if isinstance(values, tuple) else []
+
+
+def _template(value: Any, known: Dict[int, Optional[int]]) -> Any:
+    """An argument with addresses in place of tensors, and `_Place`s in place of addresses that change."""
+    if isinstance(value, torch.Tensor):
+        index = known[id(value)]
+        return value.data_ptr() if index is None else _Place(index)
+    return tuple(_template(item, known) for item in value) if isinstance(value, tuple) else value
+
+
+def _has_places(value: Any) -> bool:
+    """A tuple with a `_Place` in it, at any depth."""
+    if isinstance(value, _Place) or not isinstance(value, tuple):
+        return False
+    return any(isinstance(item, _Place) or _has_places(item) for item in value)
+
+
+def _filled(template: Any, addresses: List[int]) -> Any:
+    if isinstance(template, _Place):
+        return addresses[template.index]
+    return tuple([_filled(item, addresses) for item in template]) if isinstance(template, tuple) else template
