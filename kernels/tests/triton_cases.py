@@ -71,7 +71,7 @@ def test_terms_and_tiles_of_other_sizes(monkeypatch, terms):
     """Several blocks and splits along every axis, and the product without matrix units."""
     shape = (90, 170, (72, 40))
     parts, dense, size = layer(*shape)
-    monkeypatch.setattr(tuning, "tiles", lambda *_: tuning.Tiles(16, 32, 64, 32, 4, 2, 3, terms))
+    monkeypatch.setattr(tuning, "tiles", lambda *_: tuning.Tiles(32, 16, 4, 2, 3, 64, 16, 4, 2, 2, 1, terms))
     limit = {0: 1e-6, 1: CUT * 2**-8, 2: CUT * 2**-16, 3: 1e-6}[terms]
     x, grad = torch.randn(20, 170), torch.randn(20, 90)
     assert worst(gpu.littlebit_linear(*put(x, *parts), None, shape[2]).cpu(), x, dense.T, size.T) < limit

@@ -41,16 +41,24 @@ class Decode(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """gemm.py: tokens, ranks (expand), outputs (contract) and summed places of a tile; warps, stages, splits, terms."""
+    """gemm.py: ranks, tokens, warps, stages and splits of the sum, of expand (one) and contract (two); words of a step.
 
-    block_m: int
-    block_r: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    splits: int
+    terms: bf16 numbers that an fp32 one is cut into. unpacked: 1 for dense products of unpacked signs, in unpacked.py.
+    """
+
+    ranks: int
+    tokens_one: int
+    warps_one: int
+    stages_one: int
+    splits_one: int
+    outputs: int
+    tokens_two: int
+    warps_two: int
+    stages_two: int
+    splits_two: int
+    words: int
     terms: int
+    unpacked: int = 0
 
 
 CHOICES: Dict[str, Tuple[int, ...]] = {
@@ -60,13 +68,16 @@ CHOICES: Dict[str, Tuple[int, ...]] = {
     "columns_two": (16, 32, 64, 128),
     "words_two": (4, 8, 16),
     "warps_two": (2, 4, 8),
-    "block_m": (16, 32, 64, 128, 256),
-    "block_r": (32, 64, 128),
-    "block_n": (32, 64, 128, 256),
-    "block_k": (32, 64, 128),
-    "warps": (4, 8),
-    "stages": (2, 3, 4),
-    "splits": (1, 2, 4, 8, 16, 32),
+    "ranks": (64, 128),
+    "tokens_one": (16, 32, 64, 128, 256),
+    "stages_one": (2, 3, 4, 5),
+    "splits_one": (1, 2, 4, 8, 16, 32),
+    "outputs": (64, 128),
+    "tokens_two": (16, 32, 64, 128, 256),
+    "stages_two": (2, 3, 4, 5),
+    "splits_two": (1, 2, 4, 8),
+    "words": (2, 4),
+    "unpacked": (0, 1),
 }
 
 
@@ -172,15 +183,28 @@ def tiles(
 
 
 def _tiles_rule(cores: int, summed: int, made: int, ranks: Tuple[int, ...], tokens: int, count: int) -> Tiles:
-    # Large tiles make each word's signs serve more tokens; their registers leave room for one program per core, not two.
-    large = tokens > FEW and count == 1
-    side = 128 if large else 64
-    height = min(tokens, side)
-    across = -(-tokens // height)
-    narrow = side if across * -(-made // side) >= cores else side // 2
-    blocks = across * sum(-(-rank // side) for rank in ranks)
-    splits = min(32, _power(max(1.0, (1 if large else 2) * cores / blocks)), _power(max(1.0, summed / 256)))
-    return Tiles(height, side, narrow, 64 if count else 32, 8 if large else 4, 3, splits, count)
+    if not count:  # plain.py: what fits in registers beside the tile of signs
+        height = min(tokens, 64)
+        blocks = -(-tokens // height) * sum(-(-rank // 64) for rank in ranks)
+        splits = min(32, _power(max(1.0, 2 * cores / blocks)), _power(max(1.0, summed / 256)))
+        return Tiles(64, height, 4, 3, splits, 32, height, 4, 3, 1, 1, count)
+    large = tokens > FEW
+    across = min(tokens, (256 if tokens > 1024 and count == 1 else 128) if large else 64)
+    side, warps = (128, 8) if large else (64, 4)
+    columns = -(-tokens // across)
+    blocks = columns * sum(-(-rank // side) for rank in ranks)
+    splits = _splits(cores if large else 3 * cores, blocks, summed)
+    splits_two = _splits(cores, columns * -(-made // side), sum(ranks)) if not large else 1
+    return Tiles(side, across, warps, 3, splits, side, across, warps, 3, splits_two, 2, count)
+
+
+def _splits(places: int, blocks: int, summed: int) -> int:
+    """Splits of a sum so that `blocks` tiles keep all places busy for about as long as they must."""
+
+    def cost(splits: int) -> float:
+        return -(-blocks * splits // places) * (summed / splits + 256) + 16 * splits
+
+    return min((1, 2, 4, 8, 16, 32), key=cost)
 
 
 def tune(

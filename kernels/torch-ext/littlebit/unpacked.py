@@ -1,0 +1,155 @@
+"""Very many tokens: the products of gemm.py as dense ones, with signs unpacked into a bounded scratch, slab after slab.
+
+Unpacking costs time once, whatever the tokens, and a dense product of the vendor's is faster than one that makes signs as it
+goes. A slab holds ±scale of some ranks or outputs in bf16, contiguous along the sum, so that scales cost nothing more.
+One bf16 term only, bf16 in and out. As everywhere in this form the sums run in pair order (signs.py).
+"""
+
+from typing import Any, Iterator, Optional, Sequence, Tuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import scaled
+from .packing import factor_shape
+from .signs import across_words, along_words, padded, sign_tile, tail_word
+
+__all__ = ["SLAB", "launches"]
+
+SLAB = 1 << 25  # signs of a slab: 64 MiB in bf16
+_STEP = 64
+_ROWS = 64  # of a program, and what paths' slots are a multiple of
+
+
+@triton.jit(do_not_specialize=["first", "made"])
+def _unpack(
+    words,
+    tail,
+    scale,
+    slab,
+    first,
+    made,
+    length,
+    stride,
+    width,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    """slab[m - first, k] = scale[m] times the sign of output m and summed place k; rows in pair order if ORDERED.
+
+    Args:
+        made, length: outputs (rows behind them become zeros), and places of the sum.
+        stride: between the rows of words; `width`: between those of the slab.
+    """
+    start = tl.program_id(0) * BLOCK_K
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = first + rows
+    held = tl.minimum(columns, made - 1)
+    if TRANSPOSED:
+        at = (first + tl.program_id(1) * BLOCK) // 32 + tl.arange(0, BLOCK // 32)
+        left, right = across_words(words + tl.minimum(at, made // 32 - 1) * stride, start, length, BLOCK_K)
+        if tail is not None:
+            # The row of the tail is the first of those behind the words, and of one program.
+            pairs = tl.arange(0, BLOCK_K // 2)
+            place = start + (pairs // 16) * 32 + pairs % 16
+            last = (at == made // 32)[:, None]
+            left = tl.where(last, tail_word(tail, place, length, made, stride)[None, :], left)
+            right = tl.where(last, tail_word(tail, place + 16, length, made, stride)[None, :], right)
+        signs = sign_tile(left, right, BLOCK, BLOCK_K, True)
+    else:
+        tails = held
+        if tail is not None:
+            tails = tail_word(tail, held, made, length, stride)
+        found = along_words(
+            words, tails, tl.program_id(0), held, length // 32, stride, BLOCK_K // 32, tail is not None
+        )
+        signs = sign_tile(found, found, BLOCK, BLOCK_K, False)
+    gain = tl.load(scale + columns, mask=columns < made, other=0.0).to(tl.bfloat16)
+    values = signs.to(tl.float32) * gain.to(tl.float32)[:, None]
+    if ORDERED:
+        within = rows % 32
+        rows += tl.where(within < 16, within, within - 31)
+    slots = start + tl.arange(0, BLOCK_K)
+    place = rows.to(tl.int64)[:, None] * width + slots[None, :]
+    tl.store(slab + place, values.to(tl.bfloat16), mask=(slots < width)[None, :])
+
+
+def _slabs(made: int, width: int) -> Iterator[Tuple[int, int]]:
+    """(first, last + 1) of the outputs whose signs are unpacked together."""
+    rows = max(256, SLAB // width // 256 * 256)
+    for first in range(0, made, rows):
+        yield first, min(first + rows, made)
+
+
+def launches(
+    x: torch.Tensor,
+    u: torch.Tensor,
+    u_tail: Optional[torch.Tensor],
+    v: torch.Tensor,
+    v_tail: Optional[torch.Tensor],
+    scale_out: torch.Tensor,
+    scale_rank: torch.Tensor,
+    scale_in: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    ranks: Sequence[int],
+    y: torch.Tensor,
+    config: Any,
+    transposed: bool = False,
+) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
+    """As `gemm.launches`; the dense products are done between the launches, by the generator itself."""
+    scale_first, scale_last = (scale_out, scale_in) if transposed else (scale_in, scale_out)
+    (tokens, features), made, device = x.shape, y.shape[1], x.device
+    width = -(-features // _STEP) * _STEP
+    slots = padded(ranks, _STEP)
+    terms = torch.empty(len(ranks), tokens, width, dtype=torch.bfloat16, device=device)
+    latent = torch.empty(tokens, sum(slots), dtype=torch.bfloat16, device=device)
+    largest = max(
+        [(last - first) * width for count in slots for first, last in _slabs(count, width)]
+        + [-(-(last - first) // _ROWS) * _ROWS * sum(slots) for first, last in _slabs(made, sum(slots))]
+    )
+    scratch = torch.empty(largest, dtype=torch.bfloat16, device=device)
+    options = {"BLOCK": _ROWS, "BLOCK_K": _STEP, "TRANSPOSED": transposed, "num_warps": 4}
+    yield (
+        scaled.scale,
+        (-(-tokens // 4), -(-width // 2048)),
+        (x, scale_first, terms, tokens, features, x.stride(0), tokens, width),
+        {"PATHS": len(ranks), "TERMS": 1, "ROWS": 4, "BLOCK": 2048, "EARLY": False, "num_warps": 4},
+    )
+    before = words = tails = slot = 0
+    sides = []
+    for path, (rank, count) in enumerate(zip(ranks, slots)):  # noqa: B905 Python 3.9
+        rows, bytes_of = factor_shape(rank)
+        ranked = slice(before, before + rank)
+        inner = u[words : words + rows], None if u_tail is None or not bytes_of else u_tail[tails : tails + bytes_of]
+        outer = v[:, ranked], None if v_tail is None else v_tail[:, ranked]
+        one, two = (inner, outer) if transposed else (outer, inner)
+        sides.append((two, scale_last[path], rank, slot))
+        gain = scale_rank[ranked]
+        for first, last in _slabs(count, width):
+            slab = scratch[: (last - first) * width].view(last - first, width)
+            yield (
+                _unpack,
+                (width // _STEP, (last - first) // _ROWS),
+                (*one, gain, slab, first, rank, features, one[0].stride(0), width),
+                {**options, "ORDERED": True},
+            )
+            torch.mm(terms[path], slab.T, out=latent[:, slot + first : slot + last])
+        before, words, tails, slot = before + rank, words + rows, tails + bytes_of, slot + count
+    for first, last in _slabs(made, slot):
+        rows = -(-(last - first) // _ROWS)
+        slab = scratch[: rows * _ROWS * slot].view(rows * _ROWS, slot)
+        for (packed, tail), gain, rank, offset in sides:
+            yield (
+                _unpack,
+                (-(-rank // _STEP), rows),
+                (packed, tail, gain, slab[:, offset:], first, made, rank, packed.stride(0), slot),
+                {**options, "ORDERED": False},
+            )
+        signs = slab[: last - first].T
+        if bias is None:
+            torch.mm(latent, signs, out=y[:, first:last])
+        else:
+            torch.addmm(bias[first:last].to(y.dtype), latent, signs, out=y[:, first:last])
