@@ -126,8 +126,8 @@ class LittleBitConfig(QuantizationConfigMixin):
         svd_device (`str`, *optional*): device that factorizes, e.g. "cuda"; None for the device a weight is loaded to.
         workers (`int`): layers factorized at the same time. Each holds one dense layer and its workspace.
         dequantize (`bool`): load a saved model as a dense one. Refused for a dense model.
-        share_inputs (`bool`): compute layers that read the same tensor (q, k and v; gate and up) in one call; for packed
-            models, exact, and not saved (shared.py).
+        share_inputs (`bool`, *optional*): compute layers that read the same tensor (q, k and v; gate and up) in one call; for
+            packed models, exact, and not saved (shared.py). By default on a GPU alone, where it is faster.
         base_model (`str`, *optional*): Hub id of the dense model, for the model card; filled in while loading from the Hub.
 
     Raises:
@@ -150,7 +150,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         svd_device: str | None = None,
         workers: int = 1,
         dequantize: bool = False,
-        share_inputs: bool = False,
+        share_inputs: bool | None = None,
         base_model: str | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = "littlebit",
@@ -200,9 +200,12 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     def post_init(self) -> None:
         """Check every value (the name is transformers' convention)."""
-        for option in ("dequantize", "share_inputs"):
-            if not isinstance(getattr(self, option), bool):
-                raise ValueError(f"{option} is {getattr(self, option)!r}; it must be True or False")
+        if not isinstance(self.dequantize, bool):
+            raise ValueError(f"dequantize is {self.dequantize!r}; it must be True or False")
+        if self.share_inputs is not None and not isinstance(self.share_inputs, bool):
+            raise ValueError(
+                f"share_inputs is {self.share_inputs!r}; it must be True, False, or None (on a GPU alone)"
+            )
         if self.dequantize and self.share_inputs:
             raise ValueError(
                 "share_inputs is for packed models, but dequantize=True loads a dense one; leave one of them out"

@@ -185,7 +185,8 @@ class LittleBitHfQuantizer(HfQuantizer):
             for module in _factor_modules(model).values():
                 for name, parameter in module.named_parameters(recurse=False):
                     parameter.requires_grad_(name == "bias")
-            if self.quantization_config.share_inputs and not share_inputs(model):
+            wanted = self.quantization_config.share_inputs
+            if wanted is not False and not share_inputs(model, everywhere=bool(wanted)) and wanted:
                 logger.warning("share_inputs: no packed layers of this model are called like layers with one input")
         attach_head(model)
         # Saved under the names they have: the file's names would be turned back to an older layout otherwise, and a

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .kernels.gpu import DEVICES
 from .linear import LittleBitLinear, autocast_input
 
 __all__ = ["SharedInput", "share_inputs", "siblings", "unshare_inputs"]
@@ -58,11 +59,10 @@ class _Round:
 class SharedInput:
     """A group of packed layers, at least two, of the same in_features. Holds results between the calls of one round only."""
 
-    def __init__(self, members: Sequence[LittleBitLinear]):
+    def __init__(self, members: Sequence[LittleBitLinear], everywhere: bool = True):
         # Weak: a layer that is replaced, or a model that is deleted, takes its memory along.
         self._members = [weakref.ref(member) for member in members]
-        self._ranks = [rank for member in members for rank in member.ranks]
-        self._paths = [len(member.ranks) for member in members]
+        self._everywhere = everywhere  # on a CPU too
         self._rounds: dict[int, _Round] = {}  # by thread
         self._traced: tuple[Tensor, Results] | None = None  # the round that torch.compile is tracing
         self._wasted = 0
@@ -77,7 +77,7 @@ class SharedInput:
 
     def product(self, place: int, x: Tensor) -> Tensor | None:
         """The result of member `place` for x, or None if it has to compute alone."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not (self._everywhere or x.device.type in DEVICES):
             return None
         if torch.compiler.is_compiling():
             return self._product_in_trace(place, x)
@@ -97,7 +97,7 @@ class SharedInput:
             if self._wasted >= PATIENCE:
                 self.dissolve()
                 logger.info(
-                    "%d layers that are called like siblings read different tensors: apart again", len(self._paths)
+                    "%d layers that are called like siblings read different tensors: apart again", len(self._members)
                 )
                 return None
         if torch._C._functorch.maybe_current_level() is not None:  # vmap knows the single operator only
@@ -129,16 +129,18 @@ class SharedInput:
         return result
 
     def _compute(self, x: Tensor) -> Results | None:
-        parts: list[Any] = []
+        layers = []
         for reference in self._members:
             member = reference()
             if member is None:
                 return None
-            parts += member.factors()
-        # A part that is released (offloaded, or sharded and not gathered) is on meta or has no elements.
-        if any(u.device != x.device or u.dim() != 2 for u in parts[:: ops.PART_COUNT]):
-            return None
-        return [*ops.linears(autocast_input(x), parts, self._ranks, self._paths)]
+            layer = (*member.factors(), member.ranks)
+            u = layer[0]
+            # A part that is released (offloaded, or sharded and not gathered) is on meta or has no elements.
+            if u is None or u.device != x.device or u.dim() != 2:
+                return None
+            layers.append(layer)
+        return [*ops.linears(autocast_input(x), layers)]
 
     def dissolve(self) -> None:
         """Every member computes alone from now on."""
@@ -153,7 +155,7 @@ def _state(x: Tensor) -> tuple[Any, ...]:
     """What a result depends on besides x's identity and the weights. A tensor made under inference_mode counts no changes."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    stream = torch.cuda.current_stream(x.device) if kind == "cuda" else None
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if kind == "cuda" else None
     return 0 if x.is_inference() else x._version, autocast, torch.is_inference_mode_enabled(), stream
 
 
@@ -172,14 +174,18 @@ def siblings(names: Iterable[str]) -> list[list[str]]:
     return found
 
 
-def share_inputs(model: nn.Module) -> int:
-    """Compute packed layers that read the same tensor together; see the module's text. Returns the number of groups."""
+def share_inputs(model: nn.Module, everywhere: bool = True) -> int:
+    """Compute packed layers that read the same tensor together; see the module's text. Returns the number of groups.
+
+    Args:
+        everywhere: on a CPU too. False is what a packed model is loaded with: on a GPU alone, where it is faster.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LittleBitLinear)}
     groups = 0
     for names in siblings(layers):
         members = [layers[name] for name in names]
         if len({member.in_features for member in members}) == 1:
-            SharedInput(members)
+            SharedInput(members, everywhere)
             groups += 1
     return groups
 

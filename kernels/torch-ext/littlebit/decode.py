@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .tiles import INTERPRETED, block_count, in_units, locate, rank_sum
 
-__all__ = ["Few", "launches"]
+__all__ = ["launches"]
 
 # The interpreter keeps bf16 numbers as integers and would multiply those; the values are the same in fp32.
 OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
@@ -360,17 +360,6 @@ def _stage_two(
         before += rank_sum(ranks[layer], UNITS[layer])
 
 
-class Few(NamedTuple):
-    """Columns of a tile, warps (a power of two) and words (of 32 summed signs) of a warp, of stage one and two."""
-
-    columns_one: int
-    warps_one: int
-    words_one: int
-    columns_two: int
-    warps_two: int
-    words_two: int
-
-
 class _Plan(NamedTuple):
     """What both launches take from the layers' sizes."""
 
@@ -385,7 +374,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    in_features: int, outs: Tuple[int, ...], ranks: Tuple[Tuple[int, ...], ...], tokens: int, planes: int, config: Few,
+    in_features: int, outs: Tuple[int, ...], ranks: Tuple[Tuple[int, ...], ...], tokens: int, planes: int, config: Any,
     early: bool,
 ) -> _Plan:
     scaled, units = zip(*map(in_units, ranks))  # noqa: B905 Python 3.9
@@ -423,7 +412,7 @@ def _power(value: int) -> int:
 
 
 def launches(
-    x: torch.Tensor, layers: Sequence[Sequence[Any]], results: Sequence[torch.Tensor], config: Few, early: bool
+    x: torch.Tensor, layers: Sequence[Sequence[Any]], results: Sequence[torch.Tensor], config: Any, early: bool
 ) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
     """(kernel, grid, arguments, options) of both launches of results[i] [tokens, out_features] of layers[i] and x.
 
@@ -431,7 +420,7 @@ def launches(
         x: [tokens, in_features], one to four tokens, whose rows are contiguous.
         layers: (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) each, checked and contiguous, of at most
             config.warps_two paths.
-        early: the device starts kernels before the one before them has ended.
+        config: a tuning.Few. early: the device starts kernels before the one before them has ended.
     """
     tokens, in_features = x.shape
     outs = tuple([y.shape[1] for y in results])

@@ -26,7 +26,7 @@ from . import plain, scaled, unpacked
 from .signs import add_across, add_along, in_pair_order, padded, segment, segments, tail_word, wait
 from .tiles import in_units, rank_sum
 
-__all__ = ["launches", "product"]
+__all__ = ["form_of", "launches", "product"]
 
 CARRY = 256  # summed places
 
@@ -531,6 +531,15 @@ def launches(
         )
 
 
+def form_of(config: Any, dtype: torch.dtype) -> Tuple[Any, bool]:
+    """The function that lists the launches for these tiles and results of this dtype, and whether they are all of the work."""
+    if not config.terms:
+        return plain.launches, True
+    if config.unpacked and config.terms == 1 and dtype == torch.bfloat16:
+        return unpacked.launches, False
+    return launches, True
+
+
 def product(
     x: torch.Tensor,
     u: torch.Tensor,
@@ -552,11 +561,7 @@ def product(
         transposed: the gradient; x is [tokens, out_features] and y [tokens, in_features].
         config: a tuning.Tiles.
     """
-    form = launches
-    if not config.terms:
-        form = plain.launches
-    elif config.unpacked and config.terms == 1 and y.dtype == torch.bfloat16:
-        form = unpacked.launches
+    form, _ = form_of(config, y.dtype)
     parts = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias)
     for kernel, grid, arguments, options in form(x, *parts, ranks, y, config, transposed):
         kernel[grid](*arguments, **options)

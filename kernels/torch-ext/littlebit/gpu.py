@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 
-from .launch import Recorded, Step, record
+from .launch import Recorded, Step, record, run
 from .packing import factor_shapes
 
 __all__ = [
@@ -169,33 +169,43 @@ def _first(key: Any, bound: "_Bound", rows: torch.Tensor, results: Any, layers: 
     flat = [y.view(rows.shape[0], y.shape[-1]) for y in results]
     if rows.shape[0] == 1 and rows.stride(0) != bound.features:
         rows = rows.as_strided(rows.shape, (bound.features, 1))
+    steps, whole = _steps(rows, ready, flat, transposed)
     kept = [part for layer in ready for part in layer[:8]]
-    recorded = record(_steps(rows, ready, flat, transposed), [rows, *flat], kept)
-    # A part that was made contiguous lives only as long as this call.
+    # A part that had to be made contiguous lives only as long as this call.
     given = {id(part) for layer in layers for part in layer[:8]}
-    if recorded is not None and all(part is None or id(part) in given for part in kept):
+    if not whole or not all(part is None or id(part) in given for part in kept):
+        run(steps)
+        return
+    recorded = record(steps, [rows, *flat], kept)
+    if recorded is not None:
         if len(bound.recorded) >= RECORDS:
             bound.recorded.clear()
         bound.recorded[key] = recorded
 
 
-def _steps(rows: torch.Tensor, ready: List[Any], flat: List[torch.Tensor], transposed: bool) -> Iterator[Step]:
-    """The launches of results[i] = layers[i](rows)."""
+def _steps(
+    rows: torch.Tensor, ready: List[Any], flat: List[torch.Tensor], transposed: bool
+) -> Tuple[Iterator[Step], bool]:
+    """The launches of results[i] = layers[i](rows), and whether they are all of the work."""
     kernels = _kernels()
-    device, (tokens, features) = rows.device, rows.shape
+    tuning, device, (tokens, features) = kernels.tuning, rows.device, rows.shape
     if tokens <= DECODE and not transposed:
         outs, ranks = tuple([y.shape[1] for y in flat]), tuple([layer[8] for layer in ready])
-        few = kernels.tuning.few(device, outs, features, ranks)
+        few = tuning.few(device, outs, features, ranks)
         if few is not None:
-            yield from kernels.decode.launches(rows, ready, flat, few, kernels.tuning.starts_early(device))
-        else:
-            config = kernels.tuning.decode_group(device, outs, features, ranks)
-            yield from kernels.gemv.launches(rows, ready, flat, config)
-        return
-    for layer, y in zip(ready, flat):  # noqa: B905 Python 3.9
+            return kernels.decode.launches(rows, ready, flat, few, tuning.starts_early(device)), True
+        return kernels.gemv.launches(rows, ready, flat, tuning.decode_group(device, outs, features, ranks)), True
+    forms = []
+    for layer in ready:
         sizes = layer[4].shape[1], layer[6].shape[1], layer[8]
-        config = kernels.tuning.tiles(device, *sizes, kernels.tuning.bucket(tokens), rows.dtype, transposed)
-        yield from kernels.gemm.launches(rows, *layer, y, config, transposed)
+        config = tuning.tiles(device, *sizes, tuning.bucket(tokens), rows.dtype, transposed)
+        forms.append((*kernels.gemm.form_of(config, rows.dtype), config))
+    steps = (
+        step
+        for (form, _, config), layer, y in zip(forms, ready, flat)  # noqa: B905 Python 3.9
+        for step in form(rows, *layer, y, config, transposed)
+    )
+    return steps, all(whole for _, whole, _ in forms)
 
 
 class _Bound:
@@ -282,10 +292,9 @@ _here = contextlib.nullcontext()
 
 def _on(x: torch.Tensor) -> Any:
     """triton launches on the current device, whatever the tensors are on."""
-    kind = x.device.type
-    if kind == "cpu" or getattr(torch, kind).current_device() == x.get_device():
-        return _here
-    return getattr(torch, kind).device(x.device)
+    if x.is_cuda:
+        return _here if torch._C._cuda_getDevice() == x.get_device() else torch.cuda.device(x.device)
+    return _here if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -32,7 +32,7 @@ class _Launch(NamedTuple):
     kernel: Tuple[Any, ...]  # what the launcher takes between the stream and the arguments
     arguments: List[Any]
     places: List[Tuple[int, int]]  # (argument, address that it takes)
-    built: List[Tuple[int, Any]]  # (argument, nested tuple with `_Place`s in it)
+    built: List[Tuple[int, Callable[[List[int]], Any]]]  # (argument, what makes the tuple that it is)
 
 
 class _Place(NamedTuple):
@@ -63,8 +63,8 @@ class Recorded:
             arguments = launch.arguments.copy()
             for place, index in launch.places:
                 arguments[place] = addresses[index]
-            for place, template in launch.built:
-                arguments[place] = _filled(template, addresses)
+            for place, build in launch.built:
+                arguments[place] = build(addresses)
             launch.run(*launch.head, stream, *launch.kernel, *arguments)
 
 
@@ -109,7 +109,7 @@ def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence
                 (compiled.function, compiled.packed_metadata, None, None, None),
                 templates,
                 [(place, value.index) for place, value in enumerate(templates) if isinstance(value, _Place)],
-                [(place, value) for place, value in enumerate(templates) if _has_places(value)],
+                [(place, _builder(value)) for place, value in enumerate(templates) if _has_places(value)],
             )
         )
     return None if launches is None else Recorded(launches, offsets, size)
@@ -137,7 +137,18 @@ def _has_places(value: Any) -> bool:
     return any(isinstance(item, _Place) or _has_places(item) for item in value)
 
 
-def _filled(template: Any, addresses: List[int]) -> Any:
-    if isinstance(template, _Place):
-        return addresses[template.index]
-    return tuple([_filled(item, addresses) for item in template]) if isinstance(template, tuple) else template
+def _builder(template: Tuple[Any, ...]) -> Callable[[List[int]], Tuple[Any, ...]]:
+    """A function from addresses to the tuple with them in place."""
+    fixed = list(template)
+    places = [(position, item.index) for position, item in enumerate(template) if isinstance(item, _Place)]
+    nested = [(position, _builder(item)) for position, item in enumerate(template) if _has_places(item)]
+
+    def build(addresses: List[int]) -> Tuple[Any, ...]:
+        values = fixed.copy()
+        for position, index in places:
+            values[position] = addresses[index]
+        for position, inner in nested:
+            values[position] = inner(addresses)
+        return tuple(values)
+
+    return build

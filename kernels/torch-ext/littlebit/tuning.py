@@ -1,5 +1,6 @@
 """Tile sizes of the Triton kernels: by shape and device, from a file of measured ones or by a rule.
 
+    few(device, outs, in, ranks_of_each)                             -> Few, for decode.py, or None
     decode(device, out, in, ranks)                                   -> Decode, for gemv.py
     decode_group(device, outs, in, ranks_of_each)                    -> Decode, for gemv.py's layers that read the same x
     tiles(device, out, in, ranks, bucket, dtype, transposed)         -> Tiles, for gemm.py
@@ -20,11 +21,12 @@ import torch
 
 from .packing import factor_shapes
 
-__all__ = ["CONFIGS", "Decode", "Tiles", "bucket", "decode", "decode_group", "terms", "tiles", "tune"]
+__all__ = ["CONFIGS", "Decode", "Few", "Tiles", "bucket", "decode", "decode_group", "few", "starts_early", "terms", "tiles", "tune"]
 
 CONFIGS = Path(__file__).with_name("configs")
 LARGEST = 4096  # tokens of the last bucket
 LEAST = 20  # calls in a graph that is timed
+MOST_PATHS = 4  # that decode.py gives warps of their own
 FEW = 64  # tokens up to which a second term costs nothing: the matrix units wait for memory
 
 
@@ -38,6 +40,17 @@ class Decode(NamedTuple):
     columns_two: int
     words_two: int
     warps_two: int
+
+
+class Few(NamedTuple):
+    """decode.py: columns of a tile, warps (a power of two) and words (of 32 summed signs) of a warp, of stage one and two."""
+
+    columns_one: int
+    warps_one: int
+    words_one: int
+    columns_two: int
+    warps_two: int
+    words_two: int
 
 
 class Tiles(NamedTuple):
@@ -111,7 +124,7 @@ def _measured(name: str) -> Dict[str, List[int]]:
     return json.loads(path.read_text())["configs"] if path.exists() else {}
 
 
-def _key(kind: str, out: int, into: int, ranks: Sequence[int], *more: Any) -> str:
+def _key(kind: str, out: Any, into: int, ranks: Sequence[int], *more: Any) -> str:
     return " ".join([kind, f"{out}x{into}", "+".join(map(str, ranks)), *map(str, more)])
 
 
@@ -152,6 +165,51 @@ def decode_group(
     """
     widest = max(range(len(outs)), key=outs.__getitem__)
     return decode(device, outs[widest], into, ranks_of_each[widest])
+
+
+@functools.lru_cache(maxsize=None)
+def starts_early(device: torch.device) -> bool:
+    """Kernels of this device may start before the one before them has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.lru_cache(maxsize=None)
+def _multiplies_bf16(device: torch.device) -> bool:
+    """NVIDIA's matrix units with bf16: those of others want larger tiles than decode.py has. The interpreter has all."""
+    if device.type == "cpu":
+        return True
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.lru_cache(maxsize=None)
+def few(
+    device: torch.device, outs: Tuple[int, ...], into: int, ranks_of_each: Tuple[Tuple[int, ...], ...]
+) -> Optional[Few]:
+    """Tiles for one to four tokens of layers that read the same x by matrix units; None where gemv.py computes.
+
+    One layer's are measured; those of a group are measured for the group, or else those of its widest layer.
+    """
+    if not _multiplies_bf16(device) or max(map(len, ranks_of_each)) > MOST_PATHS:
+        return None
+    measured = _measured(_name(device))
+    widest = max(range(len(outs)), key=outs.__getitem__)
+    together = _key("few", "+".join(map(str, outs)), into, [rank for ranks in ranks_of_each for rank in ranks])
+    found = measured.get(together) or measured.get(_key("few", outs[widest], into, ranks_of_each[widest]))
+    if found:
+        return Few(*found)
+    return _few_rule(_cores(device), sum(outs), into, max(ranks_of_each, key=max))
+
+
+def _few_rule(cores: int, out: int, into: int, ranks: Tuple[int, ...]) -> Few:
+    # On an H100 everything that a program reads should be asked for at once: 64 to 256 signs a thread, few splits.
+    rows = -(-into // 32)
+    words_one = 2 if rows <= 128 else 4 if rows <= 384 else 8
+    own = -(-max(ranks) // 32)  # word rows of the longest path, which its share of the warps sums
+    paths = 1 << (len(ranks) - 1).bit_length()
+    warps = 4 if own * paths <= 8 else 8 if own * paths <= 32 else 16
+    words = min(8, max(2, 1 << (-(-own * paths // warps) - 1).bit_length()))
+    columns = 64 if out >= 32 * cores and words < 8 else 32
+    return Few(32, 8, words_one, columns, warps, words)
 
 
 def _decode_rule(cores: int, out: int, into: int, ranks: Tuple[int, ...]) -> Decode:
@@ -252,7 +310,7 @@ def tune(
     folder.mkdir(parents=True, exist_ok=True)
     about = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
     path.write_text(json.dumps({**about, "configs": configs}).replace('], "', '],\n"') + "\n")
-    for cached in (_measured, decode, decode_group, tiles):
+    for cached in (_measured, decode, decode_group, few, tiles):
         cached.cache_clear()
     return path
 
