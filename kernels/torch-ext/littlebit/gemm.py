@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import plain, scaled, unpacked
-from .signs import add_across, add_along, in_pair_order, padded, segment, segments, tail_word, wait
+from .signs import add_signs, in_pair_order, padded, pair_of, row_pointers, segment, segments, tail_word, wait
 from .tiles import in_units, rank_sum
 
 __all__ = ["form_of", "launches", "product"]
@@ -31,72 +31,7 @@ __all__ = ["form_of", "launches", "product"]
 CARRY = 256  # summed places
 
 
-@triton.jit
-def _sum_along(
-    words,
-    tails,
-    columns,
-    whole,
-    stride,
-    values,
-    plane,
-    first,
-    last,
-    BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TERMS: tl.constexpr,
-    TAIL: tl.constexpr,
-    CARRY: tl.constexpr,
-):
-    """`add_along`, carried over every CARRY steps."""
-    result = tl.zeros([BLOCK, BLOCK_T], tl.float32)
-    for start in range(first, last, CARRY):
-        stop = min(start + CARRY, last)
-        part = tl.zeros([BLOCK, BLOCK_T], tl.float32)
-        place = values + (start - first) * BLOCK_K
-        result += add_along(
-            part, words, tails, columns, whole, stride, place, plane, start, stop, BLOCK, BLOCK_K, TERMS, TAIL
-        )
-    return result
-
-
-@triton.jit
-def _sum_across(
-    rows,
-    length,
-    values,
-    plane,
-    first,
-    last,
-    BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TERMS: tl.constexpr,
-    CARRY: tl.constexpr,
-):
-    result = tl.zeros([BLOCK, BLOCK_T], tl.float32)
-    for start in range(first, last, CARRY):
-        stop = min(start + CARRY, last)
-        part = tl.zeros([BLOCK, BLOCK_T], tl.float32)
-        place = values + (start - first) * BLOCK_K
-        result += add_across(part, rows, length, place, plane, start, stop, BLOCK, BLOCK_K, TERMS)
-    return result
-
-
-@triton.jit
-def _row_pointers(words, tails, first, before, path, whole, width, ROWS: tl.constexpr, TAIL: tl.constexpr):
-    """The first word of ROWS rows from `first` on, of a path that has `whole` rows, `before` of others above them.
-
-    The row after the last is the path's in `tails` (scaled.tail_rows), or one of no meaning.
-    """
-    rows = first + tl.arange(0, ROWS)
-    if TAIL:
-        return tl.where(rows < whole, words + (before + rows) * width, tails + path * width + rows * 0)
-    return words + (before + tl.minimum(rows, whole - 1)) * width
-
-
-@triton.jit(do_not_specialize=["height", "span"])
+@triton.jit(do_not_specialize=["height", "splits"])
 def _expand(
     terms,
     words,
@@ -106,7 +41,7 @@ def _expand(
     features,
     height,
     width,
-    span,
+    splits,
     ranks,
     UNIT: tl.constexpr,
     PAD: tl.constexpr,
@@ -117,76 +52,70 @@ def _expand(
     TERMS: tl.constexpr,
     CARRY: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PTX: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The latent, behind the PLANES planes of terms, or its sums of a split in `partial`."""
+    """The latent, behind the PLANES planes of terms, or its sums of a split in `partial`, if that is not None."""
     split = tl.program_id(2)
     path, rank, before, words_before, tails_before, slots, inside = segment(tl.program_id(1), ranks, UNIT, BLOCK, PAD)
-    first = split * span
-    last = min(first + span, width // BLOCK_K)
     rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     plane = height.to(tl.int64) * width
-    values = terms + path * TERMS * plane + rows[None, :] * width + (first * BLOCK_K + tl.arange(0, BLOCK_K))[:, None]
+    values = terms + path * TERMS * plane + rows[None, :] * width + tl.arange(0, BLOCK_K)[:, None]
     columns = inside + tl.arange(0, BLOCK)
-    result = tl.zeros([BLOCK, BLOCK_T], tl.float32)
+    total = rank_sum(ranks, UNIT)
+    held = tl.minimum(columns, rank - 1)
+    tails = held
+    along = features // 32
     if TRANSPOSED:
-        pointers = _row_pointers(
-            words, tail, inside // 32, words_before, path, rank // 32, features, BLOCK // 32, tail is not None
+        pointers = row_pointers(
+            words + words_before * features,
+            tail,
+            inside // 32,
+            path,
+            rank // 32,
+            features,
+            BLOCK // 32,
+            tail is not None,
         )
-        wait(EARLY)
-        if CARRY:
-            result = _sum_across(
-                pointers, features, values, plane, first, last, BLOCK, BLOCK_T, BLOCK_K, TERMS, CARRY
-            )
-        else:
-            result = add_across(result, pointers, features, values, plane, first, last, BLOCK, BLOCK_K, TERMS)
+        along = features
     else:
-        total = rank_sum(ranks, UNIT)
-        held = tl.minimum(columns, rank - 1)
-        tails = held
+        pointers = words + before
         if tail is not None:
             tails = tail_word(tail + before, held, rank, features, total)
-        wait(EARLY)
-        if CARRY:
-            result = _sum_along(
-                words + before,
-                tails,
-                held,
-                features // 32,
-                total,
-                values,
-                plane,
-                first,
-                last,
-                BLOCK,
-                BLOCK_T,
-                BLOCK_K,
-                TERMS,
-                tail is not None,
-                CARRY,
-            )
-        else:
-            result = add_along(
-                result,
-                words + before,
-                tails,
-                held,
-                features // 32,
-                total,
-                values,
-                plane,
-                first,
-                last,
-                BLOCK,
-                BLOCK_K,
-                TERMS,
-                tail is not None,
-            )
+    wait(EARLY)
+    steps = width // BLOCK_K
+    ones = pair_of(tl.full([BLOCK], 1.0, tl.float32))
+    result = add_signs(
+        pointers,
+        tails,
+        tails,
+        held,
+        along,
+        total,
+        values,
+        plane,
+        split * steps // splits,
+        (split + 1) * steps // splits,
+        ones,
+        ones,
+        0,
+        0,
+        0,
+        0,
+        BLOCK,
+        BLOCK_T,
+        BLOCK_K,
+        TERMS,
+        TRANSPOSED,
+        not TRANSPOSED and tail is not None,
+        False,
+        CARRY,
+        PTX,
+    )
     all_slots = segments(ranks, UNIT, PAD)
     plane_out = height.to(tl.int64) * all_slots
     place = rows[None, :] * all_slots + (slots + inside + tl.arange(0, BLOCK))[:, None]
-    if SPLIT:
+    if partial is not None:
         tl.store(partial + split * plane_out + place, in_pair_order(result, BLOCK, BLOCK_T))
     else:
         gain = tl.load(scale_rank + before + columns, mask=columns < rank, other=0.0).to(tl.float32)
@@ -195,15 +124,7 @@ def _expand(
         scaled.store_terms(terms + PLANES * plane + place, plane_out, result, rows[None, :] < height, TERMS)
 
 
-@triton.jit
-def _ratio(held, scale):
-    """(held / next, next): next is `scale`, unless that is so small that the quotient would leave fp32."""
-    least = tl.abs(held) * 8.7e-19  # 2^-60
-    following = tl.where(tl.abs(scale) < least, least, scale)
-    return tl.where(following == 0, 0.0, held / tl.where(following == 0, 1.0, following)), following
-
-
-@triton.jit(do_not_specialize=["tokens", "height", "span"])
+@triton.jit(do_not_specialize=["tokens", "height", "splits"])
 def _contract(
     terms,
     words,
@@ -216,7 +137,7 @@ def _contract(
     features,
     height,
     width,
-    span,
+    splits,
     ranks,
     UNIT: tl.constexpr,
     PAD: tl.constexpr,
@@ -227,10 +148,14 @@ def _contract(
     TERMS: tl.constexpr,
     CARRY: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr,
+    APART: tl.constexpr,
+    PTX: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """y, or its sums of a split in `partial`. `width` is that of the planes before the latent."""
+    """y, or its sums of a split in `partial`, if that is not None. `width` is that of the planes before the latent.
+
+    Two paths are summed together, by signs of their scales instead of ones. APART: each by itself, without its scale.
+    """
     split = tl.program_id(2)
     rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     made = tl.program_id(1) * BLOCK
@@ -239,91 +164,93 @@ def _contract(
     all_slots = segments(ranks, UNIT, PAD)
     plane = height.to(tl.int64) * all_slots
     latent = terms + PLANES * height.to(tl.int64) * width + rows[None, :] * all_slots + tl.arange(0, BLOCK_K)[:, None]
-    result = tl.zeros([BLOCK, BLOCK_T], tl.float32)
-    pointers = held
+    rank = ranks[0] * UNIT
+    more = rank
+    before = 0
+    words_before = 0
+    tails_before = 0
+    slots_before = 0
+    ones = pair_of(tl.full([BLOCK], 1.0, tl.float32))
+    more_ones = ones
+    TWO: tl.constexpr = len(ranks) == 2 and not APART
+    if APART:
+        path = split // splits
+        part = split % splits
+        for index in tl.static_range(1, len(ranks)):
+            last = ranks[index - 1] * UNIT
+            here = path >= index
+            before += tl.where(here, last, 0)
+            words_before += tl.where(here, last // 32, 0)
+            tails_before += tl.where(here, tl.cdiv(last % 32, 8), 0)
+            slots_before += tl.where(here, tl.cdiv(last, PAD) * PAD, 0)
+            rank = tl.where(path == index, ranks[index] * UNIT, rank)
+    else:
+        part = split
+        if TWO:
+            more = ranks[1] * UNIT
+            ones = pair_of(tl.load(scale_out + held).to(tl.float32))
+            more_ones = pair_of(tl.load(scale_out + features + held).to(tl.float32))
+    tails = held
+    more_tails = held
     if TRANSPOSED:
-        pointers = _row_pointers(
-            words, tail, made // 32, 0, 0, features // 32, rank_sum(ranks, UNIT), BLOCK // 32, tail is not None
+        pointers = row_pointers(
+            words, tail, made // 32, 0, features // 32, rank_sum(ranks, UNIT), BLOCK // 32, tail is not None
         )
+        pointers += before
+        along = rank
+        more_along = more
+        more_words = rank
+    else:
+        pointers = words + words_before * features
+        along = rank // 32
+        more_along = more // 32
+        more_words = along
+        if tail is not None:
+            tails = tail_word(tail + tails_before * features, held, features, rank, features)
+            if TWO:
+                more_tails = tail_word(tail + tl.cdiv(rank % 32, 8) * features, held, features, more, features)
+    turn = max(1, tl.cdiv(rank, BLOCK_K))
+    steps = turn
+    if TWO:
+        steps += tl.cdiv(more, BLOCK_K)
+    first = 0
+    last = steps
+    if partial is not None:
+        first = part * steps // splits
+        last = (part + 1) * steps // splits
     wait(EARLY)
-    scale = tl.load(scale_out + held).to(tl.float32)
-    begin = split * span
-    for path in tl.static_range(len(ranks)):
-        rank = ranks[path] * UNIT
-        first = 0
-        last = tl.cdiv(rank, BLOCK_K)
-        if SPLIT:
-            # Of the steps of all paths, one after the other, this split has begin .. begin + span - 1.
-            last = min(last, max(0, begin + span))
-            first = max(0, begin)
-            begin -= tl.cdiv(rank, BLOCK_K)
-        if path > 0:
-            # One sum serves all paths: what it holds is rescaled, so that the next path's scale fits it.
-            gain = tl.load(scale_out + path * features + held).to(tl.float32)
-            if CARRY:
-                scale = gain
-            else:
-                quotient, scale = _ratio(scale, gain)
-                result *= quotient[:, None]
-        values = latent + first * BLOCK_K
-        if TRANSPOSED:
-            if CARRY:
-                part = _sum_across(
-                    pointers, rank, values, plane, first, last, BLOCK, BLOCK_T, BLOCK_K, TERMS, CARRY
-                )
-                result += part * scale[:, None]
-            else:
-                result = add_across(result, pointers, rank, values, plane, first, last, BLOCK, BLOCK_K, TERMS)
-            pointers += rank
-        else:
-            tails = held
-            if tail is not None:
-                tails = tail_word(tail, held, features, rank, features)
-            if CARRY:
-                part = _sum_along(
-                    words,
-                    tails,
-                    held,
-                    rank // 32,
-                    features,
-                    values,
-                    plane,
-                    first,
-                    last,
-                    BLOCK,
-                    BLOCK_T,
-                    BLOCK_K,
-                    TERMS,
-                    tail is not None,
-                    CARRY,
-                )
-                result += part * scale[:, None]
-            else:
-                result = add_along(
-                    result,
-                    words,
-                    tails,
-                    held,
-                    rank // 32,
-                    features,
-                    values,
-                    plane,
-                    first,
-                    last,
-                    BLOCK,
-                    BLOCK_K,
-                    TERMS,
-                    tail is not None,
-                )
-            words += (rank // 32) * features
-            if tail is not None:
-                tail += tl.cdiv(rank % 32, 8) * features
-        latent += tl.cdiv(rank, PAD) * PAD
-    if not CARRY:
-        result *= scale[:, None]
+    result = add_signs(
+        pointers,
+        tails,
+        more_tails,
+        held,
+        along,
+        features,
+        latent + slots_before,
+        plane,
+        first,
+        last,
+        ones,
+        more_ones,
+        turn,
+        more_along,
+        more_words,
+        tl.cdiv(rank, PAD) * PAD,
+        BLOCK,
+        BLOCK_T,
+        BLOCK_K,
+        TERMS,
+        TRANSPOSED,
+        not TRANSPOSED and tail is not None,
+        TWO,
+        CARRY,
+        PTX,
+    )
+    if not TWO and not APART:
+        result *= tl.load(scale_out + held).to(tl.float32)[:, None]
     kept = (rows < tokens)[None, :] & (columns < features)[:, None]
     place = rows[None, :] * features + columns[:, None]
-    if SPLIT:
+    if partial is not None:
         tl.store(partial + split * height.to(tl.int64) * features + place, result, mask=kept)
     else:
         if bias is not None:
@@ -341,10 +268,9 @@ class _Plan(NamedTuple):
     pad: int  # of a path's slots
     blocks_one: int  # of ranks
     blocks_two: int  # of outputs
-    span_one: int  # steps of a split
-    span_two: int
-    splits_one: int
+    splits_one: int  # of at least one step of every path each
     splits_two: int
+    paths: int  # that are summed apart
     rows: int  # the padded tokens are a multiple of this
     early: bool
     scale: dict
@@ -356,26 +282,23 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=None)
-def _overlaps(device: torch.device) -> bool:
-    """Kernels of this device may start before the one before them has ended."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _spans(steps: int, splits: int) -> Tuple[int, int]:
-    """(steps of a split, splits that have any)."""
-    span = -(-steps // splits)
-    return span, -(-steps // span)
+def _abilities(device: torch.device) -> Tuple[bool, bool]:
+    """(takes PTX, starts a kernel before the one before it has ended)."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return nvidia, nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(summed: int, made: int, ranks: Tuple[int, ...], config: Any, transposed: bool, early: bool) -> _Plan:
+def _plan(summed: int, made: int, ranks: Tuple[int, ...], config: Any, exact: bool, transposed: bool, ptx: bool, early: bool) -> _Plan:
     units, unit = in_units(ranks)
     step = 32 * config.words
     width = -(-summed // step) * step
     pad = max(config.ranks, step)
     slots = sum(padded(ranks, pad))
-    span_one, splits_one = _spans(width // step, config.splits_one)
-    span_two, splits_two = _spans(sum(-(-rank // step) for rank in ranks), config.splits_two)
+    splits_one = min(config.splits_one, width // step)
+    # Scales take the place of ones in bf16, or the paths are summed apart.
+    apart = len(ranks) > 2 or (len(ranks) == 2 and not exact and config.terms > 1)
+    splits_two = min(config.splits_two, -(-min(ranks) // step))
     launch = {"EARLY": early, **({"launch_pdl": True} if early else {})}
     small = {**launch, "num_warps": 4}
     terms = {"TERMS": config.terms}
@@ -387,6 +310,7 @@ def _plan(summed: int, made: int, ranks: Tuple[int, ...], config: Any, transpose
         "BLOCK_K": step,
         "CARRY": max(1, CARRY // step) if config.terms == 3 else 0,
         "TRANSPOSED": transposed,
+        "PTX": ptx,
         **launch,
     }
     return _Plan(
@@ -397,21 +321,19 @@ def _plan(summed: int, made: int, ranks: Tuple[int, ...], config: Any, transpose
         pad,
         slots // config.ranks,
         -(-made // config.outputs),
-        span_one,
-        span_two,
         splits_one,
         splits_two,
+        len(ranks) if apart else 1,
         max(config.tokens_one, config.tokens_two),
         early,
         {"PATHS": len(ranks), **terms, "BLOCK": 2048 if width >= 2048 else 256, **small},
         {"PLANES": len(ranks) * config.terms, "UNIT": unit, "PAD": pad, **terms, "BLOCK": 512, **small},
-        {"BLOCK": 1024, **small},
+        {"PATHS": len(ranks) if apart else 0, "BLOCK": 1024, **small},
         {"UNIT": 1, "BLOCK": 256, **small},
         {
             **shared,
             "BLOCK": config.ranks,
             "BLOCK_T": config.tokens_one,
-            "SPLIT": splits_one > 1,
             "num_warps": config.warps_one,
             "num_stages": config.stages_one,
         },
@@ -419,7 +341,7 @@ def _plan(summed: int, made: int, ranks: Tuple[int, ...], config: Any, transpose
             **shared,
             "BLOCK": config.outputs,
             "BLOCK_T": config.tokens_two,
-            "SPLIT": splits_two > 1,
+            "APART": apart,
             "num_warps": config.warps_two,
             "num_stages": config.stages_two,
         },
@@ -447,14 +369,15 @@ def launches(
     else:
         first, first_tail, scale_first, second, second_tail, scale_last = v, v_tail, scale_in, u, u_tail, scale_out
     (tokens, features), made, device = x.shape, y.shape[1], x.device
-    plan = _plan(features, made, tuple(ranks), config, transposed, _overlaps(device))
+    plan = _plan(features, made, tuple(ranks), config, scale_last.dtype == torch.bfloat16, transposed, *_abilities(device))
     width, slots, units = plan.width, plan.slots, plan.units
     height = -(-tokens // plan.rows) * plan.rows
     terms = torch.empty(
         config.terms * height * (len(units) * width + slots), dtype=torch.bfloat16, device=device
     )
     partial = None
-    sums = max(plan.splits_one * slots if plan.splits_one > 1 else 0, plan.splits_two * made if plan.splits_two > 1 else 0)
+    sums_two = plan.splits_two * plan.paths
+    sums = max(plan.splits_one * slots if plan.splits_one > 1 else 0, sums_two * made if sums_two > 1 else 0)
     if sums:
         partial = torch.empty(height * sums, dtype=torch.float32, device=device)
     rows = 1 if tokens <= 64 else 4
@@ -490,7 +413,7 @@ def launches(
             features,
             height,
             width,
-            plan.span_one,
+            plan.splits_one,
             units,
         ),
         plan.expand,
@@ -504,7 +427,7 @@ def launches(
         )
     yield (
         _contract,
-        (-(-tokens // config.tokens_two), plan.blocks_two, plan.splits_two),
+        (-(-tokens // config.tokens_two), plan.blocks_two, sums_two),
         (
             terms,
             second,
@@ -512,21 +435,21 @@ def launches(
             scale_last,
             bias,
             y,
-            partial if plan.splits_two > 1 else None,
+            partial if sums_two > 1 else None,
             tokens,
             made,
             height,
             width,
-            plan.span_two,
+            plan.splits_two,
             units,
         ),
         plan.contract,
     )
-    if plan.splits_two > 1:
+    if sums_two > 1:
         yield (
             scaled.finish,
             (tokens, -(-made // 1024)),
-            (partial, bias, y, made, height, plan.splits_two),
+            (partial, scale_last, bias, y, made, height, plan.splits_two),
             plan.finish,
         )
 

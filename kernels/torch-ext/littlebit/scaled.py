@@ -6,7 +6,7 @@ to a multiple of the step, so that the products need no masks.
 
     scale       terms[p, term, t, slot] of  x[t, k] i_p[k]                                 k = place(slot)
     combine     terms[term, t, slot]    of  l[j] sum_s partial[s, t, slot]                 the latent, from the splits of its sum
-    finish      y[t, n] = sum_s partial[s, t, n] + bias[n]                                 the result, from the splits of its sum
+    finish      y[t, n] = sum_p o_p[n] sum_s partial[p, s, t, n] + bias[n]                 the result, from the splits of its sum
     tail_rows   the tail bytes of every path as a row of words
 """
 
@@ -106,18 +106,36 @@ def combine(
 
 
 @triton.jit(do_not_specialize=["height", "splits"])
-def finish(partial, bias, y, features, height, splits, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def finish(
+    partial,
+    scale_out,
+    bias,
+    y,
+    features,
+    height,
+    splits,
+    PATHS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """PATHS: of sums that are not scaled yet; 0 where they are."""
     wait(EARLY)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < features
     row = tl.program_id(0).to(tl.int64) * features
     plane = height.to(tl.int64) * features
-    sums = tl.zeros([BLOCK], tl.float32)
+    result = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
-        sums += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    for split in range(splits):
-        sums += tl.load(partial + split * plane + row + columns, mask=inside, other=0.0)
-    tl.store(y + row + columns, sums.to(y.dtype.element_ty), mask=inside)
+        result += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    for path in tl.static_range(max(1, PATHS)):
+        sums = tl.zeros([BLOCK], tl.float32)
+        for split in range(splits):
+            sums += tl.load(partial + split * plane + row + columns, mask=inside, other=0.0)
+        partial += splits * plane
+        if PATHS:
+            sums *= tl.load(scale_out + path * features + columns, mask=inside, other=0.0).to(tl.float32)
+        result += sums
+    tl.store(y + row + columns, result.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -20,11 +20,13 @@ from .tiles import INTERPRETED
 
 __all__ = [
     "across_words",
-    "add_across",
-    "add_along",
+    "add_signs",
     "along_words",
     "in_pair_order",
+    "padded",
+    "pair_of",
     "place",
+    "row_pointers",
     "segment",
     "segments",
     "sign_tile",
@@ -150,17 +152,56 @@ def _halves(pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def sign_tile(first, second, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """±1 in bf16 [ROWS, BLOCK_K], in pair order, of what `along_words` or (TRANSPOSED) `across_words` gave."""
-    bits = tl.arange(0, 16)
+def _pairs(words, shifts, ones, PTX: tl.constexpr):
+    """Bits 15 - shift and 31 - shift of each word as the signs of a pair of `ones`."""
+    if PTX:
+        # A multiplication shifts as well, and runs beside the logic instruction instead of in turns with it. Left to
+        # itself the compiler makes two logic instructions, each with a constant of its own.
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; mul.lo.u32 t, $1, $2; lop3.b32 $0, t, 0x80008000, $3, 0x6A; }",
+            "=r,r,r,r",
+            [words, 1 << shifts, ones],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return ((words << shifts) & _SIGNS) ^ ones
+
+
+@triton.jit
+def pair_of(scale):
+    """fp32 numbers, rounded to bf16, twice in an int32 each."""
+    bits = scale.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+@triton.jit
+def sign_tile(
+    first, second, ones, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr, PTX: tl.constexpr
+):
+    """±1 in bf16 [ROWS, BLOCK_K], in pair order, of what `along_words` or (TRANSPOSED) `across_words` gave.
+
+    Args:
+        ones: int32 [ROWS], `pair_of` what takes the place of 1 in a row.
+    """
+    shifts = 15 - tl.arange(0, 16)
     if TRANSPOSED:
-        half = 16 * tl.arange(0, 2)
-        low = (first[:, None, :] >> half[None, :, None]) & 0xFFFF
-        both = low | ((second[:, None, :] >> half[None, :, None]) << 16)
-        pairs = ((both[:, :, None, :] << (15 - bits)[None, None, :, None]) & _SIGNS) | _ONES
+        half = tl.arange(0, 2)[None, :, None]
+        if PTX:
+            both = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, $3;",
+                "=r,r,r,r",
+                [first[:, None, :], second[:, None, :], 0x5410 + 0x2222 * half],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            low = (first[:, None, :] >> (16 * half)) & 0xFFFF
+            both = low | ((second[:, None, :] >> (16 * half)) << 16)
+        pairs = _pairs(both[:, :, None, :], shifts[None, None, :, None], tl.reshape(ones, [ROWS // 32, 2, 16, 1]), PTX)
     else:
-        # A multiplication shifts too, and runs beside the logic instructions, not in turns with them.
-        pairs = ((first[:, :, None] * (1 << (15 - bits))[None, None, :]) & _SIGNS) | _ONES
+        pairs = _pairs(first[:, :, None], shifts[None, None, :], ones[:, None, None], PTX)
     return _halves(tl.reshape(pairs, [ROWS, BLOCK_K // 2]), ROWS, BLOCK_K)
 
 
@@ -173,10 +214,11 @@ def _add_terms(result, signs, values, plane, TERMS: tl.constexpr):
 
 
 @triton.jit
-def add_along(
+def _sum_steps(
     result,
     words,
     tails,
+    more_tails,
     columns,
     whole,
     stride,
@@ -184,38 +226,159 @@ def add_along(
     plane,
     first,
     last,
+    ones,
+    more_ones,
+    turn,
+    more_whole,
+    more_words,
+    more_values,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TERMS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     TAIL: tl.constexpr,
+    TWO: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """result [BLOCK, tokens] + signs @ values over the steps first .. last - 1; `values` points to the first step's."""
+    """result + the signs of the steps first .. last - 1, of which there is one at the least; arguments as `add_signs`."""
+    # Without this the loop could be passed by, and ptxas then lets every matrix instruction wait for the one before it.
+    tl.assume(first < last)
     for step in range(first, last):
-        found = along_words(words, tails, step, columns, whole, stride, BLOCK_K // 32, TAIL)
-        result = _add_terms(result, sign_tile(found, found, BLOCK, BLOCK_K, False), values, plane, TERMS)
-        values += BLOCK_K
+        # Two paths are one loop: with two, ptxas does the same.
+        here = step
+        begin = 0
+        end = whole
+        offset = 0
+        pair = ones
+        extra = tails
+        if TWO:
+            second = step >= turn
+            here = tl.where(second, step - turn, step)
+            begin = tl.where(second, more_words, 0)
+            end = tl.where(second, more_whole, whole)
+            offset = tl.where(second, more_values, 0)
+            pair = tl.where(second, more_ones, ones)
+            if TAIL:
+                extra = tl.where(second, more_tails, tails)
+        if TRANSPOSED:
+            left, right = across_words(words + begin, here * BLOCK_K, end, BLOCK_K)
+        else:
+            left = along_words(words + begin * stride, extra, here, columns, end, stride, BLOCK_K // 32, TAIL)
+            right = left
+        signs = sign_tile(left, right, pair, BLOCK, BLOCK_K, TRANSPOSED, PTX)
+        result = _add_terms(result, signs, values + (offset + here * BLOCK_K), plane, TERMS)
     return result
 
 
 @triton.jit
-def add_across(
-    result,
-    rows,
-    length,
+def add_signs(
+    words,
+    tails,
+    more_tails,
+    columns,
+    whole,
+    stride,
     values,
     plane,
     first,
     last,
+    ones,
+    more_ones,
+    turn,
+    more_whole,
+    more_words,
+    more_values,
     BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TERMS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TAIL: tl.constexpr,
+    TWO: tl.constexpr,
+    CARRY: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """The same where the words' bits run along the outputs; `rows` as in `across_words`."""
-    for step in range(first, last):
-        left, right = across_words(rows, step * BLOCK_K, length, BLOCK_K)
-        result = _add_terms(result, sign_tile(left, right, BLOCK, BLOCK_K, True), values, plane, TERMS)
-        values += BLOCK_K
+    """fp32 [BLOCK, BLOCK_T]: signs @ values over the steps first .. last - 1, carried over every CARRY steps if that is not 0.
+
+    Args:
+        words, columns: the factor's words and the columns of the tile, which lie inside it. TRANSPOSED: pointers to the rows
+            of words of the tile (`row_pointers`), and anything.
+        tails: what `tail_word` gave, if TAIL; never if TRANSPOSED.
+        whole, stride: whole words along the sum, and between their rows. TRANSPOSED: places of the sum, and anything.
+        values: pointers [BLOCK_K, BLOCK_T] to the first term at the sum's first step; terms lie `plane` apart.
+        ones: as in `sign_tile`.
+        more_...: if TWO, the same of the path that begins at step `turn`: its rows of words (TRANSPOSED: columns) lie
+            `more_words` behind the first path's, its values `more_values`.
+    """
+    result = tl.zeros([BLOCK, BLOCK_T], tl.float32)
+    if CARRY:
+        for start in range(first, last, CARRY):
+            result += _sum_steps(
+                tl.zeros([BLOCK, BLOCK_T], tl.float32),
+                words,
+                tails,
+                more_tails,
+                columns,
+                whole,
+                stride,
+                values,
+                plane,
+                start,
+                min(start + CARRY, last),
+                ones,
+                more_ones,
+                turn,
+                more_whole,
+                more_words,
+                more_values,
+                BLOCK,
+                BLOCK_K,
+                TERMS,
+                TRANSPOSED,
+                TAIL,
+                TWO,
+                PTX,
+            )
+    else:
+        result = _sum_steps(
+            result,
+            words,
+            tails,
+            more_tails,
+            columns,
+            whole,
+            stride,
+            values,
+            plane,
+            first,
+            last,
+            ones,
+            more_ones,
+            turn,
+            more_whole,
+            more_words,
+            more_values,
+            BLOCK,
+            BLOCK_K,
+            TERMS,
+            TRANSPOSED,
+            TAIL,
+            TWO,
+            PTX,
+        )
     return result
+
+
+@triton.jit
+def row_pointers(words, tails, first, path, whole, stride, ROWS: tl.constexpr, TAIL: tl.constexpr):
+    """The first word of ROWS rows from `first` on, of a factor that has `whole` rows.
+
+    The row after the last is the path's in `tails` (scaled.tail_rows), or one of no meaning.
+    """
+    rows = first + tl.arange(0, ROWS)
+    if TAIL:
+        return tl.where(rows < whole, words + rows * stride, tails + path * stride + rows * 0)
+    return words + tl.minimum(rows, whole - 1) * stride
 
 
 def padded(ranks: Sequence[int], pad: int) -> Tuple[int, ...]:

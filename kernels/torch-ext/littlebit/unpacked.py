@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import scaled
 from .packing import factor_shape
-from .signs import across_words, along_words, padded, sign_tile, tail_word
+from .signs import across_words, along_words, padded, pair_of, sign_tile, tail_word
 
 __all__ = ["SLAB", "launches"]
 
@@ -48,6 +48,7 @@ def _unpack(
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = first + rows
     held = tl.minimum(columns, made - 1)
+    ones = pair_of(tl.load(scale + columns, mask=columns < made, other=0.0).to(tl.float32))
     if TRANSPOSED:
         at = (first + tl.program_id(1) * BLOCK) // 32 + tl.arange(0, BLOCK // 32)
         left, right = across_words(words + tl.minimum(at, made // 32 - 1) * stride, start, length, BLOCK_K)
@@ -58,7 +59,7 @@ def _unpack(
             last = (at == made // 32)[:, None]
             left = tl.where(last, tail_word(tail, place, length, made, stride)[None, :], left)
             right = tl.where(last, tail_word(tail, place + 16, length, made, stride)[None, :], right)
-        signs = sign_tile(left, right, BLOCK, BLOCK_K, True)
+        signs = sign_tile(left, right, ones, BLOCK, BLOCK_K, True, False)
     else:
         tails = held
         if tail is not None:
@@ -66,15 +67,13 @@ def _unpack(
         found = along_words(
             words, tails, tl.program_id(0), held, length // 32, stride, BLOCK_K // 32, tail is not None
         )
-        signs = sign_tile(found, found, BLOCK, BLOCK_K, False)
-    gain = tl.load(scale + columns, mask=columns < made, other=0.0).to(tl.bfloat16)
-    values = signs.to(tl.float32) * gain.to(tl.float32)[:, None]
+        signs = sign_tile(found, found, ones, BLOCK, BLOCK_K, False, False)
     if ORDERED:
         within = rows % 32
         rows += tl.where(within < 16, within, within - 31)
     slots = start + tl.arange(0, BLOCK_K)
     place = rows.to(tl.int64)[:, None] * width + slots[None, :]
-    tl.store(slab + place, values.to(tl.bfloat16), mask=(slots < width)[None, :])
+    tl.store(slab + place, signs, mask=(slots < width)[None, :])
 
 
 def _slabs(made: int, width: int) -> Iterator[Tuple[int, int]]:
