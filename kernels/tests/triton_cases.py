@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from hf_littlebit.kernels import gpu, reference, tuning
+from hf_littlebit.kernels import gpu, reference, tuner, tuning
 from test_cpu import layer, worst
 
 from hf_littlebit import LittleBitLinear
@@ -78,14 +78,28 @@ def test_terms_and_tiles_of_other_sizes(monkeypatch, terms):
     assert worst(gpu.littlebit_linear_grad(*put(grad, *parts), shape[2]).cpu(), grad, dense, size) < limit
 
 
-def test_decode_with_tiles_of_other_sizes(monkeypatch):
-    shape = (40, 300, (40, 8))
+FEW = [
+    tuning.Few(16, 4, 2, 32, 4, 1),
+    tuning.Few(32, 2, 1, 16, 4, 2),
+    None,  # without matrix units
+]
+
+
+@pytest.mark.parametrize("few", FEW, ids=str)
+@pytest.mark.parametrize(
+    "shape, tokens", [((40, 300, (40, 8)), 2), ((70, 131, (200,)), 1), ((33, 64, (7, 33, 64)), 4), ((40, 96, (8,)), 3)]
+)
+def test_decode_with_tiles_of_other_sizes(monkeypatch, shape, tokens, few):
+    """Several blocks, splits and rounds; paths that share the warps."""
     parts, dense, size = layer(*shape)
+    monkeypatch.setattr(tuning, "few", lambda *_: few)
     monkeypatch.setattr(tuning, "decode_group", lambda *_: tuning.Decode(16, 2, 4, 3, 32, 1, 4))
-    x = torch.randn(2, 300)
-    y = gpu.littlebit_linear(*put(x, *parts), None, shape[2])
-    assert worst(y.cpu(), x, dense.T, size.T) < 1e-6
-    assert torch.equal(y, gpu.littlebit_linear(*put(x, *parts), None, shape[2]))
+    x, bias = torch.randn(tokens, shape[1]), torch.randn(shape[0])
+    y = gpu.littlebit_linear(*put(x, *parts, bias), shape[2])
+    assert worst(y.cpu(), x, dense.T, size.T, bias) < 1e-6
+    assert torch.equal(y, gpu.littlebit_linear(*put(x, *parts, bias), shape[2]))
+    half = gpu.littlebit_linear(*put(x.bfloat16(), *parts, bias), shape[2])
+    check(half, x.bfloat16(), dense.T, size.T, bias)
 
 
 def test_strides_and_absent_parts():
@@ -154,15 +168,48 @@ def test_layers_that_read_the_same_x(sizes, tokens, dtype):
         check(y, x, *oracle)
 
 
+@pytest.mark.parametrize("few", FEW[1:], ids=str)
 @pytest.mark.parametrize("sizes", [*GROUPS, [(129, (40, 8))] * 3], ids=str)
-def test_a_layer_is_the_same_alone_and_in_a_group(monkeypatch, sizes):
+def test_a_layer_is_the_same_alone_and_in_a_group(monkeypatch, sizes, few):
     """With one choice of tiles; layers of equal sizes get one by themselves."""
-    if len(set(sizes)) > 1:
+    if few is None or len(set(sizes)) > 1:
+        monkeypatch.setattr(tuning, "few", lambda *_: few)
         monkeypatch.setattr(tuning, "decode_group", lambda *_: tuning.Decode(32, 4, 4, 2, 64, 2, 4))
     layers, _ = group(sizes, 200)
     x = torch.randn(200, 2, device=DEVICE).bfloat16().T
     for y, one in zip(gpu.littlebit_linears(x, layers), layers):  # noqa: B905 Python 3.9
         assert torch.equal(y, gpu.littlebit_linear(x, *one))
+
+
+def test_other_memory_is_checked_and_launched_anew():
+    """Recorded launches hold addresses: parts that are replaced, moved or resized, and tensors that die, are seen."""
+    parts, dense, size = layer(129, 257, (40, 8))
+    x = torch.randn(3, 257)
+    for tokens in (3, 2, 1):
+        held = [part.clone() for part in put(*parts)]
+        for _ in range(2):
+            y = gpu.littlebit_linear(*put(x[:tokens]), *held, None, (40, 8))
+            assert worst(y.cpu(), x[:tokens], dense.T, size.T) < 1e-6
+        held[4].data = 2 * held[4]
+        y = gpu.littlebit_linear(*put(x[:tokens]), *held, None, (40, 8))
+        assert worst(y.cpu(), x[:tokens], 2 * dense.T, 2 * size.T) < 1e-6
+        held[4] = held[4][:, :-1]
+        with pytest.raises(RuntimeError, match="must be"):
+            gpu.littlebit_linear(*put(x[:tokens]), *held, None, (40, 8))
+    known = len(gpu._all_bound)
+    del held, y
+    assert len(gpu._all_bound) < known
+
+
+def test_a_view_that_is_negated_lazily():
+    parts, dense, size = layer(129, 257, (40, 8))
+    for tokens in (1, 9):
+        x = torch.randn(tokens, 257)
+        (held,) = put(x)
+        lazy = torch.complex(torch.zeros_like(held), held).conj().imag
+        assert lazy.is_neg()
+        y = gpu.littlebit_linear(lazy, *put(*parts), None, (40, 8))
+        assert worst(y.cpu(), -x, dense.T, size.T) < 1e-6
 
 
 def test_a_wrong_part_of_one_layer_is_an_error():
@@ -215,7 +262,7 @@ def test_the_operator_and_its_gradient():
 def test_the_grid(size, bpw, dtype):
     out, into = size
     rank = max(8, int((bpw * out * into - 32 * (out + into)) / (2 * (out + into + 16))) // 8 * 8)
-    parts = tuning._random_parts(out, into, (rank, rank), torch.device(DEVICE))
+    parts = tuner.random_parts(out, into, (rank, rank), torch.device(DEVICE))
     for tokens in (1, 2, 4, 16, 64, 512):
         x, grad = torch.randn(tokens, into, device=DEVICE).to(dtype), torch.randn(tokens, out, device=DEVICE).to(dtype)
         for ours, oracle, argument, more in (

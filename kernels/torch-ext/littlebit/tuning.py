@@ -5,27 +5,42 @@
     decode_group(device, outs, in, ranks_of_each)                    -> Decode, for gemv.py's layers that read the same x
     tiles(device, out, in, ranks, bucket, dtype, transposed)         -> Tiles, for gemm.py
 
-`configs/<device>.json` holds what `tune` measured on a device of that name; a shape it does not hold, and a device without
-a file, get the rule: enough programs to fill the device, the smallest tile that holds the tokens. Tokens are counted in
+`configs/<device>.json` holds what tuner.py measured on a device of that name, and a file of the same name in the user's cache
+goes before it; a shape they do not hold, and a device without a file, get the rule: enough programs to fill the device, the smallest tile that holds the tokens. Tokens are counted in
 buckets (the next power of two), so that a growing sequence meets few tile sizes. The number of bf16 terms is precision,
 not speed, and is never tuned.
 """
 
 import functools
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from .packing import factor_shapes
-
-__all__ = ["CONFIGS", "Decode", "Few", "Tiles", "bucket", "decode", "decode_group", "few", "starts_early", "terms", "tiles", "tune"]
+__all__ = [
+    "CONFIGS",
+    "Decode",
+    "Few",
+    "Tiles",
+    "bucket",
+    "decode",
+    "decode_group",
+    "decode_key",
+    "device_name",
+    "few",
+    "forget",
+    "starts_early",
+    "terms",
+    "tiles",
+    "tiles_key",
+    "user_folder",
+]
 
 CONFIGS = Path(__file__).with_name("configs")
 LARGEST = 4096  # tokens of the last bucket
-LEAST = 20  # calls in a graph that is timed
 MOST_PATHS = 4  # that decode.py gives warps of their own
 FEW = 64  # tokens up to which a second term costs nothing: the matrix units wait for memory
 
@@ -74,33 +89,19 @@ class Tiles(NamedTuple):
     unpacked: int = 0
 
 
-CHOICES: Dict[str, Tuple[int, ...]] = {
-    "columns_one": (16, 32, 64),
-    "words_one": (4, 8, 16),
-    "warps_one": (2, 4, 8),
-    "columns_two": (16, 32, 64, 128),
-    "words_two": (4, 8, 16),
-    "warps_two": (2, 4, 8),
-    "ranks": (64, 128),
-    "tokens_one": (16, 32, 64, 128, 256),
-    "stages_one": (2, 3, 4, 5),
-    "splits_one": (1, 2, 4, 8, 16, 32),
-    "outputs": (64, 128),
-    "tokens_two": (16, 32, 64, 128, 256),
-    "stages_two": (2, 3, 4, 5),
-    "splits_two": (1, 2, 4, 8),
-    "words": (2, 4),
-    "unpacked": (0, 1),
-}
-
-
 def bucket(tokens: int) -> int:
     """The next power of two, 16 to LARGEST."""
     return min(LARGEST, max(16, 1 << (tokens - 1).bit_length()))
 
 
+def user_folder() -> Path:
+    """Where `littlebit tune` writes and this user's processes look first: LITTLEBIT_TILES, or the user's cache."""
+    given = os.environ.get("LITTLEBIT_TILES")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_littlebit"
+
+
 @functools.lru_cache(maxsize=None)
-def _name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """A device's name as a file's name."""
     known = "cpu" if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
     return re.sub(r"[^a-z0-9]+", "-", known.lower()).strip("-")
@@ -120,12 +121,44 @@ def _cores(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=None)
 def _measured(name: str) -> Dict[str, List[int]]:
-    path = CONFIGS / f"{name}.json"
-    return json.loads(path.read_text())["configs"] if path.exists() else {}
+    """What was measured on a device of that name: what comes with the package, and over it what this user measured."""
+    found: Dict[str, List[int]] = {}
+    for folder in (CONFIGS, user_folder()):
+        path = folder / f"{name}.json"
+        if path.exists():
+            try:
+                found.update(json.loads(path.read_text())["configs"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise RuntimeError(f"{path} holds no tile sizes ({error}); delete it, or measure again") from error
+    return found
+
+
+def forget() -> None:
+    """Read the files again at the next product, whose launches are made anew."""
+    from . import gpu
+
+    for cached in (_measured, decode, decode_group, few, tiles):
+        cached.cache_clear()
+    gpu.forget()
 
 
 def _key(kind: str, out: Any, into: int, ranks: Sequence[int], *more: Any) -> str:
     return " ".join([kind, f"{out}x{into}", "+".join(map(str, ranks)), *map(str, more)])
+
+
+def decode_key(
+    outs: Sequence[int], into: int, ranks_of_each: Sequence[Sequence[int]], kind: str = "few"
+) -> str:
+    """The name in a file of one to four tokens' tiles ("few" or "decode"), of a layer or of several that read the same x."""
+    kind = kind if len(outs) == 1 else f"{kind}{len(outs)}"
+    return _key(kind, "+".join(map(str, outs)), into, [rank for ranks in ranks_of_each for rank in ranks])
+
+
+def tiles_key(
+    device: torch.device, out: int, into: int, ranks: Sequence[int], tokens: int, dtype: torch.dtype, transposed: bool
+) -> str:
+    """The name in a file of a bucket's tiles."""
+    return _key("tiles", out, into, ranks, tokens, terms(device, dtype, tokens), _way(transposed))
 
 
 def _way(transposed: bool) -> str:
@@ -151,7 +184,7 @@ def _power(value: float) -> int:
 @functools.lru_cache(maxsize=None)
 def decode(device: torch.device, out: int, into: int, ranks: Tuple[int, ...]) -> Decode:
     """Tiles for one to four tokens of a layer."""
-    found = _measured(_name(device)).get(_key("decode", out, into, ranks))
+    found = _measured(device_name(device)).get(decode_key((out,), into, (ranks,), "decode"))
     return Decode(*found) if found else _decode_rule(_cores(device), out, into, ranks)
 
 
@@ -191,10 +224,10 @@ def few(
     """
     if not _multiplies_bf16(device) or max(map(len, ranks_of_each)) > MOST_PATHS:
         return None
-    measured = _measured(_name(device))
+    measured = _measured(device_name(device))
     widest = max(range(len(outs)), key=outs.__getitem__)
-    together = _key("few", "+".join(map(str, outs)), into, [rank for ranks in ranks_of_each for rank in ranks])
-    found = measured.get(together) or measured.get(_key("few", outs[widest], into, ranks_of_each[widest]))
+    alone = decode_key((outs[widest],), into, (ranks_of_each[widest],))
+    found = measured.get(decode_key(outs, into, ranks_of_each)) or measured.get(alone)
     if found:
         return Few(*found)
     return _few_rule(_cores(device), sum(outs), into, max(ranks_of_each, key=max))
@@ -233,7 +266,7 @@ def tiles(
 ) -> Tiles:
     """Tiles for a bucket of tokens of a layer, forward or (transposed) for the gradient."""
     count = terms(device, dtype, tokens)
-    found = _measured(_name(device)).get(_key("tiles", out, into, ranks, tokens, count, _way(transposed)))
+    found = _measured(device_name(device)).get(tiles_key(device, out, into, ranks, tokens, dtype, transposed))
     if found:
         return Tiles(*found)
     summed, made = (out, into) if transposed else (into, out)
@@ -263,119 +296,3 @@ def _splits(places: int, blocks: int, summed: int) -> int:
         return -(-blocks * splits // places) * (summed / splits + 256) + 16 * splits
 
     return min((1, 2, 4, 8, 16, 32), key=cost)
-
-
-def tune(
-    layers: Sequence[Tuple[int, int, Sequence[int]]],
-    batches: Sequence[int] = (1, 16, 64, 512),
-    dtype: torch.dtype = torch.bfloat16,
-    gradient: bool = False,
-    folder: Path = CONFIGS,
-) -> Path:
-    """Measure tile sizes on the current CUDA device, and write or extend `folder`/<device>.json.
-
-    Starts from the rule, tries every choice of one field after the other, and keeps what is faster, twice over. A choice
-    that does not compile or does not fit is passed over.
-
-    Args:
-        layers: (out_features, in_features, ranks) each.
-        batches: numbers of tokens; those up to four share one Decode. `gradient` also measures the gradient's tiles.
-    """
-    from . import gpu
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    path = folder / f"{_name(device)}.json"
-    configs = dict(json.loads(path.read_text())["configs"]) if path.exists() else {}
-    for out, into, some in layers:
-        ranks = tuple(some)
-        # Rotated, so that the weights are cold; the smallest layers stay in the cache, as they do in a model.
-        count = min(64, 1 + (256 << 20) * 8 // (sum(ranks) * (out + into)))
-        copies = [[*_random_parts(out, into, ranks, device), None, ranks] for _ in range(count)]
-        cases: Dict[str, Tuple[Any, int, int, bool]] = {}
-        for tokens in batches:
-            for transposed in (False, True) if gradient else (False,):
-                if tokens <= gpu.DECODE and not transposed:
-                    start: Any = decode(device, out, into, ranks)
-                    cases[_key("decode", out, into, ranks)] = (start, tokens, into, False)
-                    continue
-                start = tiles(device, out, into, ranks, bucket(tokens), dtype, transposed)
-                key = _key("tiles", out, into, ranks, bucket(tokens), start.terms, _way(transposed))
-                cases[key] = (start, tokens, out if transposed else into, transposed)
-        for key, (start, tokens, features, transposed) in cases.items():
-            x = torch.randn(tokens, features, device=device).to(dtype)
-            y = x.new_empty(tokens, into if transposed else out)
-            best, seconds = _search(start, functools.partial(_run, copies, x, y, transposed))
-            configs[key] = list(best)
-            print(f"{key}: {best} {seconds * 1e6:.1f} us", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
-    path.write_text(json.dumps({**about, "configs": configs}).replace('], "', '],\n"') + "\n")
-    for cached in (_measured, decode, decode_group, few, tiles):
-        cached.cache_clear()
-    return path
-
-
-def _run(copies: Sequence[Any], x: torch.Tensor, y: torch.Tensor, transposed: bool, config: Any) -> float:
-    from . import gemm, gemv
-
-    if isinstance(config, Decode):
-        return _seconds(lambda layer: gemv.products(x, [layer], [y], config), copies)
-    product: Any = gemm.product
-    return _seconds(lambda layer: product(x, *layer, y, config, transposed), copies)
-
-
-def _search(start: Any, run: Callable[[Any], float]) -> Tuple[Any, float]:
-    """Coordinate descent over CHOICES from `start`."""
-    seen = {start: run(start)}
-    best = start
-    for _ in range(2):
-        before = best
-        for field in start._fields:
-            for value in CHOICES.get(field, ()):
-                config = best._replace(**{field: value})
-                if config not in seen:
-                    try:
-                        seen[config] = run(config)
-                    except Exception as error:  # every backend has its own error for a tile that does not fit
-                        print(f"passed over {config}: {type(error).__name__}")
-                        seen[config] = float("inf")
-            best = min(seen, key=lambda config: seen[config])
-        if best == before:
-            break
-    return best, seen[best]
-
-
-def _random_parts(out: int, into: int, ranks: Tuple[int, ...], device: torch.device) -> List[Optional[torch.Tensor]]:
-    """What littlebit_linear takes between x and bias."""
-    found: Dict[str, torch.Tensor] = {}
-    for name, (shape, dtype) in factor_shapes(into, out, ranks).items():
-        if dtype.is_floating_point:
-            found[name] = torch.randn(shape, device=device).to(dtype)
-        else:
-            info = torch.iinfo(dtype)
-            found[name] = torch.randint(info.min, info.max, shape, device=device, dtype=dtype)
-    found.setdefault("v", found["u"])
-    return [found.get(name) for name in ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")]
-
-
-def _seconds(call: Callable[[Any], None], copies: Sequence[Any], repeats: int = 5) -> float:
-    """Seconds of one call inside a CUDA graph that goes through all copies."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call(copies[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    calls = max(len(copies), LEAST)
-    with torch.cuda.graph(graph):
-        for index in range(calls):
-            call(copies[index % len(copies)])
-    times = []
-    for _ in range(repeats + 1):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1000 / calls)
-    return sorted(times[1:])[repeats // 2]
