@@ -192,17 +192,28 @@ def _tiles_rule(cores: int, summed: int, made: int, ranks: Tuple[int, ...], toke
     across = min(tokens, (256 if tokens > 1024 and count == 1 else 128) if large else 64)
     side, warps = (128, 8) if large else (64, 4)
     columns = -(-tokens // across)
-    blocks = columns * sum(-(-rank // side) for rank in ranks)
-    splits = _splits(cores if large else 3 * cores, blocks, summed)
-    splits_two = _splits(cores, columns * -(-made // side), sum(ranks)) if not large else 1
-    return Tiles(side, across, warps, 3, splits, side, across, warps, 3, splits_two, 2, count)
+    # Large tiles have a core to themselves or share it in turns; of the small ones, several wait for memory side by side.
+    places, step = (cores, 0.0036 * across) if large else (3 * cores, 0.25)
+    counts = []
+    for blocks, total, wide in (
+        (sum(-(-rank // side) for rank in ranks), summed, sum(ranks)),
+        (-(-made // side), sum(ranks), made),
+    ):
+        counts.append(_splits(places, columns * blocks, -(-total // 64), step, 8e-6 / 2.5 * tokens * wide))
+    return Tiles(side, across, warps, 3, counts[0], side, across, warps, 3, counts[1], 2, count)
 
 
-def _splits(places: int, blocks: int, summed: int) -> int:
-    """Splits of a sum so that `blocks` tiles keep all places busy for about as long as they must."""
+def _splits(places: int, blocks: int, steps: int, step: float, write: float) -> int:
+    """Splits of a sum that take the least time, in microseconds as an H100 has them.
+
+    Args:
+        places: tiles computed side by side. blocks: tiles of a split. steps: of the whole sum.
+        step, write: time of a step, and of writing and reading the sums of one split.
+    """
 
     def cost(splits: int) -> float:
-        return -(-blocks * splits // places) * (summed / splits + 256) + 16 * splits
+        rounds = -(-blocks * splits // places)
+        return rounds * (1.5 + step * -(-steps // splits)) + (2.5 + write * splits if splits > 1 else 0.0)
 
     return min((1, 2, 4, 8, 16, 32), key=cost)
 

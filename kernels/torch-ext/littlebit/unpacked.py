@@ -64,9 +64,7 @@ def _unpack(
         tails = held
         if tail is not None:
             tails = tail_word(tail, held, made, length, stride)
-        found = along_words(
-            words, tails, tl.program_id(0), held, length // 32, stride, BLOCK_K // 32, tail is not None
-        )
+        found = along_words(words, tails, tl.program_id(0), held, length // 32, stride, BLOCK_K // 32, tail is not None)
         signs = sign_tile(found, found, ones, BLOCK, BLOCK_K, False, False)
     if ORDERED:
         within = rows % 32
