@@ -59,6 +59,10 @@ def test_the_cases_on_the_gpu():
     run_cases(TRITON_INTERPRET="0")
 
 
+# Bytes of shared memory: what an AMD compute unit has, what every NVIDIA GPU since Ampere lets a program take.
+SHARED = {"amd": 64 << 10, "nvidia": 99 << 10}
+
+
 @pytest.fixture(params=["nvidia", "amd"])
 def vendor(request):
     return request.param
@@ -72,6 +76,7 @@ def launches(monkeypatch, vendor):
 
     found = []
     monkeypatch.setattr(gemm, "_abilities", lambda device: (vendor == "nvidia",) * 2)
+    monkeypatch.setattr(tuning, "_memory", lambda device: SHARED[vendor])
     monkeypatch.setattr(gpu, "interpreted", lambda: True)
     monkeypatch.setattr(tuning, "_cores", lambda device: 132)
     monkeypatch.setattr(
@@ -157,8 +162,7 @@ def build(vendor, tmp_path, monkeypatch):
 
     def build(kernel, arguments, options, stack=0):
         compiled = compile_ahead(kernel, arguments, options, target)
-        # 64 KiB is what an AMD compute unit has, 99 what every NVIDIA GPU since Ampere lets a program take.
-        assert compiled.metadata.shared <= (99 if nvidia else 64) * 1024
+        assert compiled.metadata.shared <= SHARED[vendor]
         if nvidia:
             registers, spilled = resources(compiled, tmp_path)
             print(
@@ -172,11 +176,10 @@ def build(vendor, tmp_path, monkeypatch):
 
 def advice(compiled, folder):
     """What NVIDIA's assembler says about a kernel."""
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
-    command = [tool, "--gpu-name=sm_90a", "-v", folder / "kernel.ptx", "-o", folder / "kernel.out"]
+    command = [get_ptxas(90).path, "--gpu-name=sm_90a", "-v", folder / "kernel.ptx", "-o", folder / "kernel.out"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 

@@ -18,6 +18,7 @@ from .signs import across_words, along_words, padded, pair_of, sign_tile, tail_w
 __all__ = ["SLAB", "launches"]
 
 SLAB = 1 << 25  # signs of a slab: 64 MiB in bf16
+_LEAST = 256  # outputs of a slab, or a multiple
 _STEP = 64
 _ROWS = 64  # of a program, and what paths' slots are a multiple of
 
@@ -76,7 +77,7 @@ def _unpack(
 
 def _slabs(made: int, width: int) -> Iterator[Tuple[int, int]]:
     """(first, last + 1) of the outputs whose signs are unpacked together."""
-    rows = max(256, SLAB // width // 256 * 256)
+    rows = max(_LEAST, SLAB // width // _LEAST * _LEAST)
     for first in range(0, made, rows):
         yield first, min(first + rows, made)
 
