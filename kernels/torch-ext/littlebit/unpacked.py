@@ -52,7 +52,10 @@ def _unpack(
     ones = pair_of(tl.load(scale + columns, mask=columns < made, other=0.0).to(tl.float32))
     if TRANSPOSED:
         at = (first + tl.program_id(1) * BLOCK) // 32 + tl.arange(0, BLOCK // 32)
-        left, right = across_words(words + tl.minimum(at, made // 32 - 1) * stride, start, length, BLOCK_K)
+        # Of less than a word of outputs there are no words to load.
+        inside = tl.where(made < 32, 0, length)
+        pointers = words + tl.maximum(0, tl.minimum(at, made // 32 - 1)) * stride
+        left, right = across_words(pointers, start, inside, BLOCK_K)
         if tail is not None:
             # The row of the tail is the first of those behind the words, and of one program.
             pairs = tl.arange(0, BLOCK_K // 2)
