@@ -39,9 +39,11 @@ def test_the_rule_gives_sizes_that_triton_takes(cores, out, into, rank):
     for tokens in (16, 64, 128, 4096):
         for terms in (0, 1, 2, 3):
             tiles = tuning._tiles_rule(cores, into, out, (rank, rank), tokens, terms)
-            assert all(map(power, tiles._replace(stages=1, terms=1))) and tiles.terms == terms
-            assert min(tiles.block_m, tiles.block_k) >= 16 and min(tiles.block_r, tiles.block_n, tiles.block_k) >= 32
-            assert tiles.block_m <= tokens
+            assert all(map(power, tiles._replace(stages_one=1, stages_two=1, terms=1, unpacked=1)))
+            assert tiles.terms == terms and not tiles.unpacked
+            # A row of words is 32 outputs; the matrix units take 16 tokens or more.
+            assert min(tiles.tokens_one, tiles.tokens_two) >= 16 and min(tiles.ranks, tiles.outputs) >= 32
+            assert max(tiles.tokens_one, tiles.tokens_two) <= tokens
 
 
 def test_buckets_are_few():
@@ -63,7 +65,7 @@ def test_a_group_takes_the_tiles_of_its_widest_layer(fresh, monkeypatch):
 
 
 def test_a_measured_file_is_obeyed(fresh):
-    decode, tiles = tuning.Decode(16, 4, 2, 4, 16, 4, 2), tuning.Tiles(64, 32, 32, 32, 4, 2, 1, 1)
+    decode, tiles = tuning.Decode(16, 4, 2, 4, 16, 4, 2), tuning.Tiles(64, 32, 4, 3, 2, 64, 64, 8, 2, 1, 2, 1)
     rule = tuning.tiles(CPU, 64, 160, RANKS, 128, torch.bfloat16, True)
     configs = {
         tuning._key("decode", 64, 160, RANKS): decode,
@@ -79,19 +81,22 @@ def test_a_measured_file_is_obeyed(fresh):
 
 
 def test_the_search_finds_the_fastest_and_passes_over_failures(capsys):
-    start = tuning.Tiles(128, 64, 64, 64, 4, 3, 1, 1)
+    start = tuning.Tiles(128, 128, 4, 3, 1, 64, 64, 4, 3, 1, 2, 1)
 
     def seconds(tiles):
-        if tiles.block_n == 256:
+        if tiles.tokens_two == 256:
             raise RuntimeError("out of resources")
         return (
-            abs(tiles.block_m - 64)
-            + abs(tiles.block_r - 32)
-            + abs(tiles.splits - 8)
-            + abs(tiles.warps - 8)
-            + 1 / tiles.block_n
+            abs(tiles.tokens_one - 32)
+            + abs(tiles.ranks - 64)
+            + abs(tiles.splits_one - 8)
+            + abs(tiles.warps_two - 8)
+            + tiles.unpacked
+            + 1 / tiles.tokens_two
         )
 
     best, cost = tuning._search(start, seconds)
-    assert best == start._replace(block_m=64, block_r=32, splits=8, warps=8, block_n=128) and cost == seconds(best)
+    assert best == start._replace(
+        tokens_one=32, ranks=64, splits_one=8, warps_two=8, tokens_two=128
+    ) and cost == seconds(best)
     assert "passed over" in capsys.readouterr().out

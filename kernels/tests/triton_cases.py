@@ -66,16 +66,46 @@ def test_half_precision(dtype, scales, tokens):
     check(gpu.littlebit_linear_grad(*put(grad, *parts), (40, 16)), grad, dense, size)
 
 
+TILES = {
+    "splits": tuning.Tiles(32, 16, 4, 2, 3, 64, 16, 4, 2, 2, 1, 1),
+    "wide steps": tuning.Tiles(64, 32, 4, 2, 1, 32, 16, 4, 2, 1, 2, 1),
+    "steps wider than ranks": tuning.Tiles(32, 16, 4, 2, 2, 128, 64, 4, 2, 4, 4, 1),
+}
+LIMITS = {0: 1e-6, 1: CUT * 2**-8, 2: CUT * 2**-16, 3: 1e-6}
+
+
 @pytest.mark.parametrize("terms", [0, 1, 2, 3])
-def test_terms_and_tiles_of_other_sizes(monkeypatch, terms):
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+@pytest.mark.parametrize(
+    "shape", [(90, 170, (72, 40)), (97, 330, (33, 7, 64)), (64, 96, (40,)), (70, 129, (256, 9))], ids=str
+)
+def test_terms_and_tiles_of_other_sizes(monkeypatch, tiles, terms, shape):
     """Several blocks and splits along every axis, and the product without matrix units."""
-    shape = (90, 170, (72, 40))
     parts, dense, size = layer(*shape)
-    monkeypatch.setattr(tuning, "tiles", lambda *_: tuning.Tiles(32, 16, 4, 2, 3, 64, 16, 4, 2, 2, 1, terms))
-    limit = {0: 1e-6, 1: CUT * 2**-8, 2: CUT * 2**-16, 3: 1e-6}[terms]
-    x, grad = torch.randn(20, 170), torch.randn(20, 90)
-    assert worst(gpu.littlebit_linear(*put(x, *parts), None, shape[2]).cpu(), x, dense.T, size.T) < limit
-    assert worst(gpu.littlebit_linear_grad(*put(grad, *parts), shape[2]).cpu(), grad, dense, size) < limit
+    monkeypatch.setattr(tuning, "tiles", lambda *_: tiles._replace(terms=terms))
+    bias = torch.randn(shape[0])
+    for tokens in (5, 33) if shape[0] == 90 else (20,):
+        x, grad = torch.randn(tokens, shape[1]), torch.randn(tokens, shape[0])
+        y = gpu.littlebit_linear(*put(x, *parts, bias), shape[2])
+        assert worst(y.cpu(), x, dense.T, size.T, bias) < LIMITS[terms]
+        dx = gpu.littlebit_linear_grad(*put(grad, *parts), shape[2])
+        assert worst(dx.cpu(), grad, dense, size) < LIMITS[terms]
+    again = gpu.littlebit_linear(*put(x, *parts, bias), shape[2])
+    assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("shape", [(90, 170, (72, 40)), (97, 330, (33, 7, 64)), (64, 96, (40,))], ids=str)
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float32], ids=str)
+def test_signs_unpacked_slab_after_slab(monkeypatch, shape, scales):
+    unpacked = pytest.importorskip("hf_littlebit.kernels.unpacked")
+    monkeypatch.setattr(unpacked, "SLAB", 1)
+    monkeypatch.setattr(unpacked, "_LEAST", 64)
+    monkeypatch.setattr(tuning, "tiles", lambda *_: TILES["splits"]._replace(unpacked=1))
+    monkeypatch.setattr(tuning, "terms", lambda *_: 1)
+    parts, dense, size = layer(*shape, scale_dtype=scales)
+    x, grad, bias = ((0.1 * torch.randn(*s)).bfloat16() for s in ((130, shape[1]), (130, shape[0]), (shape[0],)))
+    check(gpu.littlebit_linear(*put(x, *parts, bias), shape[2]), x, dense.T, size.T, bias)
+    check(gpu.littlebit_linear_grad(*put(grad, *parts), shape[2]), grad, dense, size)
 
 
 FEW = [

@@ -57,7 +57,7 @@ def _expand(
 ):
     """The latent, behind the PLANES planes of terms, or its sums of a split in `partial`, if that is not None."""
     split = tl.program_id(2)
-    path, rank, before, words_before, tails_before, slots, inside = segment(tl.program_id(1), ranks, UNIT, BLOCK, PAD)
+    path, rank, before, words_before, slots, inside = segment(tl.program_id(1), ranks, UNIT, BLOCK, PAD)
     rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     plane = height.to(tl.int64) * width
     values = terms + path * TERMS * plane + rows[None, :] * width + tl.arange(0, BLOCK_K)[:, None]
@@ -289,7 +289,9 @@ def _abilities(device: torch.device) -> Tuple[bool, bool]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(summed: int, made: int, ranks: Tuple[int, ...], config: Any, exact: bool, transposed: bool, ptx: bool, early: bool) -> _Plan:
+def _plan(
+    summed: int, made: int, ranks: Tuple[int, ...], config: Any, exact: bool, transposed: bool, ptx: bool, early: bool
+) -> _Plan:
     units, unit = in_units(ranks)
     step = 32 * config.words
     width = -(-summed // step) * step
@@ -369,12 +371,12 @@ def launches(
     else:
         first, first_tail, scale_first, second, second_tail, scale_last = v, v_tail, scale_in, u, u_tail, scale_out
     (tokens, features), made, device = x.shape, y.shape[1], x.device
-    plan = _plan(features, made, tuple(ranks), config, scale_last.dtype == torch.bfloat16, transposed, *_abilities(device))
+    plan = _plan(
+        features, made, tuple(ranks), config, scale_last.dtype == torch.bfloat16, transposed, *_abilities(device)
+    )
     width, slots, units = plan.width, plan.slots, plan.units
     height = -(-tokens // plan.rows) * plan.rows
-    terms = torch.empty(
-        config.terms * height * (len(units) * width + slots), dtype=torch.bfloat16, device=device
-    )
+    terms = torch.empty(config.terms * height * (len(units) * width + slots), dtype=torch.bfloat16, device=device)
     partial = None
     sums_two = plan.splits_two * plan.paths
     sums = max(plan.splits_one * slots if plan.splits_one > 1 else 0, sums_two * made if sums_two > 1 else 0)

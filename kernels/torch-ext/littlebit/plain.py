@@ -17,6 +17,7 @@ from .tiles import in_units, locate, rank_sum, sign_tile
 
 __all__ = ["launches"]
 
+
 @triton.jit(do_not_specialize=["tokens", "span"])
 def _expand(
     x,
@@ -182,7 +183,12 @@ def launches(
         },
     )
     if splits > 1:
-        yield _combine, (-(-tokens * total // 512),), (partial, scale_rank, latent, tokens, total, splits), {"BLOCK": 512}
+        yield (
+            _combine,
+            (-(-tokens * total // 512),),
+            (partial, scale_rank, latent, tokens, total, splits),
+            {"BLOCK": 512},
+        )
     yield (
         _contract,
         (-(-tokens // config.tokens_two), -(-made // config.outputs)),

@@ -66,33 +66,28 @@ def in_pair_order(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def segment(block, ranks, UNIT: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr):
     """Where a block of ranks lies: every path's ranks (ranks[p] * UNIT) take a multiple of PAD, and so of BLOCK, slots.
 
-    Returns (path, its rank, ranks before it, its word rows before it, its tail rows before it, slots before it, first rank
-    inside the path).
+    Returns (path, its rank, ranks before it, its word rows before it, slots before it, first rank inside the path).
     """
     path = 0
     rank = ranks[0] * UNIT
     before = 0
     words = 0
-    tails = 0
     slots = 0
     ranks_seen = 0
     words_seen = 0
-    tails_seen = 0
     slots_seen = 0
     for index in tl.static_range(1, len(ranks)):
         last = ranks[index - 1] * UNIT
         ranks_seen += last
         words_seen += last // 32
-        tails_seen += tl.cdiv(last % 32, 8)
         slots_seen += tl.cdiv(last, PAD) * PAD
         here = block * BLOCK >= slots_seen
         path = tl.where(here, index, path)
         rank = tl.where(here, ranks[index] * UNIT, rank)
         before = tl.where(here, ranks_seen, before)
         words = tl.where(here, words_seen, words)
-        tails = tl.where(here, tails_seen, tails)
         slots = tl.where(here, slots_seen, slots)
-    return path, rank, before, words, tails, slots, block * BLOCK - slots
+    return path, rank, before, words, slots, block * BLOCK - slots
 
 
 @triton.jit

@@ -120,6 +120,14 @@ def _cores(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=None)
+def _memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take."""
+    if device.type == "cuda" and not torch.version.hip:
+        return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10))
+    return 64 << 10
+
+
+@functools.lru_cache(maxsize=None)
 def _measured(name: str) -> Dict[str, List[int]]:
     """What was measured on a device of that name: what comes with the package, and over it what this user measured."""
     found: Dict[str, List[int]] = {}
@@ -270,29 +278,50 @@ def tiles(
     if found:
         return Tiles(*found)
     summed, made = (out, into) if transposed else (into, out)
-    return _tiles_rule(_cores(device), summed, made, ranks, tokens, count)
+    return _tiles_rule(_cores(device), summed, made, ranks, tokens, count, _memory(device))
 
 
-def _tiles_rule(cores: int, summed: int, made: int, ranks: Tuple[int, ...], tokens: int, count: int) -> Tiles:
+def _tiles_rule(
+    cores: int, summed: int, made: int, ranks: Tuple[int, ...], tokens: int, count: int, memory: int = 99 << 10
+) -> Tiles:
     if not count:  # plain.py: what fits in registers beside the tile of signs
         height = min(tokens, 64)
         blocks = -(-tokens // height) * sum(-(-rank // 64) for rank in ranks)
         splits = min(32, _power(max(1.0, 2 * cores / blocks)), _power(max(1.0, summed / 256)))
         return Tiles(64, height, 4, 3, splits, 32, height, 4, 3, 1, 1, count)
     large = tokens > FEW
-    across = min(tokens, (256 if tokens > 1024 and count == 1 else 128) if large else 64)
+    widest = 64 if not large else 256 if tokens > 1024 and count == 1 and memory >= 99 << 10 else 128
+    # Stages of the other operand's terms, and 4 KiB for words.
+    across, stages = next(
+        (width, depth)
+        for width in (widest, widest // 2, widest // 4, 16)
+        for depth in (3, 2)
+        if width == 16 or depth * width * count * 128 <= memory - 4096
+    )
+    across = min(tokens, across)
     side, warps = (128, 8) if large else (64, 4)
     columns = -(-tokens // across)
-    blocks = columns * sum(-(-rank // side) for rank in ranks)
-    splits = _splits(cores if large else 3 * cores, blocks, summed)
-    splits_two = _splits(cores, columns * -(-made // side), sum(ranks)) if not large else 1
-    return Tiles(side, across, warps, 3, splits, side, across, warps, 3, splits_two, 2, count)
+    # Large tiles have a core to themselves or share it in turns; of the small ones, several wait for memory side by side.
+    places, step = (cores, 0.0036 * across) if large else (3 * cores, 0.25)
+    counts = []
+    for blocks, total, wide in (
+        (sum(-(-rank // side) for rank in ranks), summed, sum(ranks)),
+        (-(-made // side), sum(ranks), made),
+    ):
+        counts.append(_splits(places, columns * blocks, -(-total // 64), step, 8e-6 / 2.5 * tokens * wide))
+    return Tiles(side, across, warps, stages, counts[0], side, across, warps, stages, counts[1], 2, count)
 
 
-def _splits(places: int, blocks: int, summed: int) -> int:
-    """Splits of a sum so that `blocks` tiles keep all places busy for about as long as they must."""
+def _splits(places: int, blocks: int, steps: int, step: float, write: float) -> int:
+    """Splits of a sum that take the least time, in microseconds as an H100 has them.
+
+    Args:
+        places: tiles computed side by side. blocks: tiles of a split. steps: of the whole sum.
+        step, write: time of a step, and of writing and reading the sums of one split.
+    """
 
     def cost(splits: int) -> float:
-        return -(-blocks * splits // places) * (summed / splits + 256) + 16 * splits
+        rounds = -(-blocks * splits // places)
+        return rounds * (1.5 + step * -(-steps // splits)) + (2.5 + write * splits if splits > 1 else 0.0)
 
     return min((1, 2, 4, 8, 16, 32), key=cost)

@@ -18,6 +18,7 @@ from .signs import across_words, along_words, padded, pair_of, sign_tile, tail_w
 __all__ = ["SLAB", "launches"]
 
 SLAB = 1 << 25  # signs of a slab: 64 MiB in bf16
+_LEAST = 256  # outputs of a slab, or a multiple
 _STEP = 64
 _ROWS = 64  # of a program, and what paths' slots are a multiple of
 
@@ -51,7 +52,10 @@ def _unpack(
     ones = pair_of(tl.load(scale + columns, mask=columns < made, other=0.0).to(tl.float32))
     if TRANSPOSED:
         at = (first + tl.program_id(1) * BLOCK) // 32 + tl.arange(0, BLOCK // 32)
-        left, right = across_words(words + tl.minimum(at, made // 32 - 1) * stride, start, length, BLOCK_K)
+        # Of less than a word of outputs there are no words to load.
+        inside = tl.where(made < 32, 0, length)
+        pointers = words + tl.maximum(0, tl.minimum(at, made // 32 - 1)) * stride
+        left, right = across_words(pointers, start, inside, BLOCK_K)
         if tail is not None:
             # The row of the tail is the first of those behind the words, and of one program.
             pairs = tl.arange(0, BLOCK_K // 2)
@@ -64,9 +68,7 @@ def _unpack(
         tails = held
         if tail is not None:
             tails = tail_word(tail, held, made, length, stride)
-        found = along_words(
-            words, tails, tl.program_id(0), held, length // 32, stride, BLOCK_K // 32, tail is not None
-        )
+        found = along_words(words, tails, tl.program_id(0), held, length // 32, stride, BLOCK_K // 32, tail is not None)
         signs = sign_tile(found, found, ones, BLOCK, BLOCK_K, False, False)
     if ORDERED:
         within = rows % 32
@@ -78,7 +80,7 @@ def _unpack(
 
 def _slabs(made: int, width: int) -> Iterator[Tuple[int, int]]:
     """(first, last + 1) of the outputs whose signs are unpacked together."""
-    rows = max(256, SLAB // width // 256 * 256)
+    rows = max(_LEAST, SLAB // width // _LEAST * _LEAST)
     for first in range(0, made, rows):
         yield first, min(first + rows, made)
 
