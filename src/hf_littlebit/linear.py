@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .eager import repeated
 from .factorize import Path
 from .kernels.packing import factor_shapes, pack_signs, unpack_signs
 from .product import factored_product
@@ -204,6 +205,7 @@ class LittleBitLinear(FactorModule, nn.Linear):
 
     group: Any = None  # a shared.SharedInput whose member `place` this layer is
     place = 0
+    _repeated: Any = None  # an eager.Repeated of this layer alone
 
     def __init__(
         self,
@@ -226,8 +228,16 @@ class LittleBitLinear(FactorModule, nn.Linear):
             result = self.group.product(self.place, x)
             if result is not None:
                 return result
+        x = autocast_input(x)
+        if not torch.compiler.is_compiling() and self._repeated is not None and not torch.is_grad_enabled():
+            found = self._repeated(x, (self._parameters,))
+            if found is not None:
+                return found[0]
         *parts, bias = self.factors()
-        return ops.linear(autocast_input(x), parts, bias, self.ranks)
+        y = ops.linear(x, parts, bias, self.ranks)
+        if not torch.compiler.is_compiling() and y.is_cuda and not torch.is_grad_enabled():
+            self._repeated = repeated(x, ((*parts, bias, self.ranks),), (self._parameters,))
+        return y
 
     def factors(self) -> list[Tensor | None]:
         """The parts as `ops.linear` takes them, and the bias."""

@@ -17,18 +17,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
+from .eager import unseen
 from .kernels import littlebit_linear, littlebit_linear_grad, littlebit_linears
-from .kernels.gpu import DEVICES
 
 __all__ = ["PART_COUNT", "differentiable", "linear", "linears"]
 
 
 PART_COUNT = 8  # of a layer in `linears`: those below and the bias
 _PARTS = "Tensor u, Tensor? u_tail, Tensor? v, Tensor? v_tail, Tensor scale_out, Tensor scale_rank, Tensor scale_in"
-_PLAIN = (Tensor, nn.Parameter)
 _LIBRARY = torch.library.Library("hf_littlebit", "FRAGMENT")  # lives as long as the module: dropping it unregisters
 
 
@@ -39,7 +37,7 @@ def linear(x: Tensor, parts: Sequence[Tensor | None], bias: Tensor | None, ranks
     """
     if torch.compiler.is_compiling() or differentiable(x, bias, *parts):
         return _OPERATOR(x, *parts, bias, ranks)
-    if _unseen(x):
+    if unseen(x):
         return littlebit_linear(x, *parts, bias, ranks)
     # Nothing to record: autograd's step through Python costs as much as all the rest of a call on a small layer.
     with torch._C._AutoDispatchBelowAutograd():
@@ -52,7 +50,7 @@ def linears(x: Tensor, layers: Sequence[Sequence[Any]]) -> list[Tensor]:
     Args:
         layers: the PART_COUNT parts of every layer, as `linear` takes them, the bias last, and its list of ranks.
     """
-    if not torch.compiler.is_compiling() and _unseen(x):
+    if unseen(x):
         return littlebit_linears(x, layers)
     parts = [part for layer in layers for part in layer[:PART_COUNT]]
     ranks = [rank for layer in layers for rank in layer[PART_COUNT]]
@@ -61,22 +59,6 @@ def linears(x: Tensor, layers: Sequence[Sequence[Any]]) -> list[Tensor]:
         return _TOGETHER(x, parts, ranks, paths)
     with torch._C._AutoDispatchBelowAutograd():
         return _TOGETHER(x, parts, ranks, paths)
-
-
-def _unseen(x: Tensor) -> bool:
-    """Whether nothing but the kernels is to see this call on a GPU: then the dispatcher's two steps through Python are saved.
-
-    Not unseen: subclasses of tensors, vmap and the other transforms of torch.func, forward-mode derivatives, dispatch modes
-    (fake tensors, counters of operations), tracing. On a CPU the dispatcher goes to the compiled kernel by itself.
-    """
-    return (
-        x.device.type in DEVICES
-        and type(x) in _PLAIN
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-    )
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

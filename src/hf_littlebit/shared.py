@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .eager import Repeated, repeated
 from .kernels.gpu import DEVICES
 from .linear import LittleBitLinear, autocast_input
 
@@ -66,6 +67,7 @@ class SharedInput:
         self._rounds: dict[int, _Round] = {}  # by thread
         self._traced: tuple[Tensor, Results] | None = None  # the round that torch.compile is tracing
         self._wasted = 0
+        self._repeated: Repeated | None = None
         for place, member in enumerate(members):
             member.group, member.place = self, place
 
@@ -129,18 +131,27 @@ class SharedInput:
         return result
 
     def _compute(self, x: Tensor) -> Results | None:
+        members = [reference() for reference in self._members]
+        if None in members:
+            return None
+        holders = [member._parameters for member in members]
+        x = autocast_input(x)
+        if not torch.compiler.is_compiling() and self._repeated is not None:
+            results = self._repeated(x, holders)
+            if results is not None:
+                return results
         layers = []
-        for reference in self._members:
-            member = reference()
-            if member is None:
-                return None
+        for member in members:
             layer = (*member.factors(), member.ranks)
             u = layer[0]
             # A part that is released (offloaded, or sharded and not gathered) is on meta or has no elements.
             if u is None or u.device != x.device or u.dim() != 2:
                 return None
             layers.append(layer)
-        return [*ops.linears(autocast_input(x), layers)]
+        results = [*ops.linears(x, layers)]
+        if not torch.compiler.is_compiling() and x.is_cuda:
+            self._repeated = repeated(x, layers, holders)
+        return results
 
     def dissolve(self) -> None:
         """Every member computes alone from now on."""

@@ -14,6 +14,7 @@ Addresses that change are of three kinds, and a recorded launch names them by th
     everything else         the layer's parts: their addresses are kept, and the caller answers for their staying valid
 """
 
+import functools
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -58,14 +59,15 @@ class Recorded:
             addresses: of the tensors that `record` got as `moving`, in their order. The list is extended in place.
             scratch: the address of `scratch_bytes` bytes, aligned to ALIGNMENT.
         """
-        addresses += [scratch + offset for offset in self._offsets]
-        for launch in self._launches:
-            arguments = launch.arguments.copy()
-            for place, index in launch.places:
+        for offset in self._offsets:
+            addresses.append(scratch + offset)
+        for run, head, kernel, fixed, places, built in self._launches:
+            arguments = fixed.copy()
+            for place, index in places:
                 arguments[place] = addresses[index]
-            for place, build in launch.built:
+            for place, build in built:
                 arguments[place] = build(addresses)
-            launch.run(*launch.head, stream, *launch.kernel, *arguments)
+            run(*head, stream, *kernel, *arguments)
 
 
 def run(steps: Iterable[Step]) -> None:
@@ -104,15 +106,38 @@ def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence
         templates = [_template(value, known) for value in (*arguments, *(options[name] for name in names))]
         launches.append(
             _Launch(
-                compiled.run,
-                (*grid, 1, 1)[:3],
-                (compiled.function, compiled.packed_metadata, None, None, None),
+                *_launcher(compiled, (*grid, 1, 1)[:3]),
                 templates,
                 [(place, value.index) for place, value in enumerate(templates) if isinstance(value, _Place)],
                 [(place, _builder(value)) for place, value in enumerate(templates) if _has_places(value)],
             )
         )
     return None if launches is None else Recorded(launches, offsets, size)
+
+
+def _launcher(compiled: Any, grid: Tuple[int, ...]) -> Tuple[Callable[..., None], Tuple[int, ...], Tuple[Any, ...]]:
+    """(function, what it takes before the stream, what it takes after it and before the arguments) of a compiled kernel.
+
+    `CompiledKernel.run` is triton's launcher, the one that torch's inductor calls. On a CUDA device it is an object whose
+    method allocates scratch memory for those kernels that want any and then calls a C function; for the others the C
+    function can be called by itself. Up to triton 3.6 its first arguments are those below; later ones are left to `run`.
+    """
+    launcher = compiled.run
+    packed = compiled.packed_metadata
+    early = getattr(launcher, "launch_pdl", None)
+    sizes = (getattr(launcher, "global_scratch_size", 1), getattr(launcher, "profile_scratch_size", 1))
+    if _bare_launch() and early is not None and sizes == (0, 0) and hasattr(launcher, "launch"):
+        cooperative = launcher.launch_cooperative_grid
+        return launcher.launch, grid, (compiled.function, cooperative, early, None, None, packed, None, None, None)
+    return launcher, grid, (compiled.function, packed, None, None, None)
+
+
+@functools.lru_cache(maxsize=None)
+def _bare_launch() -> bool:
+    """This triton's C launcher takes what `_launcher` gives it: read in the sources of 3.5 and 3.6."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 5), (3, 6))
 
 
 def _tensors(values: Any) -> List[torch.Tensor]:
