@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import compat
 from .config import LittleBitConfig
 from .evaluate import perplexity
-from .fast_generate import fast_generate, plain_generate, release_graphs
+from .generation import fast_generate, plain_generate, release_graphs
 from .linear import LatentLittleBitLinear, LittleBitLinear
 from .quantizer import LittleBitHfQuantizer
 from .shared import share_inputs, unshare_inputs

@@ -25,7 +25,7 @@ from .checkpoint import read_headers, refuse_missing, refuse_quantized, verify, 
 from .config import FORMAT_VERSION, LittleBitConfig
 from .conversion import LittleBitConversion, part_shapes
 from .experts import LittleBitExperts
-from .fast_generate import fast_generate, plain_generate
+from .generation import fast_generate, plain_generate
 from .head import attach_head, detach_head
 from .kernels.packing import factor_shape
 from .linear import FactorModule, LatentLittleBitLinear, LittleBitLinear

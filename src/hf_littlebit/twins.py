@@ -26,7 +26,7 @@ from .card import upload_with_card
 from .config import LittleBitConfig
 from .conversion import factor_weight
 from .experts import LittleBitExperts
-from .fast_generate import fast_generate, plain_generate
+from .generation import fast_generate, plain_generate
 from .linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
 from .plan import Plan, fp32_modules, needs_fp32, plan_model
 from .quantizer import LittleBitHfQuantizer, replace_modules
