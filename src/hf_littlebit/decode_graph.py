@@ -536,11 +536,11 @@ def obstacle(model: Any) -> str | None:
 
 
 def signature(model: Any) -> Any:
-    """What a recorded step takes as fixed: the kinds of modules and where their tensors are."""
+    """What a recorded step takes as fixed: the kinds of modules, where their tensors are, which are computed together."""
     kinds: list[Any] = [getattr(model.config, "_attn_implementation", None)]
     for module in model.modules():
         state = vars(module)
-        kinds.append(type(module))
+        kinds += type(module), id(state.get("group"))  # of shared.py
         for value in (*state["_parameters"].values(), *state["_buffers"].values(), *state.values()):
             if isinstance(value, Tensor):
                 kinds.append((value.data_ptr(), value.dtype, value.shape))

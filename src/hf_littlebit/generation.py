@@ -153,11 +153,15 @@ def _static_by_default(model: Any, given: dict[str, Any]) -> bool:
         return False
     if model.device.type not in attached.graphs.recorder.device_types or attached.graphs.broken:
         return False
+    # Under autocast the keys can be of another dtype than the values, which a static cache of transformers 5.17 refuses.
+    if torch.is_autocast_enabled(model.device.type):
+        return False
     text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ("full_attention",))
     if text is not model.config or not kinds <= LAYER_TYPES or getattr(text, "attention_chunk_size", None) is not None:
         return False
-    if not model._can_compile_fullgraph or not getattr(getattr(model, "hf_quantizer", None), "is_compileable", False):
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not model._can_compile_fullgraph or (quantizer is not None and not quantizer.is_compileable):
         return False
     if model.config._attn_implementation not in ATTENTION or model.training or obstacle(model) is not None:
         return False
