@@ -23,6 +23,7 @@ from transformers.generation.utils import GenerationMixin
 
 from hf_littlebit import fast_generate, generation, plain_generate, release_graphs, share_inputs, unshare_inputs
 from hf_littlebit.decode_graph import DecodeGraphs, obstacle
+from hf_littlebit.recorder import Constants, Unfit, Watch
 from hf_littlebit.twins import latent_model, pack_model
 
 ATEN = torch.ops.aten
@@ -511,6 +512,18 @@ def test_a_recording_that_fails_is_given_up(device, caplog, monkeypatch):
     monkeypatch.setattr(recorder, "record", fail)
     unfit(model, recorder, prompt(model, 1, 3))
     assert "no memory for a graph" in caplog.text
+
+
+def test_constants_are_made_where_nobody_watches():
+    # On a GPU making one copies from the host; the meta device stands in for it.
+    with Constants(known := {}, recording=False) as constants, Watch(constants) as watch:
+        torch.tensor([-1], device="meta")
+        assert watch.reason is None and len(known) == 1
+        torch.zeros(1).to("meta")
+        assert "between devices" in watch.reason
+    with Constants(known, recording=True), pytest.raises(Unfit, match="numbers that change, 5"):
+        assert torch.tensor([-1], device="meta").is_meta
+        torch.tensor(5)
 
 
 def test_numbers_of_one_step_are_found():

@@ -16,28 +16,26 @@ graph of its own, and the number is advanced here. Everything that is not known 
 eagerly: the result is always the one that eager code gives.
 
 Every `generate` makes a new cache. A graph reads and writes fixed addresses, so the tensors of a new cache are copied into
-the graph's own (its `Home`), which the cache then refers to; if the cache that did so before is still alive, it first gets a
-copy of its own. Homes are few (the least recently used one goes) and live and die with the model.
+the graph's own (its `CacheHome`), which the cache then refers to; if the cache that did so before is still alive, it first
+gets a copy of its own. Homes are few (the least recently used one goes) and live and die with the model.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 from transformers.utils import ModelOutput
 
-__all__ = ["CudaRecorder", "DecodeGraphs", "Recorder", "Unfit", "obstacle", "signature"]
+from .recorder import Constants, Recorder, Unfit, Watch
+from .static_cache import CacheHome, layer_shapes, outgrown, refuse_unknown, sliding_layers, spies
+
+__all__ = ["CACHE_NAMES", "DecodeGraphs", "obstacle", "signature"]
 
 logger = logging.getLogger("hf_littlebit")
 
@@ -45,131 +43,9 @@ HOMES = 4  # sets of cache tensors that are kept for one model: batch sizes, in 
 GRAPHS = 4  # recorded steps per home
 INPUTS = ("input_ids", "position_ids", "attention_mask", "cache_position")  # tensors that a step may be given
 CACHE_NAMES = ("past_key_values", "cache")  # of a step's cache: transformers up to 5.23, and from 5.24 on
-TENSORS = ("keys", "values", "cumulative_length")  # of a layer of a static cache
-# Private door of transformers 5.17 to 5.24: all that a static layer remembers. One that remembers more is not recorded,
-# because a replay might have to change it.
-LAYER_STATE = {
-    *TENSORS,
-    *("is_initialized", "max_cache_len", "device", "dtype", "batch_size", "num_heads", "k_head_dim", "v_head_dim"),
-}
-SLIDING_STATE = LAYER_STATE | {"cumulative_length_int", "_is_croppable"}
-KNOWN_LAYERS: dict[type, set[str]] = {StaticLayer: LAYER_STATE, StaticSlidingWindowLayer: SLIDING_STATE}
 # Private door of transformers 5.17 to 5.24: its hooks for output_hidden_states stay on a model once they were used, and do
 # nothing in a step that does not ask for them.
 QUIET_HOOKS = "transformers.utils.output_capturing"
-_ATEN = torch.ops.aten
-WAITS = {_ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.equal.default, _ATEN.masked_select.default}
-COPIES = {_ATEN._to_copy.default, _ATEN.copy_.default}
-
-Step = Callable[[], Any]
-
-
-class Unfit(RuntimeError):
-    """A step that cannot be recorded, and why."""
-
-
-class Recorder(Protocol):
-    """What records steps; the tests have one for CPUs."""
-
-    device_types: tuple[str, ...]
-
-    def busy(self) -> bool: ...
-
-    def stream(self, device: torch.device) -> Any: ...
-
-    def warm_up(self, step: Step, device: torch.device) -> Any: ...
-
-    def record(self, step: Step, device: torch.device) -> tuple[Callable[[], None], Any]: ...
-
-
-class CudaRecorder:
-    """Records with torch.cuda.CUDAGraph on one side stream per device."""
-
-    device_types: tuple[str, ...] = ("cuda",)
-
-    def __init__(self) -> None:
-        self._sides: dict[torch.device, torch.cuda.Stream] = {}
-
-    def busy(self) -> bool:
-        """Whether the caller is recording a graph of its own."""
-        return torch.cuda.is_current_stream_capturing()
-
-    def stream(self, device: torch.device) -> int:
-        """The stream that the caller works on: graphs of two streams must not share tensors."""
-        return torch.cuda.current_stream(device).cuda_stream
-
-    def warm_up(self, step: Step, device: torch.device) -> Any:
-        """Run `step` on the side stream, between what the caller's stream did and what it will do."""
-        current, side = torch.cuda.current_stream(device), self._side(device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            result = step()
-        current.wait_stream(side)
-        # Its memory belongs to the side stream, which must not reuse it while the caller's stream still reads it.
-        for value in result.values() if isinstance(result, ModelOutput) else ():
-            if isinstance(value, Tensor):
-                value.record_stream(current)
-        return result
-
-    def record(self, step: Step, device: torch.device) -> tuple[Callable[[], None], Any]:
-        """(replay, the step's static result). Nothing is computed before the first replay."""
-        current, side = torch.cuda.current_stream(device), self._side(device)
-        side.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
-        # Only what this thread does while it records can spoil the graph; other threads may go on with theirs.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            result = step()
-        return graph.replay, result
-
-    def _side(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._sides:
-            self._sides[device] = torch.cuda.Stream(device)
-        return self._sides[device]
-
-
-class _Watch(TorchDispatchMode):
-    """Finds operators that make the host wait for the device, which a recording does not allow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reason: str | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in WAITS:
-            self.reason = f"a step waits for the device in {func}"
-        elif func in COPIES and len({value.device for value in (result, *args) if isinstance(value, Tensor)}) > 1:
-            self.reason = f"a step copies between devices in {func}"
-        return result
-
-
-class _Constants(TorchFunctionMode):
-    """Keeps the tensors that a step makes from Python numbers: making one copies from the host, which cannot be recorded.
-
-    Sliding-window layers index with `torch.tensor([-1])`. A constant that is new while recording was made from numbers that
-    change from step to step, and then the step is unfit.
-    """
-
-    def __init__(self, known: dict[Any, Tensor], recording: bool):
-        super().__init__()
-        self.known, self.recording = known, recording
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and args and _is_number(args[0]):
-            key = (repr(args), repr(sorted(kwargs.items(), key=str)))
-            if key not in self.known:
-                if self.recording:
-                    raise Unfit(f"a step makes a tensor of numbers that change, {args[0]}")
-                self.known[key] = func(*args, **kwargs)
-            return self.known[key].clone()
-        return func(*args, **kwargs)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_number(part) for part in value)
-    return isinstance(value, bool | int | float)
 
 
 class _Graph:
@@ -193,58 +69,13 @@ class _Graph:
         return kind(**{"logits": logits.clone(), cache_name: cache})
 
 
-class _Home:
-    """The cache tensors that some graphs read and write, and the cache that refers to them now."""
-
-    def __init__(self) -> None:
-        self.graphs: OrderedDict[Any, _Graph] = OrderedDict()
-        self.tensors: list[dict[str, Tensor]] = []  # of every layer
-        self.owner: Callable[[], Any] = lambda: None
-
-    def holds(self, cache: Any) -> bool:
-        """Whether every layer of `cache` refers to the tensors here, as after `adopt`."""
-        if self.owner() is not cache:
-            return False
-        for layer, tensors in zip(cache.layers, self.tensors, strict=True):
-            for name, tensor in tensors.items():
-                if getattr(layer, name) is not tensor:
-                    return False
-        return True
-
-    def adopt(self, cache: Any) -> None:
-        """Take the content of `cache` over, and let its layers refer to the tensors here."""
-        # Outside of inference_mode: what is made under it could not be written to by a later generate under no_grad.
-        with torch.inference_mode(False), torch.no_grad():
-            if not self.tensors:
-                self.tensors = [
-                    {name: torch.empty_like(getattr(layer, name)) for name in TENSORS if layer.is_initialized}
-                    for layer in cache.layers
-                ]
-            former = self.owner()
-            if former is not None and former is not cache:
-                self._part(former)
-            for layer, tensors in zip(cache.layers, self.tensors, strict=True):
-                for name, tensor in tensors.items():
-                    value = getattr(layer, name)
-                    if value is not tensor:
-                        tensor.copy_(value)
-                        setattr(layer, name, tensor)
-        self.owner = weakref.ref(cache)
-
-    def _part(self, former: Any) -> None:
-        for layer, tensors in zip(former.layers, self.tensors, strict=True):
-            for name, tensor in tensors.items():
-                if getattr(layer, name) is tensor:
-                    setattr(layer, name, tensor.clone())
-
-
 class _Generation:
     """What one `generate` has found out: whether its model can be recorded, and where its cache is."""
 
     def __init__(self) -> None:
         self.checked = False
         self.reason: str | None = None
-        self.home: _Home | None = None
+        self.home: CacheHome | None = None
         self.stream: Any = None
 
 
@@ -255,7 +86,7 @@ class DecodeGraphs:
         self.recorder = recorder
         self.broken = False  # whether a step of this model could not be recorded
         self._lock = Lock()
-        self._homes: OrderedDict[Any, _Home] = OrderedDict()
+        self._homes: OrderedDict[Any, CacheHome] = OrderedDict()
         self._signature: Any = None
         self._told: set[str] = set()
 
@@ -319,7 +150,7 @@ class DecodeGraphs:
                 raise
             generation.checked = True
         home = self._home_of(cache, device, generation)
-        sliding = [layer for layer in cache.layers if type(layer) is StaticSlidingWindowLayer]
+        sliding = sliding_layers(cache)
         full = tuple(layer.cumulative_length_int >= layer.max_cache_len for layer in sliding)
         shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in tensors.items())
         graph = self._graph(home, (shapes, others, full))
@@ -329,47 +160,46 @@ class DecodeGraphs:
             return self._watched(model, inputs, sliding, graph)
         if graph.runs == 1:
             return self._warmed(model, inputs, cache, device, graph)
-        if not home.holds(cache):
-            home.adopt(cache)
-        if graph.replay is None:
-            try:
+        try:
+            if not home.holds(cache):
+                home.adopt(cache)
+            if graph.replay is None:
                 self._record(model, inputs, tensors, sliding, device, graph)
-            except RuntimeError as error:
-                self._give_up(graph, str(error).strip().partition("\n")[0], logging.WARNING)
-                raise Unfit(graph.unfit) from error
+        except RuntimeError as error:  # of CUDA, or for want of memory
+            said = str(error).strip().partition("\n")[0]
+            self._give_up(graph, said, logging.WARNING)
+            raise Unfit(said) from error
         result = graph.result(tensors, cache, cache_name)
         for layer in sliding:
             layer.cumulative_length_int += 1
         return result
 
-    def _home_of(self, cache: Any, device: torch.device, generation: _Generation) -> _Home:
+    def _home_of(self, cache: Any, device: torch.device, generation: _Generation) -> CacheHome:
         stream, home = self.recorder.stream(device), generation.home
         if home is not None and generation.stream == stream and home.holds(cache):
             # The cache goes on where it was, unless another generation has dropped that home.
             for other in self._homes.values():
                 if other is home:
                     return home
-        for layer in cache.layers:
-            if not vars(layer).keys() <= KNOWN_LAYERS.get(type(layer), set()):
-                raise Unfit(f"the cache has a {type(layer).__name__} of an unknown kind")
+        refuse_unknown(cache)
         generation.home, generation.stream = self._home(cache, stream), stream
         return generation.home
 
-    def _home(self, cache: Any, stream: Any) -> _Home:
-        layers = tuple(_layer_shape(layer) for layer in cache.layers)
+    def _home(self, cache: Any, stream: Any) -> CacheHome:
+        layers = layer_shapes(cache)
         key = (stream, layers)
         home = self._homes.pop(key, None)
         if home is None:
-            home = _Home()
+            home = CacheHome()
             # `generate` makes no cache shorter than an earlier one, so a shorter one of the same kind has had its day.
-            for other in [other for other in self._homes if other[0] == stream and _outgrown(other[1], layers)]:
+            for other in [other for other in self._homes if other[0] == stream and outgrown(other[1], layers)]:
                 del self._homes[other]
         self._homes[key] = home
         while len(self._homes) > HOMES:
             self._homes.popitem(last=False)
         return home
 
-    def _graph(self, home: _Home, key: Any) -> _Graph:
+    def _graph(self, home: CacheHome, key: Any) -> _Graph:
         graph = home.graphs.pop(key, None) or _Graph()
         home.graphs[key] = graph
         while len(home.graphs) > GRAPHS:
@@ -381,7 +211,11 @@ class DecodeGraphs:
         self._tell(reason, level)
 
     def _watched(self, model: Any, inputs: dict[str, Any], sliding: list[Any], graph: _Graph) -> Any:
-        with _Watch() as watch, _spies(sliding) as asked:
+        with (
+            Constants(graph.constants, recording=False) as constants,
+            Watch(constants) as watch,
+            spies(sliding) as asked,
+        ):
             result = model(**inputs)
         graph.runs = 1
         reason = watch.reason or (f"a step asks a sliding-window layer for {asked[0]}" if asked else None)
@@ -390,7 +224,7 @@ class DecodeGraphs:
         return result
 
     def _warmed(self, model: Any, inputs: dict[str, Any], cache: Any, device: torch.device, graph: _Graph) -> Any:
-        with _Constants(graph.constants, recording=False):
+        with Constants(graph.constants, recording=False):
             result = self.recorder.warm_up(lambda: model(**inputs), device)
         graph.runs = 2
         if not isinstance(result, ModelOutput) or not isinstance(result.get("logits"), Tensor):
@@ -417,7 +251,7 @@ class DecodeGraphs:
                 for name, value in tensors.items():
                     static[name].copy_(value)
                 fixed = _with_tensors(inputs, static)
-                with _Constants(graph.constants, recording=True):
+                with Constants(graph.constants, recording=True):
                     replay, result = self.recorder.record(lambda: model(**fixed), device)
         finally:
             for layer, length in zip(sliding, lengths, strict=True):
@@ -452,8 +286,6 @@ def _sorted(inputs: dict[str, Any]) -> tuple[str, Any, dict[str, Tensor], Any]:
         raise Unfit("a step has no 4-D attention mask")
     if any(value.device != tokens.device for value in tensors.values()):
         raise Unfit("a step's inputs are on several devices")
-    if type(cache) is not StaticCache or getattr(cache, "offloading", False):
-        raise Unfit(f"the cache is no StaticCache on the GPU, but {type(cache).__name__}")
     return cache_name, cache, tensors, tuple(others)
 
 
@@ -462,48 +294,6 @@ def _with_tensors(inputs: dict[str, Any], static: dict[str, Tensor]) -> dict[str
     if isinstance(masks := inputs.get("attention_mask"), dict):
         fixed["attention_mask"] = {kind: static.get(f"attention_mask.{kind}") for kind in masks}
     return fixed
-
-
-def _layer_shape(layer: Any) -> Any:
-    if not layer.is_initialized:
-        return type(layer), None
-    return type(layer), layer.max_cache_len, layer.keys.shape, layer.values.shape, layer.keys.dtype, layer.keys.device
-
-
-def _outgrown(old: Any, new: Any) -> bool:
-    """Whether two sets of layers differ in their lengths alone, and the old ones are not longer."""
-    return len(old) == len(new) and all(
-        a[0] == b[0]
-        and len(a) == len(b)
-        and (len(a) == 2 or (a[1] <= b[1] and a[4:] == b[4:] and a[2][:2] + a[2][3:] == b[2][:2] + b[2][3:]))
-        for a, b in zip(old, new, strict=True)
-    )
-
-
-@contextmanager
-def _spies(layers: list[Any]) -> Iterator[list[str]]:
-    """Note which numbers of sliding-window layers are asked for: they change with every step."""
-    asked: list[str] = []
-
-    def spy(layer: Any, name: str) -> Callable[..., Any]:
-        plain = getattr(type(layer), name)
-
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            asked.append(name)
-            return plain(layer, *args, **kwargs)
-
-        return noted
-
-    names = ("get_seq_length", "get_mask_sizes")
-    for layer in layers:
-        for name in names:
-            setattr(layer, name, spy(layer, name))
-    try:
-        yield asked
-    finally:
-        for layer in layers:
-            for name in names:
-                delattr(layer, name)
 
 
 def obstacle(model: Any) -> str | None:
