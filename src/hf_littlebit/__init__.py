@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import compat
 from .config import LittleBitConfig
 from .evaluate import perplexity
+from .generation import fast_generate, plain_generate, release_graphs
 from .linear import LatentLittleBitLinear, LittleBitLinear
 from .quantizer import LittleBitHfQuantizer
 from .shared import share_inputs, unshare_inputs
@@ -38,9 +39,12 @@ __all__ = [
     "LittleBitTrainer",
     "TopKTeacher",
     "calibrate",
+    "fast_generate",
     "latent_model",
     "pack_model",
     "perplexity",
+    "plain_generate",
+    "release_graphs",
     "sample_blocks",
     "save_topk",
     "share_inputs",

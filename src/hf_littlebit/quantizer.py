@@ -25,6 +25,7 @@ from .checkpoint import read_headers, refuse_missing, refuse_quantized, verify, 
 from .config import FORMAT_VERSION, LittleBitConfig
 from .conversion import LittleBitConversion, part_shapes
 from .experts import LittleBitExperts
+from .generation import fast_generate, plain_generate
 from .head import attach_head, detach_head
 from .kernels.packing import factor_shape
 from .linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
@@ -188,6 +189,7 @@ class LittleBitHfQuantizer(HfQuantizer):
             wanted = self.quantization_config.share_inputs
             if wanted is not False and not share_inputs(model, everywhere=bool(wanted)) and wanted:
                 logger.warning("share_inputs: no packed layers of this model are called like layers with one input")
+            fast_generate(model)
         attach_head(model)
         # Saved under the names they have: the file's names would be turned back to an older layout otherwise, and a
         # trainer that restores a checkpoint by name would miss them.
@@ -232,6 +234,7 @@ class LittleBitHfQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
         detach_head(model)
+        plain_generate(model)
         # Back to an ordinary model: saved and shared as its own class does.
         for attribute in ("_weight_conversions", "_upload_modified_files"):
             model.__dict__.pop(attribute, None)

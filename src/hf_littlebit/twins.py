@@ -26,6 +26,7 @@ from .card import upload_with_card
 from .config import LittleBitConfig
 from .conversion import factor_weight
 from .experts import LittleBitExperts
+from .generation import fast_generate, plain_generate
 from .linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
 from .plan import Plan, fp32_modules, needs_fp32, plan_model
 from .quantizer import LittleBitHfQuantizer, replace_modules
@@ -248,6 +249,7 @@ def _mark(model: Any, config: LittleBitConfig) -> None:
     # Saved under the names they have; see quantizer.py.
     model._weight_conversions = []
     model._upload_modified_files = partial(upload_with_card, model)
+    fast_generate(model) if config.format == "packed" else plain_generate(model)
 
 
 def _check_in_memory(model: nn.Module, plan: Plan) -> None:

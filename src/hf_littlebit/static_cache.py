@@ -1,0 +1,144 @@
+"""Static key-value caches of transformers, as graphs need them: what they remember, and tensors that stay where they are.
+
+StaticLayer                keys and values [batch, heads, places, size] and the count of tokens, all on the device
+StaticSlidingWindowLayer   the same of one window, and the count of tokens as a Python number, which decides between
+                           writing to the next place and, in a full window, moving all places up by one
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
+
+from .recorder import Unfit
+
+__all__ = ["CacheHome", "layer_shapes", "outgrown", "refuse_unknown", "sliding_layers", "spies"]
+
+TENSORS = ("keys", "values", "cumulative_length")  # of a layer of a static cache
+# Private door of transformers 5.17 to 5.24: all that a static layer remembers. One that remembers more is not recorded,
+# because a replay might have to change it.
+LAYER_STATE = {
+    *TENSORS,
+    *("is_initialized", "max_cache_len", "device", "dtype", "batch_size", "num_heads", "k_head_dim", "v_head_dim"),
+}
+SLIDING_STATE = LAYER_STATE | {"cumulative_length_int", "_is_croppable"}
+KNOWN_LAYERS: dict[type, set[str]] = {StaticLayer: LAYER_STATE, StaticSlidingWindowLayer: SLIDING_STATE}
+
+
+def refuse_unknown(cache: Any) -> None:
+    """Raise Unfit for anything but a static cache whose layers remember what is known."""
+    if type(cache) is not StaticCache or getattr(cache, "offloading", False):
+        raise Unfit(f"the cache is no StaticCache on the GPU, but {type(cache).__name__}")
+    for layer in cache.layers:
+        if not vars(layer).keys() <= KNOWN_LAYERS.get(type(layer), set()):
+            raise Unfit(f"the cache has a {type(layer).__name__} of an unknown kind")
+
+
+def sliding_layers(cache: Any) -> list[Any]:
+    """The layers of `cache` that count in Python."""
+    return [layer for layer in cache.layers if type(layer) is StaticSlidingWindowLayer]
+
+
+class CacheHome:
+    """The cache tensors that some graphs read and write, and the cache that refers to them now."""
+
+    def __init__(self) -> None:
+        self.graphs: OrderedDict[Any, Any] = OrderedDict()
+        self.tensors: list[dict[str, Tensor]] = []  # of every layer
+        self.owner: Callable[[], Any] = lambda: None
+
+    def holds(self, cache: Any) -> bool:
+        """Whether every layer of `cache` refers to the tensors here, as after `adopt`."""
+        if self.owner() is not cache:
+            return False
+        for layer, tensors in zip(cache.layers, self.tensors, strict=True):
+            for name, tensor in tensors.items():
+                if getattr(layer, name) is not tensor:
+                    return False
+        return True
+
+    def adopt(self, cache: Any) -> None:
+        """Take the content of `cache` over, and let its layers refer to the tensors here."""
+        # Outside of inference_mode: what is made under it could not be written to by a later generate under no_grad.
+        with torch.inference_mode(False), torch.no_grad():
+            if not self.tensors:
+                self.tensors = [_own(layer) for layer in cache.layers]
+            former = self.owner()
+            if former is not None and former is not cache:
+                self._part(former)
+            for layer, tensors in zip(cache.layers, self.tensors, strict=True):
+                for name, tensor in tensors.items():
+                    value = getattr(layer, name)
+                    if value is not tensor:
+                        tensor.copy_(value)
+                        setattr(layer, name, tensor)
+        self.owner = weakref.ref(cache)
+
+    def _part(self, former: Any) -> None:
+        for layer, tensors in zip(former.layers, self.tensors, strict=True):
+            for name, tensor in tensors.items():
+                if getattr(layer, name) is tensor:
+                    setattr(layer, name, tensor.clone())
+
+
+def _own(layer: Any) -> dict[str, Tensor]:
+    """The layer's own tensors, or copies that can be written to under no_grad; the layer then refers to the copies."""
+    for name in TENSORS if layer.is_initialized else ():
+        value = getattr(layer, name)
+        if value.is_inference():
+            setattr(layer, name, value.clone())
+    return {name: getattr(layer, name) for name in TENSORS if layer.is_initialized}
+
+
+def layer_shapes(cache: Any) -> tuple[Any, ...]:
+    """What two caches must have in common to take turns in one home."""
+    return tuple(_layer_shape(layer) for layer in cache.layers)
+
+
+def _layer_shape(layer: Any) -> Any:
+    if not layer.is_initialized:
+        return type(layer), None
+    return type(layer), layer.max_cache_len, layer.keys.shape, layer.values.shape, layer.keys.dtype, layer.keys.device
+
+
+def outgrown(old: Any, new: Any) -> bool:
+    """Whether two sets of layers differ in their lengths alone, and the old ones are not longer."""
+    return len(old) == len(new) and all(
+        a[0] == b[0]
+        and len(a) == len(b)
+        and (len(a) == 2 or (a[1] <= b[1] and a[4:] == b[4:] and a[2][:2] + a[2][3:] == b[2][:2] + b[2][3:]))
+        for a, b in zip(old, new, strict=True)
+    )
+
+
+@contextmanager
+def spies(layers: list[Any]) -> Iterator[list[str]]:
+    """Note which numbers of sliding-window layers are asked for: they change with every step."""
+    asked: list[str] = []
+
+    def spy(layer: Any, name: str) -> Callable[..., Any]:
+        plain = getattr(type(layer), name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            asked.append(name)
+            return plain(layer, *args, **kwargs)
+
+        return noted
+
+    names = ("get_seq_length", "get_mask_sizes")
+    for layer in layers:
+        for name in names:
+            setattr(layer, name, spy(layer, name))
+    try:
+        yield asked
+    finally:
+        for layer in layers:
+            for name in names:
+                delattr(layer, name)
