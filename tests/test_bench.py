@@ -285,8 +285,10 @@ def test_the_kernel_that_runs_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
     assert [machine.kernel(device) for device in ("cuda", "cuda:1", "xpu")] == ["triton 3.6.0"] * 3
     assert machine.kernel("mps") == "reference" and machine.kernel("cpu") == machine.machine()["kernel"]
+    monkeypatch.setenv("LITTLEBIT_BACKEND", "triton")
+    assert machine.kernel("cpu") == "triton 3.6.0"
     monkeypatch.setattr(machine.gpu, "load", lambda: False)
-    assert machine.kernel("cuda") == "reference"
+    assert machine.kernel("cuda") == machine.kernel("cpu") == "reference"
     monkeypatch.setenv("LITTLEBIT_BACKEND", "reference")
     assert machine.kernel("cpu") == machine.kernel("cuda") == "reference"
 

@@ -62,12 +62,13 @@ def cpu_name() -> str:
 
 def kernel(device: str = "cpu") -> str:
     """What computes the packed layers there: an instruction set ("amx"), "triton 3.6.0", or "reference" (plain torch)."""
-    kind = torch.device(device).type
-    if os.environ.get("LITTLEBIT_BACKEND") == "reference":
+    kind, asked = torch.device(device).type, os.environ.get("LITTLEBIT_BACKEND")
+    if asked == "reference":
         return "reference"
-    if kind == "cpu":
+    # Asked for on a CPU, triton interprets; loading the library would then put its operators before triton's.
+    if kind == "cpu" and asked != "triton":
         return cpu.select() if cpu.load() else "reference"
-    if kind in gpu.DEVICES and gpu.load():
+    if kind in (*gpu.DEVICES, "cpu") and gpu.load():
         return f"triton {importlib.import_module('triton').__version__}"
     return "reference"
 
