@@ -315,6 +315,12 @@ class _Run:
         self.contender.switch()
         speed, groups, device = self.speed, self.contender.groups, self.contender.device
         speed.prefill, speed.decode, speed.decode_cpu = map(statistics.median, zip(*self.times, strict=True))
+        if device.type != "cpu":
+            # The trace first: hooks that were there would make torch.compile look at the model again.
+            load = Trace(device).measure(self.generate)
+            if load is not None:
+                speed.kernels, speed.gpu_us = load.kernels, load.microseconds
+            speed.linear_host_us = HostClock(groups).measure(self.generate)
         clocks = [Clock(groups, device) for _ in range(shares)]
         for clock in clocks:
             clock.measure(self.generate)
@@ -322,9 +328,4 @@ class _Run:
             speed.prefill_ms[part] = 1e3 * statistics.median(clock.prefill[part] for clock in clocks)
             decode = statistics.median(clock.decode[part] for clock in clocks)
             speed.decode_ms[part] = 1e3 * decode / (self.setting.new - 1)
-        if device.type != "cpu":
-            speed.linear_host_us = HostClock(groups).measure(self.generate)
-            load = Trace(device).measure(self.generate)
-            if load is not None:
-                speed.kernels, speed.gpu_us = load.kernels, load.microseconds
         return speed

@@ -145,4 +145,8 @@ def _random_model(
     if quantization is not None:
         config.quantization_config = quantization.to_dict()
     place = {} if device.type == "cpu" else {"device_map": str(device)}
-    return type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=dtype, **place)
+    model = type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=dtype, **place)
+    if device.type == "cuda":
+        # transformers reserves the memory of the whole model before it loads, and the tensors are there already.
+        torch.cuda.empty_cache()
+    return model
