@@ -11,6 +11,7 @@ gradients and Adam's state.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -61,7 +62,7 @@ def main() -> None:
     dense = LlamaForCausalLM(config).train().to(device)
     tokens = torch.randint(0, 512, (1, args.tokens), device=device)
     for bpw in args.bpw:
-        latent = LlamaForCausalLM(config).train().to(device)
+        latent = LlamaForCausalLM(copy.deepcopy(config)).train().to(device)  # the method is noted in its config
         # The shape of the default, ADMM's single path, without its work.
         paths = LittleBitConfig(bpw=bpw, init="dual_svid", residual=args.paths == 2)
         latent_model(latent, paths, progress=False)

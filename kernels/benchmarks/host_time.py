@@ -112,6 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--blocks", type=int, default=20, help="of calls in a row (default: 20)")
     parser.add_argument("--calls", type=int, default=200, help="of a block (default: 200)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="of x (default: 1 32)")
     parser.add_argument("--idle", action="store_true", help="the driver that does nothing even where there is a GPU")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
@@ -129,7 +130,7 @@ def main() -> int:
     about = {"machine": machine(device), "driver": "real" if device == "cuda" else "idle", "size": SIZE, "bpw": BPW}
     record = Record("host_time", options.out, about)
     for guard, inside in GUARDS.items():
-        for tokens in TOKENS:
+        for tokens in options.tokens:
             with inside():
 
                 def attempt(name: str, work: Call, place: str = f"{guard}, {tokens} tokens") -> Any:
@@ -139,7 +140,7 @@ def main() -> int:
             for name, spent in found.items():
                 record.add({"call": name, "tokens": tokens, "guard": guard, "us": round(spent, 2)})
     print(f"host µs of one call, {SIZE} x {SIZE}, {BPW} bits per weight, {about['driver']} driver")
-    places = [(guard, tokens) for guard in GUARDS for tokens in TOKENS]
+    places = [(guard, tokens) for guard in GUARDS for tokens in options.tokens]
     print(" " * 32 + "".join(f"{guard + ', ' + str(tokens):>20}" for guard, tokens in places))
     for name in dict.fromkeys(row["call"] for row in record.rows):
         cells = {(row["guard"], row["tokens"]): row["us"] for row in record.rows if row["call"] == name}
