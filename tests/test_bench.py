@@ -14,11 +14,12 @@ from conftest import SMALL, build, config, load
 from torch import nn
 from transformers import CompileConfig
 
-from hf_littlebit import LittleBitConfig, clock, machine
+from hf_littlebit import LittleBitConfig, LittleBitLinear, clock, machine
 from hf_littlebit.bench import bench, compare, load_models
 from hf_littlebit.cli import main
 from hf_littlebit.contender import MODES, Setting
 from hf_littlebit.plan import plan_model
+from hf_littlebit.shared import share_inputs
 from hf_littlebit.skeleton import empty_model
 from hf_littlebit.stand_in import random_state
 from hf_littlebit.trace import Load, Trace, load_of
@@ -113,6 +114,20 @@ def test_models_are_loaded_once_for_several_settings(packed):
     assert not first.models["packed"].decode_ms and "a step of" not in first.table()
     check(second)
     assert (second.prompt, second.new, second.batch, second.mode) == (4, 6, 2, "eager")
+
+
+def test_a_model_stays_as_it_was_loaded_unless_both_ways_are_compared(packed):
+    """Whether layers share their input by default is the model's choice, and part of what a user gets."""
+    contender = load_models(packed, None, packed_only=True).contenders["packed"]
+    layers = [module for module in contender.model.modules() if isinstance(module, LittleBitLinear)]
+    share_inputs(contender.model)
+    contender.switch()
+    assert any(layer.group is not None for layer in layers)
+    other = contender.sharing()
+    contender.switch()
+    assert all(layer.group is None for layer in layers)
+    other.switch()
+    assert any(layer.group is not None for layer in layers)
 
 
 def test_every_generation_is_as_long_as_asked(packed, monkeypatch):

@@ -290,7 +290,11 @@ def test_every_part_has_its_processes(load, tmp_path):
     check = load("check_gpu")
     for part in check.PARTS:
         jobs = check.jobs_of(part, tmp_path, 16, 100, True)
-        assert jobs and len({job.name for job in jobs}) == len(jobs) and all(job.part == part for job in jobs)
+        assert (
+            (jobs or part == "generate")
+            and len({job.name for job in jobs}) == len(jobs)
+            and all(job.part == part for job in jobs)
+        )
         for job in jobs:
             named = [word for word in job.command if word.endswith(".py")]
             assert len(named) == 1 and Path(named[0]).is_file()

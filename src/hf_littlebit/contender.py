@@ -90,12 +90,12 @@ class Contender:
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, cache_implementation=cache)
         self.groups = groups_of(self.model, plan)
         self.weight_bytes = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers()))
-        self.shared = False
+        self.shared: bool | None = None  # as the model was loaded
 
     def sharing(self) -> Contender:
-        """The same model, weights at the same places in memory, with layers of one input in one call."""
+        """The same model, weights at the same places in memory, with layers of one input in one call; this one is without."""
         other = copy.copy(self)
-        other.shared = True
+        self.shared, other.shared = False, True
         return other
 
     def check(self, setting: Setting) -> None:
@@ -112,8 +112,9 @@ class Contender:
             )
 
     def switch(self) -> None:
-        """Make the model share inputs or not, as this contender does: contenders may have one model."""
-        share_inputs(self.model) if self.shared else unshare_inputs(self.model)
+        """Make the model share inputs or not, if another contender with the same model does otherwise."""
+        if self.shared is not None:
+            share_inputs(self.model) if self.shared else unshare_inputs(self.model)
 
     def tokens(self, setting: Setting) -> Tensor:
         """Prompts, the same for every contender."""
