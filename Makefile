@@ -7,7 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 CHECK := $(filter-out %/binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp))
 
-.PHONY: demo test lint asan valgrind neon bench-cpu bench-gpu clean
+.PHONY: demo test lint asan valgrind neon bench-cpu bench-gpu check-gpu clean
 
 $(VENV)/.installed: pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf-littlebit needs Python 3.11 or later; run: make PYTHON=python3.12 ...")'
@@ -61,6 +61,10 @@ bench-cpu: $(VENV)/.installed
 # Needs a CUDA or ROCm GPU and the torch built for it.
 bench-gpu: $(VENV)/.installed
 	$(RUN) kernels/benchmarks/bench_gpu.py
+
+# Everything that runs on a GPU, in eight minutes; figures and marks go to kernels/benchmarks/results.
+check-gpu: $(VENV)/.installed
+	$(RUN) kernels/benchmarks/check_gpu.py
 
 clean:
 	rm -rf $(VENV) demo-output build dist *.egg-info src/*.egg-info

@@ -1,30 +1,40 @@
 """The Triton kernels against dense layers: `python kernels/benchmarks/bench_gpu.py [--bpw 0.1 0.55 1.0] [--out FILE]`.
 
-For every shape, bits per weight and batch: is the product right (against the reference in fp32)? Then every candidate is
-captured in a CUDA graph of many calls, each with weights that have left the caches (copies are rotated), the graphs take
-turns, and the medians of one run are compared:
+For every shape, batch, bits per weight and number of paths: is the product right (against the reference in fp32)? Then every
+candidate is captured in a CUDA graph of many calls, each with weights that have left the caches (copies are rotated), the
+graphs take turns, and the medians of one run are compared:
 
     packed      the Triton kernels, bf16 in and out          bf16        cuBLAS, the dense linear
     gemlite     its 1-bit weights, where it is installed     floor       two kernels in a graph that do nothing
 
-`--tune` measures tile sizes first (tuning.py writes them beside the kernels); `--gradient` adds a table of the gradient,
-`--shared` one of layers that read the same token, called apart and together.
-Prints a table, then one line of JSON with the machine and the versions; `--out` also writes that line to a file.
+One path is what the default initialiser makes. `--gradient` adds the gradient at 512 and 2,048 tokens, `--shared` layers that
+read the same token, called apart and together; `--tune` measures tile sizes first (tuning.py writes them beside the kernels).
+With `--seconds` the rows that the project promises something about come first, and what there is no time for is named.
+`--warm 3/16` measures nothing: it runs the third of sixteen parts of all products once, so that sixteen processes side by
+side compile the kernels. Prints a table, then one line of JSON with the machine and the versions; `--out` also writes it.
 """
 
 import argparse
+import functools
 import json
-import statistics
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from hf_littlebit.kernels import factor_shapes, gpu, reference
+from record import Record
+from turns import MOST, floor, turns
+
+from hf_littlebit.machine import machine as describe
+from hf_littlebit.machine import wait
 
 SHAPES = ((8192, 28672), (28672, 8192), (4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096))  # out, in
 BPW = (0.1, 0.55, 1.0)
-BATCHES = (1, 4, 16, 64, 512)  # tokens
+PATHS = (1, 2)
+BATCHES = (1, 4, 16, 64, 512, 2048)  # tokens
+GRADIENT = (512, 2048)  # tokens of the gradient: there is none at a few
+DEVICE = "cuda"
 COLD = 256 << 20  # bytes of copies that are rotated: several times the L2 cache
 NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
 SHARED = {"q/k/v": ((4096, 4096),) * 3, "gate/up": ((11008, 4096),) * 2}  # (out, in) of layers that read the same x
@@ -32,10 +42,33 @@ LIMIT = 5e-3  # of the error's norm, relative to the result's: bf16 in and out
 Call = Callable[[int], Any]
 
 
-def ranks_of(out: int, into: int, bpw: float) -> List[int]:
-    """Two paths of equal rank, a multiple of 8, whose layer takes at most `bpw` bits per weight, scales included."""
-    rank = (bpw * out * into - 32 * (out + into)) / (2 * (out + into + 16))
-    return [max(8, int(rank) // 8 * 8)] * 2
+class Place(NamedTuple):
+    """What is measured in turns: a shape, a number of tokens, forward or gradient."""
+
+    out: int
+    into: int
+    batch: int
+    gradient: bool = False
+
+
+def marked(place: Place) -> bool:
+    """Whether the project promises something about the place: see check_gpu.py."""
+    large = (place.out, place.into) in ((8192, 28672), (11008, 4096), (4096, 4096))
+    return place.batch in (16, 64) or (large and place.batch in (1, 4, *GRADIENT))
+
+
+def places(shapes: Sequence[Tuple[int, int]], batches: Sequence[int], gradient: bool) -> List[Place]:
+    """All places, those with a mark first, and among them the forward before the gradient, few tokens before many."""
+    found = [Place(out, into, batch) for batch in batches for out, into in shapes]
+    if gradient:
+        found += [Place(out, into, batch, True) for batch in batches if batch in GRADIENT for out, into in shapes]
+    return sorted(found, key=lambda place: (not marked(place), place.gradient, place.batch))
+
+
+def ranks_of(out: int, into: int, bpw: float, paths: int) -> List[int]:
+    """Paths of equal rank, a multiple of 8, whose layer takes at most `bpw` bits per weight, scales included."""
+    rank = (bpw * out * into - 16 * paths * (out + into)) / (paths * (out + into + 16))
+    return [max(8, int(rank) // 8 * 8)] * paths
 
 
 def layer(out: int, into: int, ranks: Sequence[int]) -> List[Optional[torch.Tensor]]:
@@ -43,65 +76,32 @@ def layer(out: int, into: int, ranks: Sequence[int]) -> List[Optional[torch.Tens
     parts: Dict[str, torch.Tensor] = {}
     for name, (shape, dtype) in factor_shapes(into, out, ranks).items():
         if dtype.is_floating_point:
-            parts[name] = (0.1 + torch.rand(shape, device="cuda")).to(dtype)
+            parts[name] = (0.1 + torch.rand(shape, device=DEVICE)).to(dtype)
         else:
             info = torch.iinfo(dtype)
-            parts[name] = torch.randint(info.min, info.max, shape, device="cuda", dtype=torch.int64).to(dtype)
+            parts[name] = torch.randint(info.min, info.max, shape, device=DEVICE, dtype=torch.int64).to(dtype)
     return [parts.get(name) for name in NAMES]
 
 
 def copies_of(make: Callable[[], Any], size: int) -> List[Any]:
     """Enough of them that going through all leaves none in the cache; at most 64, which a graph still holds."""
-    return [make() for _ in range(min(64, 1 + COLD // size))]
+    return [make() for _ in range(min(MOST, 1 + COLD // size))]
 
 
-def captured(call: Call, count: int) -> "torch.cuda.CUDAGraph":
-    """A graph of `count` calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, and gives libraries their workspaces, before anything is recorded
-        for index in range(3):
-            call(index)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(count):
-            call(index)
-    return graph
+@functools.lru_cache(maxsize=None)
+def dense_copies(out: int, into: int) -> List[torch.Tensor]:
+    return copies_of(lambda: torch.randn(out, into, device=DEVICE).bfloat16(), 2 * out * into)
 
 
-def turns(candidates: Dict[str, Call], rounds: int, count: int = 64) -> Dict[str, float]:
-    """Median microseconds of one call of each candidate; their graphs alternate."""
-    graphs = {name: captured(call, count) for name, call in candidates.items()}
-    times: Dict[str, List[float]] = {name: [] for name in candidates}
-    for index in range(-2, rounds):
-        for name, graph in graphs.items():
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            if index >= 0:
-                times[name].append(1000 * start.elapsed_time(stop) / count)
-    return {name: statistics.median(values) for name, values in times.items()}
+@functools.lru_cache(maxsize=None)
+def packed_copies(out: int, into: int, ranks: Tuple[int, ...]) -> List[Any]:
+    return copies_of(lambda: layer(out, into, ranks), sum(ranks) * (out + into) // 8)
 
 
 def error(call: Callable[[], torch.Tensor], exact: Callable[[], torch.Tensor]) -> float:
     """Of the whole result, relative to its norm."""
     expected = exact()
     return float((call().float() - expected).norm() / expected.norm())
-
-
-def floor(rounds: int) -> float:
-    """Microseconds of two kernel launches in a graph that do next to nothing."""
-    one = torch.zeros(1, device="cuda")
-
-    def two(_: int) -> None:
-        one.add_(1)
-        one.add_(1)
-
-    return turns({"floor": two}, rounds)["floor"]
 
 
 def gemlite_linear(out: int, into: int) -> Any:
@@ -117,8 +117,8 @@ def gemlite_linear(out: int, into: int) -> Any:
             input_dtype=DType.BF16,
             output_dtype=DType.BF16,
         )
-        bits = torch.randint(0, 2, (out, into), device="cuda", dtype=torch.uint8)
-        scales = torch.rand(out, into // 128, device="cuda").bfloat16().view(-1, 1)
+        bits = torch.randint(0, 2, (out, into), device=DEVICE, dtype=torch.uint8)
+        scales = torch.rand(out, into // 128, device=DEVICE).bfloat16().view(-1, 1)
         made.pack(bits, scales, torch.full_like(scales, 0.5), bias=None, fma_mode=False)
         return made
     except Exception as reason:  # not installed, or another version than this was written for
@@ -128,47 +128,73 @@ def gemlite_linear(out: int, into: int) -> Any:
         return None
 
 
-def measure(out: int, into: int, bpws: Sequence[float], rounds: int, gradient: bool) -> Iterator[dict]:
-    """One row per batch and bits per weight; all candidates of a batch take turns."""
-    dense = copies_of(lambda: torch.randn(out, into, device="cuda").bfloat16(), 2 * out * into)
-    rival = None if gradient else gemlite_linear(out, into)
-    rivals = [rival] if rival is None else [rival, *copies_of(lambda: gemlite_linear(out, into), out * into // 8)[1:]]
-    ranks = {bpw: ranks_of(out, into, bpw) for bpw in bpws}
-    packed = {
-        bpw: copies_of(lambda r=ranks[bpw]: layer(out, into, r), sum(ranks[bpw]) * (out + into) // 8) for bpw in bpws
-    }
-    for batch in BATCHES:
-        x = torch.randn(batch, out if gradient else into, device="cuda").bfloat16()
-        wrong, candidates = {}, {}
-        if gradient:
-            candidates["bf16"] = lambda i, x=x: x @ dense[i % len(dense)]
-        else:
-            candidates["bf16"] = lambda i, x=x: torch.nn.functional.linear(x, dense[i % len(dense)])
-        if rival is not None:
-            candidates["gemlite"] = lambda i, x=x: rivals[i % len(rivals)](x)
-        for bpw in bpws:
-            c, r = packed[bpw], ranks[bpw]
-            if gradient:
-                run = lambda i, c=c, r=r, x=x: gpu.littlebit_linear_grad(x, *c[i % len(c)], r)  # noqa: E731
-                wrong[bpw] = error(lambda: run(0), lambda: reference.littlebit_linear_grad(x.float(), *c[0], r))  # noqa: B023
-            else:
-                run = lambda i, c=c, r=r, x=x: gpu.littlebit_linear(x, *c[i % len(c)], None, r)  # noqa: E731
-                wrong[bpw] = error(lambda: run(0), lambda: reference.littlebit_linear(x.float(), *c[0], None, r))  # noqa: B023
-            assert wrong[bpw] < LIMIT, f"{out}x{into} at {bpw}, batch {batch}: error {wrong[bpw]:.1e}, limit {LIMIT}"
-            candidates[f"packed {bpw}"] = run
-        times = turns(candidates, rounds)
-        for bpw in bpws:
-            row = {"out": out, "in": into, "batch": batch, "bpw": bpw, "ranks": ranks[bpw], "error": wrong[bpw]}
-            row.update({"packed": times[f"packed {bpw}"], "bf16": times["bf16"], "gemlite": times.get("gemlite")})
-            yield {**row, "gradient": gradient}
+@functools.lru_cache(maxsize=None)
+def rival_copies(out: int, into: int) -> List[Any]:
+    """gemlite's layers, or none."""
+    first = gemlite_linear(out, into)
+    return [] if first is None else [first, *copies_of(lambda: gemlite_linear(out, into), out * into // 8)[1:]]
 
 
-def measure_shared(name: str, bpw: float, rounds: int) -> dict:
+def product(place: Place, ranks: Tuple[int, ...], x: torch.Tensor) -> Tuple[Call, Callable[[], torch.Tensor]]:
+    """The call of the packed layer's copies, and the exact result of the first."""
+    copies = packed_copies(place.out, place.into, ranks)
+    if place.gradient:
+        return (
+            lambda index: gpu.littlebit_linear_grad(x, *copies[index % len(copies)], ranks),
+            lambda: reference.littlebit_linear_grad(x.float(), *copies[0], ranks),
+        )
+    return (
+        lambda index: gpu.littlebit_linear(x, *copies[index % len(copies)], None, ranks),
+        lambda: reference.littlebit_linear(x.float(), *copies[0], None, ranks),
+    )
+
+
+def input_of(place: Place) -> torch.Tensor:
+    return torch.randn(place.batch, place.out if place.gradient else place.into, device=DEVICE).bfloat16()
+
+
+def measure(place: Place, kinds: Sequence[Tuple[float, int]], rounds: int, record: Record) -> List[dict]:
+    """A row for each (bits per weight, paths) in `kinds`; all candidates take turns. A wrong or failing one is recorded."""
+    x, dense = input_of(place), dense_copies(place.out, place.into)
+    rivals = [] if place.gradient else rival_copies(place.out, place.into)
+    candidates: Dict[str, Call] = {}
+    if place.gradient:
+        candidates["bf16"] = lambda index: x @ dense[index % len(dense)]
+    else:
+        candidates["bf16"] = lambda index: torch.nn.functional.linear(x, dense[index % len(dense)])
+    if rivals:
+        candidates["gemlite"] = lambda index: rivals[index % len(rivals)](x)
+    rows = []
+    for bpw, paths in kinds:
+        ranks = tuple(ranks_of(place.out, place.into, bpw, paths))
+        call, exact = product(place, ranks, x)
+        what = f"{place} at {bpw}, {paths} path(s)"
+        wrong = record.attempt(what, lambda call=call, exact=exact: error(lambda: call(0), exact))
+        if wrong is None:
+            continue
+        if not wrong < LIMIT:
+            record.failures.append({"what": what, "error": f"the product is wrong by {wrong:.1e}, limit {LIMIT}"})
+        name = f"packed {bpw} {paths}"
+        candidates[name] = call
+        rows.append((name, {"bpw": bpw, "paths": paths, "ranks": list(ranks), "error": wrong}))
+    times = turns(candidates, rounds)
+    about = {"out": place.out, "in": place.into, "batch": place.batch, "gradient": place.gradient}
+    found = []
+    for name, row in rows:
+        mine, theirs = round(times[name], 2), round(times["bf16"], 2)
+        rival = round(times["gemlite"], 2) if rivals else None
+        found.append(
+            {**about, **row, "packed": mine, "bf16": theirs, "gemlite": rival, "x_bf16": round(theirs / mine, 2)}
+        )
+    return found
+
+
+def measure_shared(name: str, bpw: float, paths: int, rounds: int) -> dict:
     """A row: microseconds of one call for each layer, and of one call for all, of one token."""
-    sizes = [(out, into, ranks_of(out, into, bpw)) for out, into in SHARED[name]]
+    sizes = [(out, into, ranks_of(out, into, bpw, paths)) for out, into in SHARED[name]]
     size = sum(sum(ranks) * (out + into) // 8 for out, into, ranks in sizes)
     groups = copies_of(lambda: [(*layer(*one), None, one[2]) for one in sizes], size)
-    x = torch.randn(1, sizes[0][1], device="cuda").bfloat16()
+    x = torch.randn(1, sizes[0][1], device=DEVICE).bfloat16()
 
     def apart(index: int) -> List[torch.Tensor]:
         return [gpu.littlebit_linear(x, *one) for one in groups[index % len(groups)]]
@@ -177,73 +203,115 @@ def measure_shared(name: str, bpw: float, rounds: int) -> dict:
         return gpu.littlebit_linears(x, groups[index % len(groups)])
 
     wrong = error(lambda: torch.cat(together(0), -1), lambda: torch.cat(apart(0), -1).float())
-    assert wrong < LIMIT, f"{name} at {bpw}: error {wrong:.1e}, limit {LIMIT}"
+    if not wrong < LIMIT:
+        raise ValueError(f"together and apart differ by {wrong:.1e}, limit {LIMIT}")
     times = turns({"apart": apart, "together": together}, rounds)
-    return {"layers": name, "batch": 1, "bpw": bpw, "sizes": sizes, "error": wrong, **times}
+    return {"layers": name, "batch": 1, "bpw": bpw, "paths": paths, "sizes": sizes, "error": wrong, **times}
 
 
-def machine() -> Dict[str, object]:
+def warm(share: str, found: Sequence[Place], kinds: Sequence[Tuple[float, int]], record: Record) -> None:
+    """Run one of several parts ("3/16": the third of sixteen) of all products once, so that they are compiled."""
+    part, parts = map(int, share.split("/"))
+    # Kernels depend on the tokens, the paths and the bits more than on the shape: shapes stay in one process.
+    keys = sorted({(place.batch, place.gradient, *kind) for place in found for kind in kinds}, reverse=True)
+    mine = set(keys[part - 1 :: parts])
+    for place in found:
+        for bpw, paths in kinds:
+            if (place.batch, place.gradient, bpw, paths) not in mine:
+                continue
+            ranks = tuple(ranks_of(place.out, place.into, bpw, paths))
+            one = layer(place.out, place.into, ranks)
+            x = input_of(place)
+            what = f"{place} at {bpw}, {paths} path(s)"
+            if place.gradient:
+                record.attempt(what, lambda: gpu.littlebit_linear_grad(x, *one, ranks))  # noqa: B023
+            else:
+                record.attempt(what, lambda: gpu.littlebit_linear(x, *one, None, ranks))  # noqa: B023
+    if part == 1:
+        for name in SHARED:
+            for bpw, paths in kinds:
+                layers = [
+                    (*layer(*size, ranks_of(*size, bpw, paths)), None, ranks_of(*size, bpw, paths))
+                    for size in SHARED[name]
+                ]
+                x = torch.randn(1, SHARED[name][0][1], device=DEVICE).bfloat16()
+                record.attempt(f"{name} at {bpw}, {paths} path(s)", lambda: gpu.littlebit_linears(x, layers))  # noqa: B023
+    wait(torch.device(DEVICE))
+
+
+def machine(device: str = DEVICE) -> Dict[str, object]:
+    """The device and the versions, also where there is no GPU."""
     import triton
 
-    versions = {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-    }
-    return {"gpu": torch.cuda.get_device_name(), **versions}
+    return {**describe(device), "triton": triton.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bpw", type=float, nargs="+", default=list(BPW))
+    parser.add_argument("--paths", type=int, nargs="+", default=list(PATHS), help="per layer; ADMM's default is one")
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="numbers of tokens")
     parser.add_argument("--shapes", nargs="+", default=[f"{out}x{into}" for out, into in SHAPES], help="out x in")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--gradient", action="store_true", help="the gradient with respect to x too")
     parser.add_argument(
         "--shared", action="store_true", help="layers that read the same token, apart and together, too"
     )
     parser.add_argument("--tune", action="store_true", help="measure tile sizes first")
-    parser.add_argument("--out", type=Path, help="also write the JSON line here")
+    parser.add_argument("--seconds", type=float, help="begin no row after so many")
+    parser.add_argument("--warm", metavar="PART/PARTS", help="only compile, and only this part")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     if not torch.cuda.is_available() or not gpu.load():
         print("this measures a CUDA or ROCm GPU with triton, and there is none", file=sys.stderr)
         return 1
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes]
+    kinds = [(bpw, paths) for paths in options.paths for bpw in options.bpw]
+    found = places(shapes, options.batches, options.gradient)
     if options.tune:
         from hf_littlebit.kernels import tuning
 
-        layers = [(out, into, ranks_of(out, into, bpw)) for out, into in shapes for bpw in options.bpw]
-        print(f"wrote {tuning.tune(layers, BATCHES, gradient=options.gradient)}")
-    least, rows = floor(options.rounds), []
-    print(
-        f"{torch.cuda.get_device_name()}; two empty launches {least:.2f} µs; times in µs, ratios: how many times faster"
-    )
-    print("   out x in     batch   bpw    packed      bf16   gemlite   x bf16  x floor    error")
+        layers = [(*shape, ranks_of(*shape, bpw, paths)) for shape in shapes for bpw, paths in kinds]
+        print(f"wrote {tuning.tune(layers, options.batches, gradient=options.gradient)}")
+    record = Record("gpu", options.out, {"machine": machine()}, options.seconds)
     with torch.inference_mode():
-        for gradient in (False, True) if options.gradient else (False,):
-            print("gradient" if gradient else "forward")
-            for out, into in shapes:
-                for row in measure(out, into, options.bpw, options.rounds, gradient):
-                    rival = f"{row['gemlite']:10.1f}" if row["gemlite"] else "         -"
-                    print(
-                        f"{out:6}x{into:<6}{row['batch']:5}{row['bpw']:6}{row['packed']:10.1f}{row['bf16']:10.1f}{rival}"
-                        f"{row['bf16'] / row['packed']:8.1f}x{row['packed'] / least:8.1f}x   {row['error']:.0e}",
-                        flush=True,
-                    )
-                    rows.append({**row, "x_bf16": round(row["bf16"] / row["packed"], 2)})
-                torch.cuda.empty_cache()
-        shared = [measure_shared(name, bpw, options.rounds) for name in SHARED for bpw in options.bpw if options.shared]
-    for row in shared:
+        if options.warm:
+            warm(options.warm, found, kinds, record)
+            return 1 if record.failures else 0
+        least = record.document["floor_us"] = round(floor(options.rounds), 3)
+        print(f"{record.document['machine']['device']}; two empty launches {least:.2f} µs; times in µs")
+        print("             out x in     batch   bpw paths    packed      bf16   gemlite   x bf16  x floor    error")
+        shared = [(name, bpw, paths) for name in SHARED for bpw, paths in kinds if options.shared]
+        first = sum(map(marked, found))
+        for place in found[:first]:
+            show(record, record.attempt(str(place), lambda: measure(place, kinds, options.rounds, record)), least)  # noqa: B023
+        for name, bpw, paths in shared:
+            row = record.attempt(f"{name} at {bpw}", lambda: measure_shared(name, bpw, paths, options.rounds))  # noqa: B023
+            if row:
+                record.document.setdefault("shared", []).append(row)
+                print(
+                    f"{name:8}{bpw:6}, {paths} path(s): apart {row['apart']:.1f} µs, together {row['together']:.1f} µs, "
+                    f"{row['apart'] / row['together']:.2f}x, {row['together'] / least:.1f}x floor",
+                    flush=True,
+                )
+        for place in found[first:]:
+            show(record, record.attempt(str(place), lambda: measure(place, kinds, options.rounds, record)), least)  # noqa: B023
+    record.save()
+    print(json.dumps(record.document))
+    return 1 if record.failures else 0
+
+
+def show(record: Record, rows: Optional[List[dict]], least: float) -> None:
+    """Record and print the rows of one place."""
+    for row in rows or ():
+        rival = f"{row['gemlite']:10.1f}" if row["gemlite"] else "         -"
         print(
-            f"{row['layers']:8}{row['bpw']:6}: apart {row['apart']:.1f} µs, together {row['together']:.1f} µs, "
-            f"{row['apart'] / row['together']:.2f}x, {row['together'] / least:.1f}x floor"
+            f"{'gradient' if row['gradient'] else 'forward':8} {row['out']:6}x{row['in']:<6}{row['batch']:7}{row['bpw']:6}"
+            f"{row['paths']:6}{row['packed']:10.1f}{row['bf16']:10.1f}{rival}{row['x_bf16']:8.1f}x"
+            f"{row['packed'] / least:8.1f}x   {row['error']:.0e}",
+            flush=True,
         )
-    line = json.dumps({"benchmark": "gpu", "machine": machine(), "floor_us": least, "rows": rows, "shared": shared})
-    if options.out:
-        options.out.write_text(line + "\n")
-    print(line)
-    return 0
+        record.add(row)
 
 
 if __name__ == "__main__":

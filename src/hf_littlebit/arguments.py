@@ -136,7 +136,21 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     bench.add_argument("--max-new-tokens", metavar="N", type=int, default=32, help="tokens that are made (default: 32)")
     bench.add_argument("--rounds", metavar="N", type=int, default=5, help="turns that each model takes (default: 5)")
     bench.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: torch's)")
-    bench.add_argument("--compile", action="store_true", help="decode by torch.compile over a static cache")
+    bench.add_argument("--batch-size", metavar="N", type=int, default=1, help="sequences at a time (default: 1)")
+    modes = bench.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--mode",
+        choices=("plain", "eager", "compiled"),
+        default="plain",
+        help="generate without options (plain, default), launching every kernel (eager), or by torch.compile (compiled)",
+    )
+    modes.add_argument(
+        "--compile",
+        dest="mode",
+        action="store_const",
+        const="compiled",
+        help="decode by torch.compile over a static cache: --mode compiled",
+    )
     bench.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     _add_place(bench)
     _add_method(bench, required=False)

@@ -1,7 +1,7 @@
 """The speed of a model in plain `generate`: tokens per second, memory, and where the time goes, dense against packed.
 
-    prefill   tokens of the prompt / seconds from the call of `generate` to the first new token
-    decode    the other new tokens / seconds from the first to the last
+    prefill   tokens of the prompts / seconds from the call of `generate` to the first new tokens
+    decode    the other new tokens, of all sequences / seconds from the first to the last
     per CPU s the same, by the process's CPU seconds, all threads together: on a busy machine, and with one thread, about
               what the model does on a quiet one; with more threads, their waiting counts too
 
@@ -10,43 +10,51 @@ given; a ratio is the median of the rounds' ratios. What is not on the disk (the
 of a packed one, both of a bare config.json) is made of random weights.
 
 Memory is what the parameters and buffers take, and the peak adds what the process grew by in the first generation. The
-parts' shares come from rounds of their own, because their clock (clock.py) costs time itself.
+parts' shares come from rounds of their own, because their clock (clock.py) costs time itself; those rounds are eager,
+whatever the mode. On a GPU there are three more figures: the host's time for one call of a linear layer (eager, nothing
+waited for), the kernels of one decoded token, and how long they run.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from transformers import CompileConfig, GenerationConfig
 
 from . import compat
-from .clock import PARTS, Clock, Ticks, groups_of
+from .clock import PARTS, Clock, HostClock, Ticks
 from .config import LittleBitConfig
+from .contender import Contender, Setting
 from .machine import growth, machine, wait
-from .plan import Plan, plan_model
-from .shared import share_inputs as together
-from .shared import siblings, unshare_inputs
+from .plan import plan_model
+from .shared import siblings
 from .size import format_bytes
-from .skeleton import empty_model, model_class
+from .skeleton import empty_model
 from .source import Source, find_source
-from .stand_in import random_state
+from .trace import Trace
 
-__all__ = ["Bench", "Speed", "bench"]
+__all__ = ["Bench", "Models", "Speed", "bench", "compare", "load_models"]
 
 SHARES = 3  # rounds with the clock
-WARM_UP = 3  # generations before a compiled one is measured: compiling, recording a graph, replaying it
+WARM_UP = {
+    "compiled": 3,
+    "plain": 1,
+    "eager": 0,
+}  # generations before the first: compiling, recording a graph, replaying it
 
 
 @dataclass
 class Speed:
-    """One model: medians over the rounds. Bytes, tokens per second, and milliseconds per step by part."""
+    """One model: medians over the rounds. Bytes, tokens per second, and milliseconds per step by part.
+
+    The last three are None on a CPU, and where they could not be taken.
+    """
 
     weights: str  # "loaded" or "random"
     load_seconds: float | None  # None for random ones
@@ -56,7 +64,10 @@ class Speed:
     decode: float = 0.0
     decode_cpu: float = 0.0  # tokens per CPU second
     prefill_ms: dict[str, float] = field(default_factory=dict)  # of the whole step
-    decode_ms: dict[str, float] = field(default_factory=dict)  # of one token
+    decode_ms: dict[str, float] = field(default_factory=dict)  # of one token of every sequence
+    linear_host_us: float | None = None  # of one call of a linear layer
+    kernels: float | None = None  # of one step of decoding
+    gpu_us: float | None = None  # that they run
 
 
 @dataclass
@@ -67,8 +78,9 @@ class Bench:
     bpw: float  # real, over the replaced layers
     prompt: int
     new: int
+    batch: int
+    mode: str  # of contender.MODES
     rounds: int
-    compiled: bool
     models: dict[str, Speed]  # "dense", "packed" and "shared": packed with shared inputs
     ratio: dict[str, float]  # packed over dense; empty without the dense model
     shared_ratio: dict[str, float]  # shared over packed; empty without the shared one
@@ -91,6 +103,30 @@ class Bench:
         if self.shared_ratio:
             rows.append(["shared / packed", *(f"{value:.3g}" for value in self.shared_ratio.values())])
         head = ["", "prefill tok/s", "decode tok/s", "per CPU s", "weights", "peak", "load s"]
+        tables = [tabulate(rows, head, disable_numparse=True)]
+        if any(speed.linear_host_us is not None or speed.kernels is not None for speed in self.models.values()):
+            tables.append(self._device_table())
+        if any(speed.decode_ms for speed in self.models.values()):
+            tables.append(self._shares_table())
+        batch = f", batch of {self.batch}" if self.batch > 1 else ""
+        tables.insert(
+            0,
+            f"{self.model}, {self.bpw:.3g} bits per weight, {self.machine['device']} ({self.machine['kernel']}), "
+            f"{self.machine['threads']} thread(s), prompt of {self.prompt}, {self.new} new tokens{batch}, {self.mode}",
+        )
+        return "\n\n".join(tables)
+
+    def _device_table(self) -> str:
+        """What decoding asks of the host and of the GPU."""
+        rows = []
+        for name, speed in self.models.items():
+            busy = None if speed.gpu_us is None else speed.gpu_us / 1000
+            figures = ((speed.linear_host_us, ".0f"), (speed.kernels, ".0f"), (busy, ".2f"))
+            rows.append([name, *("-" if value is None else format(value, form) for value, form in figures)])
+        head = ["", "host µs per linear call", "kernels per token", "GPU ms per token"]
+        return tabulate(rows, head, disable_numparse=True)
+
+    def _shares_table(self) -> str:
         times = [(name, step) for name in self.models for step in ("prefill", "decode")]
         shares = []
         for part in (*PARTS, "total"):
@@ -102,11 +138,7 @@ class Bench:
                 cells.append(f"{ms:.1f} ms ({100 * ms / total:.0f} %)")
             shares.append([part, *cells])
         where = ["a step of", *(f"{name} {step}" for name, step in times)]
-        return (
-            f"{self.model}, {self.bpw:.3g} bits per weight, {self.machine['threads']} thread(s), prompt of {self.prompt}, "
-            f"{self.new} new tokens{', compiled' if self.compiled else ''}\n\n{tabulate(rows, head, disable_numparse=True)}\n\n"
-            f"{tabulate(shares, where, disable_numparse=True)}"
-        )
+        return tabulate(shares, where, disable_numparse=True)
 
 
 def bench(
@@ -119,7 +151,8 @@ def bench(
     rounds: int = 5,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
-    compiled: bool = False,
+    batch: int = 1,
+    mode: str = "plain",
     share_inputs: bool = False,
 ) -> Bench:
     """Measure a causal language model, dense and packed.
@@ -127,18 +160,44 @@ def bench(
     Args:
         name: a packed folder; a dense folder, Hub id or config.json with `config`.
         packed_only: leave the dense model out, where memory does not hold both.
-        prompt, new: tokens that are read and made. rounds: turns of each model.
+        prompt, new: tokens that are read and made. rounds: turns of each model. batch: sequences at a time.
         dtype: of what is dense; that of the model by default, bf16 where its config names none.
-        compiled: decode by torch.compile over a static cache (CUDA graphs on a GPU), as `generate` does with
-            `cache_implementation="static"`. The time shares are those of the same cache without compilation.
+        mode: "plain", "eager" or "compiled", see contender.py.
         share_inputs: also measure the packed model with layers of one input in one call (shared.py).
 
     Raises:
         ValueError: for a model that cannot generate, sizes beyond its context, or a dense one without `config`.
     """
-    for what, value, least in (("prompt", prompt, 1), ("new", new, 2), ("rounds", rounds, 1)):
-        if value < least:
-            raise ValueError(f"{what} is {value}; it must be at least {least}")
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; it must be at least 1")
+    setting = Setting(prompt, new, batch, mode)
+    models = load_models(
+        name, config, [setting], packed_only=packed_only, device=device, dtype=dtype, share_inputs=share_inputs
+    )
+    return compare(models, setting, rounds)
+
+
+@dataclass
+class Models:
+    """What is compared: `load_models` makes it once, `compare` measures it in one setting after the other."""
+
+    title: str
+    bpw: float  # real, over the replaced layers
+    device: torch.device
+    contenders: dict[str, Contender]  # "dense", "packed" and "shared"
+
+
+def load_models(
+    name: str,
+    config: LittleBitConfig | None,
+    settings: Sequence[Setting] = (),
+    *,
+    packed_only: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    share_inputs: bool = False,
+) -> Models:
+    """The models that `bench` would measure, arguments as there; `settings` are refused before anything is loaded."""
     source = find_source(name)
     used = _choose(source, config)
     skeleton: Any = empty_model(source.config)
@@ -146,9 +205,8 @@ def bench(
         raise ValueError(
             f"{type(skeleton).__name__} is no causal language model; give one that continues a prompt with `generate`"
         )
-    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and prompt + new > context:
-        raise ValueError(f"{prompt} tokens of prompt and {new} new ones exceed the context of {context}; lower them")
+    for setting in settings:
+        setting.check(getattr(source.config.get_text_config(), "max_position_embeddings", None))
     plan = plan_model(skeleton, used, source.header)
     if share_inputs and not siblings(weight.module for weight in plan.weights):
         raise ValueError(
@@ -156,27 +214,46 @@ def bench(
             "--share-inputs (share_inputs=True) out"
         )
     kept = dtype or compat.resolve_dtype(source.config.dtype or torch.bfloat16)
-    runs: dict[str, _Run] = {}
+    contenders = {}
     for kind in ("packed",) if packed_only else ("dense", "packed"):
         method = None if kind == "dense" else used
-        runs[kind] = _Run(source, plan, method, kept, torch.device(device), prompt, new, compiled)
+        contenders[kind] = Contender(source, plan, method, kept, torch.device(device))
     if share_inputs:
-        runs["shared"] = runs["packed"].sharing()
+        contenders["shared"] = contenders["packed"].sharing()
+    return Models(os.path.basename(name.rstrip("/")), plan.bpw, torch.device(device), contenders)
+
+
+def compare(models: Models, setting: Setting, rounds: int = 5, shares: int = SHARES) -> Bench:
+    """Measure all models in one setting; with `shares` = 0, without where the time goes."""
+    for contender in models.contenders.values():
+        contender.check(setting)
+    runs = {name: _Run(contender, setting) for name, contender in models.contenders.items()}
     for _ in range(rounds):
         for run in runs.values():
             run.turn()
-    models = {kind: run.result() for kind, run in runs.items()}
+    found = {name: run.result(min(shares, rounds)) for name, run in runs.items()}
     ratio, shared_ratio = (
         _ratios(runs[over], runs[under]) if over in runs and under in runs else {}
         for over, under in (("packed", "dense"), ("shared", "packed"))
     )
     if ratio:
-        packed, dense = models["packed"], models["dense"]
+        packed, dense = found["packed"], found["dense"]
         ratio["weights"] = packed.weight_bytes / dense.weight_bytes
         if packed.growth_bytes is not None and dense.growth_bytes is not None:
             ratio["peak"] = (packed.weight_bytes + packed.growth_bytes) / (dense.weight_bytes + dense.growth_bytes)
-    title = os.path.basename(name.rstrip("/"))
-    return Bench(title, plan.bpw, prompt, new, rounds, compiled, models, ratio, shared_ratio, machine(device))
+    return Bench(
+        models.title,
+        models.bpw,
+        setting.prompt,
+        setting.new,
+        setting.batch,
+        setting.mode,
+        rounds,
+        found,
+        ratio,
+        shared_ratio,
+        machine(str(models.device)),
+    )
 
 
 def _ratios(over: _Run, under: _Run) -> dict[str, float]:
@@ -199,108 +276,56 @@ def _choose(source: Source, given: LittleBitConfig | None) -> LittleBitConfig:
 
 
 class _Run:
-    """One model, its prompt and its times."""
+    """One model in one setting, and its times."""
 
-    def __init__(
-        self,
-        source: Source,
-        plan: Plan,
-        quantization: LittleBitConfig | None,  # None for the dense model
-        dtype: torch.dtype,
-        device: torch.device,
-        prompt: int,
-        new: int,
-        compiled: bool,
-    ):
-        self.device, self.new, self.prompt = device, new, prompt
-        self.compile_config = CompileConfig()
-        self.compile_config._compile_all_devices = True  # type: ignore[assignment]  # else a CPU is left out
-        self.compiled = compiled
-        loaded = not os.path.isfile(source.name) and (source.quantization is None) == (quantization is None)
-        start = time.perf_counter()
-        if loaded:
-            place = {"dtype": dtype, "device_map": str(device), "variant": source.variant}
-            self.model = model_class(source.config).from_pretrained(source.name, **place)
-        else:
-            config = copy.deepcopy(source.config)
-            config.__dict__.pop("quantization_config", None)
-            skeleton: Any = empty_model(config)
-            state = random_state(skeleton, dtype, (plan, quantization) if quantization else None)
-            if quantization is not None:
-                config.quantization_config = quantization.to_dict()
-            # As a checkpoint is loaded, so that the quantizer and the model's own buffers come to be as they do there.
-            kind = type(skeleton)
-            self.model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device)
-        seconds = time.perf_counter() - start
-        self.model.eval()
-        quantizer = getattr(self.model, "hf_quantizer", None)
-        if compiled and quantizer is not None and not quantizer.is_compileable:
-            raise ValueError(
-                f"{type(self.model).__name__} has packed experts, which are chosen by value and cannot be compiled; leave "
-                "--compile (compiled=True) out"
-            )
-        # Without an end of text: every round makes as many tokens.
-        self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        draw = torch.Generator().manual_seed(0)
-        self.tokens = torch.randint(vocabulary, (1, prompt), generator=draw).to(device)
-        self.groups = groups_of(self.model, plan)
-        size = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers()))
-        self.shared = False
-        self.speed = Speed("loaded" if loaded else "random", seconds if loaded else None, size, self._warm_up())
+    def __init__(self, contender: Contender, setting: Setting):
+        self.contender, self.setting = contender, setting
+        self.tokens = contender.tokens(setting)
+        seconds = contender.seconds if contender.loaded else None
+        weights = "loaded" if contender.loaded else "random"
+        self.speed = Speed(weights, seconds, contender.weight_bytes, self._warm_up())
         self.times: list[tuple[float, float, float]] = []
-
-    def sharing(self) -> _Run:
-        """The same model, weights at the same places in memory, with layers of one input in one call."""
-        run = copy.copy(self)
-        run.shared, run.times = True, []
-        run.speed = replace(self.speed, growth_bytes=run._warm_up(), prefill_ms={}, decode_ms={})
-        return run
 
     def _warm_up(self) -> int | None:
         """Bytes that the process grew by in the first generation after what compiling needs."""
-        self._switch()
-        for _ in range(WARM_UP if self.compiled else 0):
+        self.contender.switch()
+        device, mode = self.contender.device, self.setting.mode
+        for _ in range(0 if mode == "plain" and device.type == "cpu" else WARM_UP[mode]):
             self.generate()
-        with growth(self.device) as grown:
+        with growth(device) as grown:
             self.generate()
         return grown[0]
 
-    def _switch(self) -> None:
-        together(self.model) if self.shared else unshare_inputs(self.model)
-
     def generate(self, streamer: Ticks | None = None) -> None:
-        options: dict[str, Any] = {"max_new_tokens": self.new, "streamer": streamer}
-        if self.compiled:
-            options["cache_implementation"] = "static"
-            # The clock's hooks would be compiled too, and their times with them.
-            by_parts = isinstance(streamer, Clock)
-            options |= {"disable_compile": True} if by_parts else {"compile_config": self.compile_config}
-        with torch.inference_mode():
-            self.model.generate(self.tokens, attention_mask=torch.ones_like(self.tokens), **options)
+        self.contender.generate(self.tokens, self.setting, streamer)
 
     def turn(self) -> None:
         """Append to `times` the tokens per second of prefill and decode, and per CPU second of decode."""
-        self._switch()
-        wait(self.device)
+        self.contender.switch()
+        wait(self.contender.device)
         start, ticks = time.perf_counter(), Ticks()
         self.generate(ticks)
         _, first, *_, last = ticks.times
-        steps = self.new - 1
-        self.times.append(
-            (self.prompt / (first - start), steps / (last - first), steps / (ticks.cpu[-1] - ticks.cpu[1]))
-        )
+        read = self.setting.batch * self.setting.prompt
+        made = self.setting.batch * (self.setting.new - 1)
+        self.times.append((read / (first - start), made / (last - first), made / (ticks.cpu[-1] - ticks.cpu[1])))
 
-    def result(self) -> Speed:
-        """The medians, and the shares."""
-        self._switch()
-        medians = [statistics.median(values) for values in zip(*self.times, strict=True)]
-        self.speed.prefill, self.speed.decode, self.speed.decode_cpu = medians
-        clocks = [Clock(self.groups, self.device) for _ in range(min(SHARES, len(self.times)))]
+    def result(self, shares: int) -> Speed:
+        """The medians; the shares, by the median of so many rounds; on a GPU, what decoding asks of host and device."""
+        self.contender.switch()
+        speed, groups, device = self.speed, self.contender.groups, self.contender.device
+        speed.prefill, speed.decode, speed.decode_cpu = map(statistics.median, zip(*self.times, strict=True))
+        if device.type != "cpu":
+            # The trace first: hooks that were there would make torch.compile look at the model again.
+            load = Trace(device).measure(self.generate)
+            if load is not None:
+                speed.kernels, speed.gpu_us = load.kernels, load.microseconds
+            speed.linear_host_us = HostClock(groups).measure(self.generate)
+        clocks = [Clock(groups, device) for _ in range(shares)]
         for clock in clocks:
             clock.measure(self.generate)
-        for part in PARTS:
-            self.speed.prefill_ms[part] = 1e3 * statistics.median(clock.prefill[part] for clock in clocks)
+        for part in PARTS if clocks else ():
+            speed.prefill_ms[part] = 1e3 * statistics.median(clock.prefill[part] for clock in clocks)
             decode = statistics.median(clock.decode[part] for clock in clocks)
-            self.speed.decode_ms[part] = 1e3 * decode / (self.new - 1)
-        return self.speed
+            speed.decode_ms[part] = 1e3 * decode / (self.setting.new - 1)
+        return speed

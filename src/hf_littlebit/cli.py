@@ -231,7 +231,8 @@ def run_bench(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         device=_device(args),
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
-        compiled=args.compile,
+        batch=args.batch_size,
+        mode=args.mode,
         share_inputs=args.share_inputs,
     )
     print(json.dumps(result.as_dict()) if args.json else result.table())

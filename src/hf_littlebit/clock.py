@@ -3,10 +3,14 @@
 Time goes to the innermost counted module that is running: that of attention is without the projections in it. What runs
 in no counted module (activations, residual sums, embeddings, `generate` itself) is the rest. The hooks cost some
 microseconds for each module, so that throughput is measured without them.
+
+On a GPU the clock waits for the device at every hook. What a call costs the host, which launches kernels and goes on, is
+HostClock's: with one token at a time, that is often all the time there is.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +21,7 @@ from torch import nn
 from .machine import wait
 from .plan import Plan
 
-__all__ = ["PARTS", "Clock", "groups_of"]
+__all__ = ["PARTS", "Clock", "HostClock", "Ticks", "groups_of"]
 
 LAYERS, HEAD, ATTENTION, NORMS, REST = "linear layers", "output head", "attention", "norms", "rest"
 PARTS = (LAYERS, HEAD, ATTENTION, NORMS, REST)
@@ -78,6 +82,44 @@ class Clock(Ticks):
             self.stack.pop()
         else:
             self.stack.append(group)
+
+
+class HostClock(Ticks):
+    """Host seconds in the calls of the linear layers while tokens are decoded; nothing is waited for."""
+
+    def __init__(self, groups: dict[nn.Module, str]):
+        super().__init__()
+        self.layers = [module for module, group in groups.items() if group == LAYERS]
+        self.calls: list[float] = []  # of the running step
+        self.steps: list[float] = []  # a call's mean seconds in each step after the prompt's
+        self.since = 0.0
+
+    def measure(self, run: Callable[[HostClock], Any]) -> float | None:
+        """Microseconds of a call, hooks excluded: the mean over a step's layers, because one call of a group of layers that
+        share their input computes all of them, then the median over the steps. None if no layer was called."""
+        hooks: list[Any] = []
+        for module in self.layers:
+            hooks.append(module.register_forward_pre_hook(self._enter))
+            hooks.append(module.register_forward_hook(self._leave, prepend=True))
+        try:
+            run(self)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # The first step after the prompt's meets shapes for the first time.
+        return 1e6 * statistics.median(self.steps[1:] or self.steps) if self.steps else None
+
+    def put(self, value: Any) -> None:
+        super().put(value)
+        if len(self.times) > 2 and self.calls:
+            self.steps.append(statistics.fmean(self.calls))
+        self.calls = []
+
+    def _enter(self, *_: Any) -> None:
+        self.since = time.perf_counter()
+
+    def _leave(self, *_: Any) -> None:
+        self.calls.append(time.perf_counter() - self.since)
 
 
 def groups_of(model: Any, plan: Plan) -> dict[nn.Module, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .kernels import cpu
+from .kernels import cpu, gpu
 
-__all__ = ["cpu_name", "growth", "machine", "wait"]
+__all__ = ["cpu_name", "growth", "kernel", "machine", "wait"]
 
 
 @contextmanager
@@ -59,17 +60,32 @@ def cpu_name() -> str:
     return name
 
 
+def kernel(device: str = "cpu") -> str:
+    """What computes the packed layers there: an instruction set ("amx"), "triton 3.6.0", or "reference" (plain torch)."""
+    kind, asked = torch.device(device).type, os.environ.get("LITTLEBIT_BACKEND")
+    if asked == "reference":
+        return "reference"
+    # Asked for on a CPU, triton interprets; loading the library would then put its operators before triton's.
+    if kind == "cpu" and asked != "triton":
+        return cpu.select() if cpu.load() else "reference"
+    if kind in (*gpu.DEVICES, "cpu") and gpu.load():
+        return f"triton {importlib.import_module('triton').__version__}"
+    return "reference"
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures of a benchmark depend on: the machine, its load, the versions."""
     packages = ("torch", "transformers", "hf-littlebit")
+    kind = torch.device(device).type
+    backend: Any = getattr(torch, kind, None)
     return {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "device": backend.get_device_name(device) if hasattr(backend, "get_device_name") else kind,
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "kernel": "reference" if os.environ.get("LITTLEBIT_BACKEND") == "reference" or not cpu.load() else cpu.select(),
+        "kernel": kernel(device),
         "system": platform.system(),
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages},
