@@ -209,6 +209,16 @@ def _add_terms(result, signs, values, plane, TERMS: tl.constexpr):
 
 
 @triton.jit
+def _settled(result):
+    """`result`, seen by an instruction of no machine code: whoever computes it is waited for before the next step.
+
+    Matrix instructions of Hopper read the signs from registers while the program goes on. Left to run into the next step,
+    they were found to read registers that already held that step's signs.
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [result], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _sum_steps(
     result,
     words,
@@ -262,6 +272,8 @@ def _sum_steps(
             right = left
         signs = sign_tile(left, right, pair, BLOCK, BLOCK_K, TRANSPOSED, PTX)
         result = _add_terms(result, signs, values + (offset + here * BLOCK_K), plane, TERMS)
+        if PTX:
+            result = _settled(result)
     return result
 
 
