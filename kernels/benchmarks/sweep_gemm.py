@@ -45,12 +45,12 @@ def candidates(case: Case) -> Iterator[Tuple[str, Any]]:
     seen = set()
     for side, names, most in (("one", ONE, 16 if tokens <= 64 else 4), ("two", TWO, 4 if tokens <= 64 else 2)):
         rule = getattr(base, names[4])
-        for made, wide, warps, stages, words in [
-            (*(getattr(base, n) for n in names[:4]), base.words),
-            *tiles_for(tokens),
-        ]:
-            splits = sorted({rule, max(1, rule // 2), min(most, 2 * rule), 1, 2}, key=lambda s: abs(s - rule))
-            for count in splits if made <= 128 else splits[:1]:
+        splits = sorted(
+            {rule, max(1, rule // 2), min(most, 2 * rule), 1, 2}, key=lambda count, rule=rule: abs(count - rule)
+        )
+        sizes = [(*(getattr(base, name) for name in names[:4]), base.words), *tiles_for(tokens)]
+        for count in splits:
+            for made, wide, warps, stages, words in sizes:
                 values = dict(zip(names, (made, wide, warps, stages, count)))  # noqa: B905
                 config = base._replace(words=words, **values)
                 if (side, config) not in seen:
