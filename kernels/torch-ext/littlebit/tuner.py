@@ -134,10 +134,11 @@ def _changes(config: Any, case: Case, turn: int) -> List[Any]:
         rows = -(-max(max(ranks) for ranks in case.ranks) // 32)
         for columns in (32, 64, 128):
             for warps, words in ((4, 2), (4, 4), (8, 2), (8, 4), (16, 2), (16, 4), (8, 8), (16, 8)):
+                signs = columns * words  # of a thread
                 # Of stage one, enough programs for every core; of stage two, few of the words beyond the last rank.
-                if turn == 0 and (columns * words > 512 or -(-case.into // (32 * warps * words)) > 16):
+                if turn == 0 and (not 64 <= signs <= 256 or columns > 64 or -(-case.into // (32 * warps * words)) > 16):
                     continue
-                if turn == 1 and (columns * words > 512 or not rows / 2 < warps * words < max(9, 4 * rows)):
+                if turn == 1 and (signs > 256 or not rows / 2 < warps * words < max(9, 3 * rows)):
                     continue
                 side = "one" if turn == 0 else "two"
                 changes.append({f"columns_{side}": columns, f"warps_{side}": warps, f"words_{side}": words})
