@@ -108,7 +108,7 @@ def unchecked():
 
 @pytest.mark.parametrize(("version", "warnings"), [("5.24.9", 0), ("5.25.0.dev0", 1), ("6.0.0rc1", 1), ("5.17.0", 0)])
 def test_a_newer_transformers_is_mentioned_once(unchecked, stories, monkeypatch, caplog, version, warnings):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(compat.transformers, "__version__", version)
     with caplog.at_level(logging.WARNING, "hf_littlebit"):
         for _ in range(2):
             load(stories, quantization_config=config())
