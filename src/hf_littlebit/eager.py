@@ -30,8 +30,8 @@ def unseen(x: Tensor) -> bool:
     """Whether nothing but the kernels is to see this call: then the dispatcher's two steps through Python are saved.
 
     Not unseen: subclasses of tensors, vmap and the other transforms of torch.func, forward-mode derivatives, dispatch modes
-    (fake tensors, counters of operations), tracing, torch.compile. On a CPU the dispatcher goes to the compiled kernel by
-    itself.
+    (fake tensors, counters of operations), tracing. On a CPU the dispatcher goes to the compiled kernel by itself. Whoever
+    may be traced by torch.compile asks for that first.
     """
     return (
         type(x) in _PLAIN
@@ -40,7 +40,6 @@ def unseen(x: Tensor) -> bool:
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -28,7 +28,9 @@ from .tiles import in_units
 
 __all__ = ["launches"]
 
-TRAFFIC = 32 << 20  # bytes of `partial` that the programs of stage two read at the most, all together, if fewer splits help
+TRAFFIC = (
+    32 << 20
+)  # bytes of `partial` that the programs of stage two read at the most, all together, if fewer splits help
 
 
 @triton.jit

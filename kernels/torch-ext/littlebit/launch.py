@@ -26,20 +26,19 @@ ALIGNMENT = 256  # bytes, of every piece of scratch
 
 
 class _Launch(NamedTuple):
-    """One compiled kernel with its arguments."""
+    """One compiled kernel with all that its launcher takes, in one list."""
 
     run: Callable[..., None]
-    head: Tuple[Any, ...]  # the grid's three sides
-    kernel: Tuple[Any, ...]  # what the launcher takes between the stream and the arguments
-    arguments: List[Any]
-    places: List[Tuple[int, int]]  # (argument, address that it takes)
-    built: List[Tuple[int, Callable[[List[int]], Any]]]  # (argument, what makes the tuple that it is)
+    fixed: List[Any]
+    stream: int  # the place of the stream
+    places: List[Tuple[int, int]]  # (place, address that it takes)
+    built: List[Tuple[int, Callable[[List[int]], Any]]]  # (place, what makes the tuple that it is)
 
 
 class _Place(NamedTuple):
-    """Stands for the address of that index."""
+    """Stands for one of the addresses that change."""
 
-    index: int
+    address: int
 
 
 class Recorded:
@@ -61,13 +60,14 @@ class Recorded:
         """
         for offset in self._offsets:
             addresses.append(scratch + offset)
-        for run, head, kernel, fixed, places, built in self._launches:
+        for run, fixed, place, places, built in self._launches:
             arguments = fixed.copy()
+            arguments[place] = stream
             for place, index in places:
                 arguments[place] = addresses[index]
             for place, build in built:
                 arguments[place] = build(addresses)
-            run(*head, stream, *kernel, *arguments)
+            run(*arguments)
 
 
 def run(steps: Iterable[Step]) -> None:
@@ -89,7 +89,7 @@ def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence
     offsets: List[int] = []
     size = 0
     alive = []  # so that no two pieces of scratch have one id
-    launches = []
+    launches: Optional[List[_Launch]] = []
     for kernel, grid, arguments, options in steps:
         compiled = kernel[grid](*arguments, **options)
         for tensor in _tensors(arguments):
@@ -103,13 +103,16 @@ def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence
         if launches is None:
             continue
         names = [parameter.name for parameter in kernel.params[len(arguments) :]]
-        templates = [_template(value, known) for value in (*arguments, *(options[name] for name in names))]
+        launcher, before, after = _launcher(compiled, (*grid, 1, 1)[:3])
+        values = [_template(value, known) for value in (*arguments, *(options[name] for name in names))]
+        fixed = [*before, None, *after, *values]
         launches.append(
             _Launch(
-                *_launcher(compiled, (*grid, 1, 1)[:3]),
-                templates,
-                [(place, value.index) for place, value in enumerate(templates) if isinstance(value, _Place)],
-                [(place, _builder(value)) for place, value in enumerate(templates) if _has_places(value)],
+                launcher,
+                fixed,
+                len(before),
+                [(place, value.address) for place, value in enumerate(fixed) if isinstance(value, _Place)],
+                [(place, _builder(value)) for place, value in enumerate(fixed) if _has_places(value)],
             )
         )
     return None if launches is None else Recorded(launches, offsets, size)
@@ -165,7 +168,7 @@ def _has_places(value: Any) -> bool:
 def _builder(template: Tuple[Any, ...]) -> Callable[[List[int]], Tuple[Any, ...]]:
     """A function from addresses to the tuple with them in place."""
     fixed = list(template)
-    places = [(position, item.index) for position, item in enumerate(template) if isinstance(item, _Place)]
+    places = [(position, item.address) for position, item in enumerate(template) if isinstance(item, _Place)]
     nested = [(position, _builder(item)) for position, item in enumerate(template) if _has_places(item)]
 
     def build(addresses: List[int]) -> Tuple[Any, ...]:
