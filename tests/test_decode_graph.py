@@ -412,7 +412,7 @@ def test_long_and_large_caches_stay_dynamic(monkeypatch):
     del model._previous_max_cache_length
     generate(model, inputs, 21)
     assert made[2:] == ["StaticCache", "DynamicCache"]
-    monkeypatch.setattr("hf_littlebit.generation._all_memory", lambda device: 200 * token * 21)
+    monkeypatch.setattr("hf_littlebit.generation._all_memory", lambda device: 200 * token * 26)
     generate(model, inputs, 21)
     assert made[4:] == ["StaticCache"], "a small cache is made without asking for the free memory"
 
