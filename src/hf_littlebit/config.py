@@ -203,9 +203,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         if not isinstance(self.dequantize, bool):
             raise ValueError(f"dequantize is {self.dequantize!r}; it must be True or False")
         if self.share_inputs is not None and not isinstance(self.share_inputs, bool):
-            raise ValueError(
-                f"share_inputs is {self.share_inputs!r}; it must be True, False, or None (on a GPU alone)"
-            )
+            raise ValueError(f"share_inputs is {self.share_inputs!r}; it must be True, False, or None (on a GPU alone)")
         if self.dequantize and self.share_inputs:
             raise ValueError(
                 "share_inputs is for packed models, but dequantize=True loads a dense one; leave one of them out"

@@ -6,9 +6,9 @@
     tiles(device, out, in, ranks, bucket, dtype, transposed)         -> Tiles, for gemm.py
 
 `configs/<device>.json` holds what tuner.py measured on a device of that name, and a file of the same name in the user's cache
-goes before it; a shape they do not hold, and a device without a file, get the rule: enough programs to fill the device, the smallest tile that holds the tokens. Tokens are counted in
-buckets (the next power of two), so that a growing sequence meets few tile sizes. The number of bf16 terms is precision,
-not speed, and is never tuned.
+goes before it; a shape they do not hold, and a device without a file, get the rule: enough programs to fill the device, the
+smallest tile that holds the tokens. Tokens are counted in buckets (the next power of two), so that a growing sequence meets
+few tile sizes. The number of bf16 terms is precision, not speed, and is never tuned.
 """
 
 import functools
@@ -154,9 +154,7 @@ def _key(kind: str, out: Any, into: int, ranks: Sequence[int], *more: Any) -> st
     return " ".join([kind, f"{out}x{into}", "+".join(map(str, ranks)), *map(str, more)])
 
 
-def decode_key(
-    outs: Sequence[int], into: int, ranks_of_each: Sequence[Sequence[int]], kind: str = "few"
-) -> str:
+def decode_key(outs: Sequence[int], into: int, ranks_of_each: Sequence[Sequence[int]], kind: str = "few") -> str:
     """The name in a file of one to four tokens' tiles ("few" or "decode"), of a layer or of several that read the same x."""
     kind = kind if len(outs) == 1 else f"{kind}{len(outs)}"
     return _key(kind, "+".join(map(str, outs)), into, [rank for ranks in ranks_of_each for rank in ranks])
