@@ -32,6 +32,7 @@ __all__ = [
     "device_name",
     "few",
     "forget",
+    "read_configs",
     "starts_early",
     "terms",
     "tiles",
@@ -89,6 +90,9 @@ class Tiles(NamedTuple):
     unpacked: int = 0
 
 
+_KINDS: Dict[str, Any] = {"decode": Decode, "few": Few, "tiles": Tiles}  # by the first word of a key
+
+
 def bucket(tokens: int) -> int:
     """The next power of two, 16 to LARGEST."""
     return min(LARGEST, max(16, 1 << (tokens - 1).bit_length()))
@@ -127,6 +131,25 @@ def _memory(device: torch.device) -> int:
     return 64 << 10
 
 
+def read_configs(path: Path) -> Dict[str, List[int]]:
+    """The tile sizes in a file, by their keys.
+
+    Raises:
+        RuntimeError: the file is damaged, or was written for other kernels than these.
+    """
+    try:
+        found = json.loads(path.read_text())["configs"]
+        for key, values in found.items():
+            kind = key.split()[0].rstrip("0123456789")
+            if not all(type(value) is int for value in values):
+                raise ValueError(f"{key} is {values}")
+            _KINDS[kind](*values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"{path} holds no tile sizes ({text}); delete it, or measure again") from error
+    return found
+
+
 @functools.lru_cache(maxsize=None)
 def _measured(name: str) -> Dict[str, List[int]]:
     """What was measured on a device of that name: what comes with the package, and over it what this user measured."""
@@ -134,10 +157,7 @@ def _measured(name: str) -> Dict[str, List[int]]:
     for folder in (CONFIGS, user_folder()):
         path = folder / f"{name}.json"
         if path.exists():
-            try:
-                found.update(json.loads(path.read_text())["configs"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise RuntimeError(f"{path} holds no tile sizes ({error}); delete it, or measure again") from error
+            found.update(read_configs(path))
     return found
 
 
