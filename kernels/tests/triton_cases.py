@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from hf_littlebit.kernels import gpu, reference, tuner, tuning
+from hf_littlebit.kernels import bound, gpu, reference, trial, tuning
 from test_cpu import layer, worst
 
 from hf_littlebit import LittleBitLinear
@@ -226,9 +226,9 @@ def test_other_memory_is_checked_and_launched_anew():
         held[4] = held[4][:, :-1]
         with pytest.raises(RuntimeError, match="must be"):
             gpu.littlebit_linear(*put(x[:tokens]), *held, None, (40, 8))
-    known = len(gpu._all_bound)
+    known = bound.known()
     del held, y
-    assert len(gpu._all_bound) < known
+    assert bound.known() < known
 
 
 def test_a_view_that_is_negated_lazily():
@@ -292,7 +292,7 @@ def test_the_operator_and_its_gradient():
 def test_the_grid(size, bpw, dtype):
     out, into = size
     rank = max(8, int((bpw * out * into - 32 * (out + into)) / (2 * (out + into + 16))) // 8 * 8)
-    parts = tuner.random_parts(out, into, (rank, rank), torch.device(DEVICE))
+    parts = trial.random_parts(out, into, (rank, rank), torch.device(DEVICE))
     for tokens in (1, 2, 4, 16, 64, 512):
         x, grad = torch.randn(tokens, into, device=DEVICE).to(dtype), torch.randn(tokens, out, device=DEVICE).to(dtype)
         for ours, oracle, argument, more in (

@@ -131,23 +131,23 @@ class SharedInput:
         return result
 
     def _compute(self, x: Tensor) -> Results | None:
-        members = [member for member in (reference() for reference in self._members) if member is not None]
+        members = [member for reference in self._members if (member := reference()) is not None]
         if len(members) < len(self._members):
             return None
         holders = [member._parameters for member in members]
         x = autocast_input(x)
         if not torch.compiler.is_compiling() and self._repeated is not None:
-            repeats = self._repeated(x, holders)
-            if repeats is not None:
-                return [*repeats]
+            again = self._repeated(x, holders)
+            if again is not None:
+                return [*again]
         layers = []
         for member in members:
-            layer = (*member.factors(), member.ranks)
-            u: Any = layer[0]
+            parts = member.factors()
+            u = parts[0]
             # A part that is released (offloaded, or sharded and not gathered) is on meta or has no elements.
             if u is None or u.device != x.device or u.dim() != 2:
                 return None
-            layers.append(layer)
+            layers.append((*parts, member.ranks))
         results: Results = [*ops.linears(x, layers)]
         if not torch.compiler.is_compiling() and x.is_cuda:
             self._repeated = repeated(x, layers, holders)

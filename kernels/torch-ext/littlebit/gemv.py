@@ -1,12 +1,13 @@
-"""One to four tokens without matrix units: layers that read the same tokens, in two Triton launches that cover all layers and paths.
+"""One to four tokens without matrix units: layers that read the same tokens, in two Triton launches that cover all paths.
 
     stage one    partial[t, s, j] = sum over split s of  g_p[k] x[t, k] V[k, j]          p: the path of column j
     stage two    y[t, n] = sum_p h_p[n] sum_j (l[j] sum_s partial[t, s, j]) U[j, n] + bias[n]
 
 For devices whose matrix units take no bf16; decode.py is faster where they do. A bit flips the sign of an fp32 number by an
-exclusive or, so every product is exact and the sums are fp32. Stage one has few columns and a long sum, so it is cut into splits that write side by side and stage two adds in a
-fixed order: no atomics, no clearing, the same result every time. Scales and bias are applied where a value is loaded or
-stored. A token is an axis of the grid: the arithmetic is per token anyway, and the words come from the L2 cache.
+exclusive or, so every product is exact and the sums are fp32. Stage one has few columns and a long sum, so it is cut into
+splits that write side by side and stage two adds in a fixed order: no atomics, no clearing, the same result every time.
+Scales and bias are applied where a value is loaded or stored. A token is an axis of the grid: the arithmetic is per token
+anyway, and the words come from the L2 cache.
 
 Layers lie side by side in `partial` and along the grid's first axis. Each has a branch of its own, in which the compiler
 knows the alignment of its pointers; it computes there what it computes alone, in the same order.

@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 
 import torch
 
-__all__ = ["Recorded", "Step", "record", "run"]
+__all__ = ["Recorded", "Step", "current_stream", "record", "run"]
 
 Step = Tuple[Any, Tuple[int, ...], Tuple[Any, ...], Dict[str, Any]]  # kernel, grid, arguments, options
 ALIGNMENT = 256  # bytes, of every piece of scratch
@@ -36,7 +36,7 @@ class _Launch(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Stands for one of the addresses that change."""
+    """Stands for an address in a template: its place in the list of those that change."""
 
     address: int
 
@@ -70,6 +70,18 @@ class Recorded:
             run(*arguments)
 
 
+@functools.lru_cache(maxsize=None)
+def _stream_of() -> Callable[[int], int]:
+    import triton
+
+    return triton.runtime.driver.active.get_current_stream
+
+
+def current_stream(index: int) -> int:
+    """The current stream of the device of that index, as triton's launcher takes it."""
+    return _stream_of()(index)
+
+
 def run(steps: Iterable[Step]) -> None:
     """Launch the steps by the JIT, in their order."""
     for kernel, grid, arguments, options in steps:
@@ -89,7 +101,8 @@ def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence
     offsets: List[int] = []
     size = 0
     alive = []  # so that no two pieces of scratch have one id
-    launches: Optional[List[_Launch]] = []
+    launches: List[_Launch] = []
+    whole = True
     for kernel, grid, arguments, options in steps:
         compiled = kernel[grid](*arguments, **options)
         for tensor in _tensors(arguments):
@@ -99,8 +112,8 @@ def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence
                 alive.append(tensor)
                 size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         if compiled is None or not hasattr(compiled, "packed_metadata"):
-            launches = None
-        if launches is None:
+            whole = False
+        if not whole:
             continue
         names = [parameter.name for parameter in kernel.params[len(arguments) :]]
         launcher, before, after = _launcher(compiled, (*grid, 1, 1)[:3])
@@ -115,7 +128,7 @@ def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence
                 [(place, _builder(value)) for place, value in enumerate(fixed) if _has_places(value)],
             )
         )
-    return None if launches is None else Recorded(launches, offsets, size)
+    return Recorded(launches, offsets, size) if whole else None
 
 
 def _launcher(compiled: Any, grid: Tuple[int, ...]) -> Tuple[Callable[..., None], Tuple[int, ...], Tuple[Any, ...]]:

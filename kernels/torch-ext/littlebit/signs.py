@@ -16,26 +16,23 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .tiles import INTERPRETED
-
 __all__ = [
     "across_words",
-    "add_signs",
     "along_words",
     "in_pair_order",
     "padded",
     "pair_of",
+    "path_of",
     "place",
     "row_pointers",
     "segment",
     "segments",
+    "sign_pairs",
     "sign_tile",
     "tail_word",
     "wait",
 ]
 
-# The interpreter keeps bf16 numbers as integers and would multiply those; the values are the same in fp32.
-OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
 _SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000
 _ONES = tl.constexpr(0x3F803F80)
 
@@ -100,6 +97,35 @@ def segments(ranks, UNIT: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
+def path_of(ranks, UNIT: tl.constexpr, PAD: tl.constexpr, path):
+    """Of every path of the tensor `path`: (its rank, ranks, word rows, tail rows and slots before it)."""
+    if len(ranks) == 1:
+        return path * 0 + ranks[0] * UNIT, path * 0, path * 0, path * 0, path * 0
+    rank = path * 0
+    before = path * 0
+    words = path * 0
+    tails = path * 0
+    slots = path * 0
+    ranks_seen = 0
+    words_seen = 0
+    tails_seen = 0
+    slots_seen = 0
+    for index in tl.static_range(len(ranks)):
+        here = path == index
+        own = ranks[index] * UNIT
+        rank = tl.where(here, own, rank)
+        before = tl.where(here, ranks_seen, before)
+        words = tl.where(here, words_seen, words)
+        tails = tl.where(here, tails_seen, tails)
+        slots = tl.where(here, slots_seen, slots)
+        ranks_seen += own
+        words_seen += own // 32
+        tails_seen += tl.cdiv(own % 32, 8)
+        slots_seen += tl.cdiv(own, PAD) * PAD
+    return rank, before, words, tails, slots
+
+
+@triton.jit
 def tail_word(tail, columns, width, length, stride):
     """The tail bytes of `columns` as one word each, of a factor of `length` bits by `width` columns.
 
@@ -147,7 +173,7 @@ def _halves(pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _pairs(words, shifts, ones, PTX: tl.constexpr):
+def sign_pairs(words, shifts, ones, PTX: tl.constexpr):
     """Bits 15 - shift and 31 - shift of each word as the signs of a pair of `ones`."""
     if PTX:
         # A multiplication shifts as well, and runs beside the logic instruction instead of in turns with it. Left to
@@ -194,186 +220,12 @@ def sign_tile(
         else:
             low = (first[:, None, :] >> (16 * half)) & 0xFFFF
             both = low | ((second[:, None, :] >> (16 * half)) << 16)
-        pairs = _pairs(both[:, :, None, :], shifts[None, None, :, None], tl.reshape(ones, [ROWS // 32, 2, 16, 1]), PTX)
-    else:
-        pairs = _pairs(first[:, :, None], shifts[None, None, :], ones[:, None, None], PTX)
-    return _halves(tl.reshape(pairs, [ROWS, BLOCK_K // 2]), ROWS, BLOCK_K)
-
-
-@triton.jit
-def _add_terms(result, signs, values, plane, TERMS: tl.constexpr):
-    """result + signs @ the sum of the terms, which lie `plane` apart behind the pointers `values`."""
-    for term in tl.static_range(TERMS):
-        result = tl.dot(signs.to(OPERAND), tl.load(values + term * plane).to(OPERAND), result)
-    return result
-
-
-@triton.jit
-def _settled(result):
-    """`result`, seen by an instruction of no machine code: whoever computes it is waited for before the next step.
-
-    Matrix instructions of Hopper read the signs from registers while the program goes on. Left to run into the next step,
-    they were found to read registers that already held that step's signs.
-    """
-    return tl.inline_asm_elementwise("", "=f,0", [result], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _sum_steps(
-    result,
-    words,
-    tails,
-    more_tails,
-    columns,
-    whole,
-    stride,
-    values,
-    plane,
-    first,
-    last,
-    ones,
-    more_ones,
-    turn,
-    more_whole,
-    more_words,
-    more_values,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TERMS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    TAIL: tl.constexpr,
-    TWO: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """result + the signs of the steps first .. last - 1, of which there is one at the least; arguments as `add_signs`."""
-    # Without this the loop could be passed by, and ptxas then lets every matrix instruction wait for the one before it.
-    tl.assume(first < last)
-    for step in range(first, last):
-        # Two paths are one loop: with two, ptxas does the same.
-        here = step
-        begin = 0
-        end = whole
-        offset = 0
-        pair = ones
-        extra = tails
-        if TWO:
-            second = step >= turn
-            here = tl.where(second, step - turn, step)
-            begin = tl.where(second, more_words, 0)
-            end = tl.where(second, more_whole, whole)
-            offset = tl.where(second, more_values, 0)
-            pair = tl.where(second, more_ones, ones)
-            if TAIL:
-                extra = tl.where(second, more_tails, tails)
-        if TRANSPOSED:
-            left, right = across_words(words + begin, here * BLOCK_K, end, BLOCK_K)
-        else:
-            left = along_words(words + begin * stride, extra, here, columns, end, stride, BLOCK_K // 32, TAIL)
-            right = left
-        signs = sign_tile(left, right, pair, BLOCK, BLOCK_K, TRANSPOSED, PTX)
-        result = _add_terms(result, signs, values + (offset + here * BLOCK_K), plane, TERMS)
-        if PTX:
-            result = _settled(result)
-    return result
-
-
-@triton.jit
-def add_signs(
-    words,
-    tails,
-    more_tails,
-    columns,
-    whole,
-    stride,
-    values,
-    plane,
-    first,
-    last,
-    ones,
-    more_ones,
-    turn,
-    more_whole,
-    more_words,
-    more_values,
-    BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TERMS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    TAIL: tl.constexpr,
-    TWO: tl.constexpr,
-    CARRY: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """fp32 [BLOCK, BLOCK_T]: signs @ values over the steps first .. last - 1, carried over every CARRY steps if that is not 0.
-
-    Args:
-        words, columns: the factor's words and the columns of the tile, which lie inside it. TRANSPOSED: pointers to the rows
-            of words of the tile (`row_pointers`), and anything.
-        tails: what `tail_word` gave, if TAIL; never if TRANSPOSED.
-        whole, stride: whole words along the sum, and between their rows. TRANSPOSED: places of the sum, and anything.
-        values: pointers [BLOCK_K, BLOCK_T] to the first term at the sum's first step; terms lie `plane` apart.
-        ones: as in `sign_tile`.
-        more_...: if TWO, the same of the path that begins at step `turn`: its rows of words (TRANSPOSED: columns) lie
-            `more_words` behind the first path's, its values `more_values`.
-    """
-    result = tl.zeros([BLOCK, BLOCK_T], tl.float32)
-    if CARRY:
-        for start in range(first, last, CARRY):
-            result += _sum_steps(
-                tl.zeros([BLOCK, BLOCK_T], tl.float32),
-                words,
-                tails,
-                more_tails,
-                columns,
-                whole,
-                stride,
-                values,
-                plane,
-                start,
-                min(start + CARRY, last),
-                ones,
-                more_ones,
-                turn,
-                more_whole,
-                more_words,
-                more_values,
-                BLOCK,
-                BLOCK_K,
-                TERMS,
-                TRANSPOSED,
-                TAIL,
-                TWO,
-                PTX,
-            )
-    else:
-        result = _sum_steps(
-            result,
-            words,
-            tails,
-            more_tails,
-            columns,
-            whole,
-            stride,
-            values,
-            plane,
-            first,
-            last,
-            ones,
-            more_ones,
-            turn,
-            more_whole,
-            more_words,
-            more_values,
-            BLOCK,
-            BLOCK_K,
-            TERMS,
-            TRANSPOSED,
-            TAIL,
-            TWO,
-            PTX,
+        pairs = sign_pairs(
+            both[:, :, None, :], shifts[None, None, :, None], tl.reshape(ones, [ROWS // 32, 2, 16, 1]), PTX
         )
-    return result
+    else:
+        pairs = sign_pairs(first[:, :, None], shifts[None, None, :], ones[:, None, None], PTX)
+    return _halves(tl.reshape(pairs, [ROWS, BLOCK_K // 2]), ROWS, BLOCK_K)
 
 
 @triton.jit

@@ -6,9 +6,9 @@
     tiles(device, out, in, ranks, bucket, dtype, transposed)         -> Tiles, for gemm.py
 
 `configs/<device>.json` holds what tuner.py measured on a device of that name, and a file of the same name in the user's cache
-goes before it; a shape they do not hold, and a device without a file, get the rule: enough programs to fill the device, the smallest tile that holds the tokens. Tokens are counted in
-buckets (the next power of two), so that a growing sequence meets few tile sizes. The number of bf16 terms is precision,
-not speed, and is never tuned.
+goes before it; a shape they do not hold, and a device without a file, get the rule: enough programs to fill the device, the
+smallest tile that holds the tokens. Tokens are counted in buckets (the next power of two), so that a growing sequence meets
+few tile sizes. The number of bf16 terms is precision, not speed, and is never tuned.
 """
 
 import functools
@@ -25,6 +25,7 @@ __all__ = [
     "Decode",
     "Few",
     "Tiles",
+    "abilities",
     "bucket",
     "decode",
     "decode_group",
@@ -32,7 +33,7 @@ __all__ = [
     "device_name",
     "few",
     "forget",
-    "starts_early",
+    "read_configs",
     "terms",
     "tiles",
     "tiles_key",
@@ -89,6 +90,9 @@ class Tiles(NamedTuple):
     unpacked: int = 0
 
 
+_KINDS: Dict[str, Any] = {"decode": Decode, "few": Few, "tiles": Tiles}  # by the first word of a key
+
+
 def bucket(tokens: int) -> int:
     """The next power of two, 16 to LARGEST."""
     return min(LARGEST, max(16, 1 << (tokens - 1).bit_length()))
@@ -127,6 +131,25 @@ def _memory(device: torch.device) -> int:
     return 64 << 10
 
 
+def read_configs(path: Path) -> Dict[str, List[int]]:
+    """The tile sizes in a file, by their keys.
+
+    Raises:
+        RuntimeError: the file is damaged, or was written for other kernels than these.
+    """
+    try:
+        found = json.loads(path.read_text())["configs"]
+        for key, values in found.items():
+            kind = key.split()[0].rstrip("0123456789")
+            if not all(type(value) is int for value in values):
+                raise ValueError(f"{key} is {values}")
+            _KINDS[kind](*values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"{path} holds no tile sizes ({text}); delete it, or measure again") from error
+    return found
+
+
 @functools.lru_cache(maxsize=None)
 def _measured(name: str) -> Dict[str, List[int]]:
     """What was measured on a device of that name: what comes with the package, and over it what this user measured."""
@@ -134,10 +157,7 @@ def _measured(name: str) -> Dict[str, List[int]]:
     for folder in (CONFIGS, user_folder()):
         path = folder / f"{name}.json"
         if path.exists():
-            try:
-                found.update(json.loads(path.read_text())["configs"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise RuntimeError(f"{path} holds no tile sizes ({error}); delete it, or measure again") from error
+            found.update(read_configs(path))
     return found
 
 
@@ -154,9 +174,7 @@ def _key(kind: str, out: Any, into: int, ranks: Sequence[int], *more: Any) -> st
     return " ".join([kind, f"{out}x{into}", "+".join(map(str, ranks)), *map(str, more)])
 
 
-def decode_key(
-    outs: Sequence[int], into: int, ranks_of_each: Sequence[Sequence[int]], kind: str = "few"
-) -> str:
+def decode_key(outs: Sequence[int], into: int, ranks_of_each: Sequence[Sequence[int]], kind: str = "few") -> str:
     """The name in a file of one to four tokens' tiles ("few" or "decode"), of a layer or of several that read the same x."""
     kind = kind if len(outs) == 1 else f"{kind}{len(outs)}"
     return _key(kind, "+".join(map(str, outs)), into, [rank for ranks in ranks_of_each for rank in ranks])
@@ -209,9 +227,10 @@ def decode_group(
 
 
 @functools.lru_cache(maxsize=None)
-def starts_early(device: torch.device) -> bool:
-    """Kernels of this device may start before the one before them has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+def abilities(device: torch.device) -> Tuple[bool, bool]:
+    """(takes NVIDIA's PTX, starts kernels before the one before them has ended: programmatic dependent launch)."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return nvidia, nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache(maxsize=None)
