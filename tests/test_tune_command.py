@@ -65,9 +65,8 @@ def test_json_and_another_folder(on_a_gpu, stories, tmp_path, capfd):
 
 def test_groups_are_those_that_read_one_input(stories):
     layers, groups = layers_and_groups(size_report(stories, LittleBitConfig(4.0, "dual_svid")).layers)
-    outs = {tuple(outs): (into, ranks) for outs, into, ranks in groups}
     assert [len(outs) for outs, *_ in groups] == [3, 2]  # q, k and v; gate and up, of all layers once
-    for outs, (into, ranks) in outs.items():
+    for outs, into, ranks in groups:
         assert all((out, into, some) in layers for out, some in zip(outs, ranks, strict=True))
 
 
