@@ -34,13 +34,13 @@ def unseen(x: Tensor) -> bool:
     itself.
     """
     return (
-        type(x) in _PLAIN
+        not torch.compiler.is_compiling()  # first, because torch.compile cannot follow the rest
+        and type(x) in _PLAIN
         and x.device.type in gpu.DEVICES
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
-        and not torch.compiler.is_compiling()
     )
 
 
