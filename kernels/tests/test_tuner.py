@@ -269,3 +269,24 @@ def test_processes_that_die_or_hang_are_replaced():
 def test_processes_that_never_live_are_an_error():
     with Workers(work, 1) as pool, pytest.raises(RuntimeError, match="end before they have tried one"):
         pool.run(["die"] * 10, time.monotonic() + 100)
+
+
+def test_more_tokens_need_no_other_kernels(monkeypatch):
+    """What triton_cases.py asserts on a GPU, by what kernels are specialized on: 3, 100 or 1,000 tokens compile nothing."""
+    trial = pytest.importorskip("hf_littlebit.kernels.trial")
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tuning, "_memory", lambda device: 227 << 10)
+
+    def kernels(tokens):
+        found = set()
+        for outs, ranks in (((129,), ((40, 8),)), ((129, 129), ((40, 8), (40, 8)))):
+            if tokens <= 4 or len(outs) == 1:
+                size = tokens if tokens <= 4 else tuning.bucket(tokens)
+                case = candidates.Case("", outs, 257, ranks, size, torch.float32, False)
+                kinds = trial.kinds(case._replace(tokens=tokens), candidates.start(CPU, case))
+                found |= {kernel for steps in kinds.values() for kernel in steps}
+        return found
+
+    warm = set().union(*map(kernels, (1, 2, 4, 16, 32, 64, 128, 4096)))
+    for tokens in (3, 5, 15, 17, 33, 48, 100, 1000, 3000):
+        assert kernels(tokens) <= warm, tokens
