@@ -8,7 +8,8 @@ graphs take turns, and the medians of one run are compared:
     gemlite     its 1-bit weights, where it is installed     floor       two kernels in a graph that do nothing
 
 One path is what the default initialiser makes. `--gradient` adds the gradient at 512 and 2,048 tokens, `--shared` layers that
-read the same token, called apart and together; `--tune` measures tile sizes first (tuner.py writes them to the user's folder).
+read the same token, called apart and together; `--tune` measures tile sizes first (tuner.py writes them to the user's folder),
+with half of `--seconds`.
 With `--seconds` the rows that the project promises something about come first, and what there is no time for is named.
 `--warm 3/16` measures nothing: it runs the third of sixteen parts of all products once, so that sixteen processes side by
 side compile the kernels. Prints a table, then one line of JSON with the machine and the versions; `--out` also writes it.
@@ -240,7 +241,7 @@ def warm(share: str, found: Sequence[Place], kinds: Sequence[Tuple[float, int]],
 
 
 def tune(shapes: Sequence[Tuple[int, int]], kinds: Sequence[Tuple[float, int]], options: argparse.Namespace) -> None:
-    """Measure tile sizes for what this benchmark runs, into the user's folder, half of --seconds at most."""
+    """Measure tile sizes for what this benchmark runs, into the user's folder."""
     from hf_littlebit.kernels import tuner
 
     layers = [(*shape, ranks_of(*shape, bpw, paths)) for shape in shapes for bpw, paths in kinds]
@@ -250,7 +251,7 @@ def tune(shapes: Sequence[Tuple[int, int]], kinds: Sequence[Tuple[float, int]], 
         groups += [
             (outs, sizes[0][1], tuple(tuple(ranks_of(*size, bpw, paths)) for size in sizes)) for bpw, paths in kinds
         ]
-    limit = options.seconds / 2 if options.seconds else float("inf")
+    limit = options.seconds or float("inf")
     result = tuner.tune(layers, groups, options.batches, gradient=options.gradient, seconds=limit)
     for found in result.found:
         print(f"{found.case.key}: {found.before:.1f} -> {found.after:.1f} µs, {tuple(found.config)}")
@@ -287,6 +288,8 @@ def main() -> int:
     kinds = [(bpw, paths) for paths in options.paths for bpw in options.bpw]
     found = places(shapes, options.batches, options.gradient)
     if options.tune:
+        if options.seconds:
+            options.seconds /= 2
         tune(shapes, kinds, options)
     record = Record("gpu", options.out, {"machine": machine()}, options.seconds)
     with torch.inference_mode():

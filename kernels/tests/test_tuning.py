@@ -1,4 +1,4 @@
-"""Tile sizes: the rule fits every shape, a measured file is obeyed, the search finds what is faster."""
+"""Tile sizes: the rule fits every shape, a measured file is obeyed."""
 
 import json
 
@@ -17,6 +17,7 @@ def fresh(monkeypatch, tmp_path):
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    monkeypatch.setenv("LITTLEBIT_TILES", str(tmp_path / "nothing"))
     yield tmp_path
     for cache in caches:
         cache.cache_clear()
@@ -80,23 +81,38 @@ def test_a_measured_file_is_obeyed(fresh):
     assert tuning.tiles(CPU, 64, 160, RANKS, 128, torch.float32, False).terms == 3
 
 
-def test_the_search_finds_the_fastest_and_passes_over_failures(capsys):
-    start = tuning.Tiles(128, 128, 4, 3, 1, 64, 64, 4, 3, 1, 2, 1)
+def test_the_users_folder_goes_before_the_package(fresh, monkeypatch):
+    ours, theirs = fresh / "package", fresh / "user"
+    for folder, columns in ((ours, 16), (theirs, 64)):
+        folder.mkdir()
+        configs = {tuning.decode_key((64,), 160, (RANKS,), "decode"): [columns, 4, 2, 4, 16, 4, 2]}
+        if folder == ours:
+            configs[tuning.decode_key((32,), 160, (RANKS,), "decode")] = [8, 4, 2, 4, 16, 4, 2]
+        (folder / "cpu.json").write_text(json.dumps({"device": "cpu", "configs": configs}))
+    monkeypatch.setattr(tuning, "CONFIGS", ours)
+    monkeypatch.setenv("LITTLEBIT_TILES", str(theirs))
+    tuning.forget()
+    assert tuning.decode(CPU, 64, 160, RANKS).columns_one == 64
+    assert tuning.decode(CPU, 32, 160, RANKS).columns_one == 8  # what only the package knows
+    monkeypatch.delenv("LITTLEBIT_TILES")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh))
+    assert tuning.user_folder() == fresh / "hf_littlebit"
 
-    def seconds(tiles):
-        if tiles.tokens_two == 256:
-            raise RuntimeError("out of resources")
-        return (
-            abs(tiles.tokens_one - 32)
-            + abs(tiles.ranks - 64)
-            + abs(tiles.splits_one - 8)
-            + abs(tiles.warps_two - 8)
-            + tiles.unpacked
-            + 1 / tiles.tokens_two
-        )
 
-    best, cost = tuning._search(start, seconds)
-    assert best == start._replace(
-        tokens_one=32, ranks=64, splits_one=8, warps_two=8, tokens_two=128
-    ) and cost == seconds(best)
-    assert "passed over" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"tiles": {}}',
+        '{"configs": {"tiles 8x8 8 16 1 forward": [1, 2]}}',
+        '{"configs": {"few 8x8 8": ["a", 8, 2, 32, 4, 2]}}',
+        '{"configs": {"other 8x8 8": [1]}}',
+    ],
+)
+def test_a_damaged_file_is_an_error_with_its_path(fresh, text):
+    (fresh / "cpu.json").write_text(text)
+    for cache in (tuning._measured, tuning.decode):
+        cache.cache_clear()
+    with pytest.raises(RuntimeError, match=r"cpu\.json holds no tile sizes .*; delete it, or measure again"):
+        tuning.decode(CPU, 64, 160, RANKS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from . import train_command
+from . import train_command, tune_command
 
 __all__ = ["build_parser", "quantization_config"]
 
@@ -26,6 +26,7 @@ examples:
   littlebit eval packed --text wiki.test.txt             perplexity
   littlebit generate packed --prompt "Once upon a time"
   littlebit bench packed                                 tokens per second, dense against packed
+  littlebit tune packed                                  measure this GPU's tile sizes, once
   littlebit push packed me/model-littlebit               upload with a model card
 
 MODEL is a folder that save_pretrained wrote, or a Hub id such as org/model.
@@ -155,6 +156,14 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     _add_place(bench)
     _add_method(bench, required=False)
 
+    tune = add(
+        "tune",
+        "measure the tile sizes of a model's GPU kernels on this machine, for your later processes",
+        "tune packed --tokens 1 16 512 --seconds 300",
+    )
+    tune_command.add_options(tune)
+    _add_method(tune, required=False)
+
     push = add("push", "upload a saved packed model with a model card", "push packed me/model-littlebit")
     push.add_argument("folder", metavar="DIR", help="folder of a packed model, as `quantize` writes it")
     push.add_argument("repo", metavar="REPO", help="Hub id to upload to; created if it does not exist")
@@ -193,7 +202,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def quantization_config(args: argparse.Namespace) -> Any:
-    """The LittleBitConfig that the options of `quantize`, `info` or `bench` say, or None if there are none.
+    """The LittleBitConfig that the options of `quantize`, `info`, `bench` or `tune` say, or None if there are none.
 
     Raises:
         ValueError: for options without --bpw, and for values that LittleBitConfig refuses.

@@ -1,4 +1,4 @@
-"""The command `littlebit`: quantize, train, pack, info, eval, generate, bench, push. `optimum-cli littlebit` is the same.
+"""The command `littlebit`: quantize, train, pack, info, eval, generate, bench, tune, push. `optimum-cli littlebit` is the same.
 
 Results go to stdout, progress and notes to stderr. Bad input ends with one line, "littlebit: error: ...", and exit code 2;
 a failure of the machine or the network with the same line and 1; Ctrl-C with 130. torch and transformers are imported by
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "littlebit") -> int:
         "eval": run_eval,
         "generate": run_generate,
         "bench": run_bench,
+        "tune": run_tune,
         "push": run_push,
     }
     try:
@@ -237,6 +238,13 @@ def run_bench(args: argparse.Namespace) -> int:
     )
     print(json.dumps(result.as_dict()) if args.json else result.table())
     return 0
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    """`littlebit tune`."""
+    from .tune_command import run_tune
+
+    return run_tune(args, quantization_config(args))
 
 
 def run_push(args: argparse.Namespace) -> int:

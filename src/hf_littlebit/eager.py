@@ -34,7 +34,8 @@ def unseen(x: Tensor) -> bool:
     may be traced by torch.compile asks for that first.
     """
     return (
-        type(x) in _PLAIN
+        not torch.compiler.is_compiling()  # first, because torch.compile cannot follow the rest
+        and type(x) in _PLAIN
         and x.device.type in gpu.DEVICES
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None

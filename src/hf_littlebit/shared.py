@@ -131,8 +131,8 @@ class SharedInput:
         return result
 
     def _compute(self, x: Tensor) -> Results | None:
-        members = [member for reference in self._members if (member := reference()) is not None]
-        if len(members) < len(self._members):
+        members: list[Any] = [reference() for reference in self._members]
+        if None in members:
             return None
         holders = [member._parameters for member in members]
         x = autocast_input(x)
