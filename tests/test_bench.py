@@ -256,14 +256,20 @@ def test_the_host_clock_in_generate(packed):
 
 def test_a_trace_counts_what_runs_on_the_device():
     events = [
-        ("kernel", 5.0),
-        ("gpu_memcpy", 1.0),
-        ("kernel", 2.0),
-        ("gpu_user_annotation", 100.0),
-        ("cuda_runtime", 9.0),
+        ("kernel", 0.0, 5.0),
+        ("gpu_memcpy", 7.0, 1.0),
+        ("kernel", 10.0, 2.0),
+        ("gpu_user_annotation", 0.0, 100.0),
+        ("cuda_runtime", 0.0, 9.0),
     ]
-    found = {"traceEvents": [{"cat": category, "dur": spent} for category, spent in events] + [{"name": "metadata"}]}
-    assert load_of(found, 2) == Load(1.5, 4.0)
+
+    def load(*more):
+        every = [{"cat": kind, "ts": start, "dur": spent} for kind, start, spent in (*events, *more)]
+        return load_of({"traceEvents": [*every, {"name": "metadata"}]}, 2)
+
+    assert load() == Load(1.5, 4.0)
+    # One that starts before the one before it has ended, and one inside of it.
+    assert load(("kernel", 4.0, 2.0), ("kernel", 10.5, 1.0)) == Load(2.5, 4.5)
     assert load_of({"traceEvents": []}, 2) is None
 
 

@@ -104,7 +104,7 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     Args:
         bpw (`float`): bits per weight of the replaced layers, in (0, 16]; 0.1 to 1 is what the method is for. Only
-            `LittleBitConfig(dequantize=True)` or `(share_inputs=True)`, to load a saved model with, can do without: the saved
+            `LittleBitConfig(dequantize=True)` or `(share_inputs=...)`, to load a saved model with, can do without: the saved
             one is used.
         init (`str`): how factors are found: "admm" (default, best and slowest), "joint_itq", or "dual_svid" (the paper's).
         residual (`bool`, *optional*): two paths (True), one (False), or chosen by initialiser and layer size (None).
@@ -127,7 +127,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         workers (`int`): layers factorized at the same time. Each holds one dense layer and its workspace.
         dequantize (`bool`): load a saved model as a dense one. Refused for a dense model.
         share_inputs (`bool`, *optional*): compute layers that read the same tensor (q, k and v; gate and up) in one call; for
-            packed models, exact, and not saved (shared.py). By default on a GPU alone, where it is faster.
+            packed models, and not saved (shared.py). By default on a GPU alone, where it is faster.
         base_model (`str`, *optional*): Hub id of the dense model, for the model card; filled in while loading from the Hub.
 
     Raises:
@@ -208,7 +208,7 @@ class LittleBitConfig(QuantizationConfigMixin):
             raise ValueError(
                 "share_inputs is for packed models, but dequantize=True loads a dense one; leave one of them out"
             )
-        if self.bpw is None and not self.dequantize and not self.share_inputs:
+        if self.bpw is None and not self.dequantize and self.share_inputs is None:
             raise ValueError(MISSING_BPW)
         given = self.layer_options()
         _check_layer_options(given if self.bpw is not None else {**given, "bpw": MAX_BPW}, "")
@@ -254,7 +254,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         """The options that hold for the module called `name`, or by one of `aliases`.
 
         Raises:
-            ValueError: if there is no bpw, as in a config that only says dequantize=True or share_inputs=True.
+            ValueError: if there is no bpw, as in a config that only says dequantize=True or share_inputs.
         """
         options = self.layer_options()
         own: set[str] = set()

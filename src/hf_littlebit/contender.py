@@ -24,6 +24,7 @@ from transformers import CompileConfig, GenerationConfig
 
 from .clock import Clock, HostClock, Ticks, groups_of
 from .config import LittleBitConfig
+from .linear import LittleBitLinear
 from .plan import Plan
 from .shared import share_inputs, unshare_inputs
 from .skeleton import empty_model, model_class
@@ -91,6 +92,7 @@ class Contender:
         self.groups = groups_of(self.model, plan)
         self.weight_bytes = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers()))
         self.shared: bool | None = None  # as the model was loaded
+        self.shared_groups: list[Any] = []  # of every packed layer, once it shared inputs
 
     def sharing(self) -> Contender:
         """The same model, weights at the same places in memory, with layers of one input in one call; this one is without."""
@@ -111,10 +113,25 @@ class Contender:
                 "--compile (mode='compiled') out"
             )
 
-    def switch(self) -> None:
-        """Make the model share inputs or not, if another contender with the same model does otherwise."""
-        if self.shared is not None:
-            share_inputs(self.model) if self.shared else unshare_inputs(self.model)
+    def switch(self) -> bool:
+        """Make the model share inputs or not, if another contender with the same model does otherwise. True if it did.
+
+        The groups are made once: what was recorded or compiled for a model knows them.
+        """
+        if self.shared is None:
+            return False
+        layers = [module for module in self.model.modules() if isinstance(module, LittleBitLinear)]
+        if any(layer.group is not None for layer in layers) == self.shared:
+            return False
+        if not self.shared:
+            unshare_inputs(self.model)
+        elif not self.shared_groups:
+            share_inputs(self.model)
+            self.shared_groups = [layer.group for layer in layers]
+        else:
+            for layer, group in zip(layers, self.shared_groups, strict=True):
+                layer.group = group
+        return True
 
     def tokens(self, setting: Setting) -> Tensor:
         """Prompts, the same for every contender."""

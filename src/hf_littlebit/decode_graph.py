@@ -32,17 +32,17 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .compat import CACHE_NAMES
 from .recorder import Constants, Recorder, Unfit, Watch
 from .static_cache import CacheHome, layer_shapes, outgrown, refuse_unknown, sliding_layers, spies
 
-__all__ = ["CACHE_NAMES", "DecodeGraphs", "obstacle", "signature"]
+__all__ = ["DecodeGraphs", "obstacle", "signature"]
 
 logger = logging.getLogger("hf_littlebit")
 
 HOMES = 4  # sets of cache tensors that are kept for one model: batch sizes, in effect, because lengths only grow
 GRAPHS = 4  # recorded steps per home
 INPUTS = ("input_ids", "position_ids", "attention_mask", "cache_position")  # tensors that a step may be given
-CACHE_NAMES = ("past_key_values", "cache")  # of a step's cache: transformers up to 5.23, and from 5.24 on
 # Private door of transformers 5.17 to 5.24: its hooks for output_hidden_states stay on a model once they were used, and do
 # nothing in a step that does not ask for them.
 QUIET_HOOKS = "transformers.utils.output_capturing"
@@ -94,6 +94,7 @@ class DecodeGraphs:
         """Free all graphs and their cache tensors; a cache that refers to some keeps those."""
         with self._lock:
             self._homes.clear()
+            self._signature, self.broken = None, False
 
     def calls(self, model: Any) -> Callable[..., Any]:
         """A function to be called in place of `model` for the steps of one generation."""
@@ -168,6 +169,10 @@ class DecodeGraphs:
         except RuntimeError as error:  # of CUDA, or for want of memory
             said = str(error).strip().partition("\n")[0]
             self._give_up(graph, said, logging.WARNING)
+            if isinstance(error, torch.OutOfMemoryError):
+                # Another time there may be room; what is held for replays does not help then.
+                self._homes.clear()
+                self.broken = False
             raise Unfit(said) from error
         result = graph.result(tensors, cache, cache_name)
         for layer in sliding:

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
-from .decode_graph import CACHE_NAMES, DecodeGraphs, obstacle
+from .compat import CACHE_NAMES
+from .decode_graph import DecodeGraphs, obstacle
 from .recorder import CudaRecorder
 
 __all__ = ["fast_generate", "plain_generate", "release_graphs"]

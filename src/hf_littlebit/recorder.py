@@ -70,16 +70,18 @@ class CudaRecorder:
 
     def record(self, step: Step, device: torch.device) -> tuple[Callable[[], None], Any]:
         """(replay, the step's static result). Nothing is computed before the first replay."""
-        current, side = torch.cuda.current_stream(device), self._side(device)
-        side.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Only what this thread does while it records can spoil the graph; other threads may go on with theirs.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                result = step()
-        finally:
-            # torch.cuda.graph does not leave the side stream if CUDA reports a spoiled graph at its end.
-            torch.cuda.set_stream(current)
+        # set_stream makes the stream's device the current one: undone here.
+        with torch.cuda.device(device):
+            current, side = torch.cuda.current_stream(device), self._side(device)
+            side.wait_stream(current)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Only what this thread does while it records can spoil the graph; other threads may go on with theirs.
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                    result = step()
+            finally:
+                # torch.cuda.graph does not leave the side stream if CUDA reports a spoiled graph at its end.
+                torch.cuda.set_stream(current)
         return graph.replay, result
 
     def _side(self, device: torch.device) -> torch.cuda.Stream:

@@ -37,8 +37,17 @@ class Load:
 
 def load_of(trace: dict[str, Any], steps: int) -> Load | None:
     """The load of each of `steps` steps in a profiler's trace; None for a trace without work of a device."""
-    work = [float(event.get("dur", 0)) for event in trace["traceEvents"] if event.get("cat") in WORK]
-    return Load(len(work) / steps, sum(work) / steps) if work else None
+    work = sorted(
+        (float(event.get("ts", 0)), float(event.get("dur", 0)))
+        for event in trace["traceEvents"]
+        if event.get("cat") in WORK
+    )
+    # Kernels that start before the one before them has ended overlap: a moment counts once.
+    busy, until = 0.0, float("-inf")
+    for start, spent in work:
+        busy += max(0.0, start + spent - max(start, until))
+        until = max(until, start + spent)
+    return Load(len(work) / steps, busy / steps) if work else None
 
 
 class Trace(Ticks):

@@ -30,6 +30,7 @@ from .generation import fast_generate, plain_generate
 from .linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
 from .plan import Plan, fp32_modules, needs_fp32, plan_model
 from .quantizer import LittleBitHfQuantizer, replace_modules
+from .shared import share_inputs
 from .source import HUB_ID, quantization_of
 
 __all__ = [
@@ -249,7 +250,12 @@ def _mark(model: Any, config: LittleBitConfig) -> None:
     # Saved under the names they have; see quantizer.py.
     model._weight_conversions = []
     model._upload_modified_files = partial(upload_with_card, model)
-    fast_generate(model) if config.format == "packed" else plain_generate(model)
+    if config.format == "packed":
+        fast_generate(model)
+        if config.share_inputs is not False:
+            share_inputs(model, everywhere=bool(config.share_inputs))
+    else:
+        plain_generate(model)
 
 
 def _check_in_memory(model: nn.Module, plan: Plan) -> None:

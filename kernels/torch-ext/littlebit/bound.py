@@ -33,6 +33,8 @@ class Bound:
     Attributes:
         features: of the input (of the gradient, where transposed). outs: of each result.
         recorded: by number of tokens, dtype, alignment and row stride.
+        ready: the layers as the kernels take them, for whoever made this and no longer: None afterwards, so that this keeps
+            no part alive.
     """
 
     __slots__ = (
@@ -45,11 +47,13 @@ class Bound:
         "index",
         "outs",
         "ranks",
+        "ready",
         "recorded",
     )
 
     def __init__(self, x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool, dead: Callable[[Any], None]):
-        ready = [checked(x, layer, transposed) for layer in layers]
+        self.ready: Any = [checked(x, layer, transposed) for layer in layers]
+        ready = self.ready
         self.features = x.shape[-1]
         self.device = x.device
         self.outs = [layer[6 if transposed else 4].shape[1] for layer in ready]
@@ -65,7 +69,9 @@ class Bound:
     def keep(self, key: Any, recorded: Recorded) -> None:
         """Remember what was launched for `key`."""
         if len(self.recorded) >= RECORDS:
-            self.forget()
+            # The oldest; what `again` knows of it goes with the rest, and comes back when it is asked for.
+            del self.recorded[next(iter(self.recorded))]
+            self._shapes.clear()
         self.recorded[key] = recorded
 
     def again(self, x: torch.Tensor) -> Optional[List[torch.Tensor]]:
@@ -224,6 +230,11 @@ def checked(x: torch.Tensor, layer: Sequence[Any], transposed: bool) -> List[Any
         raise RuntimeError(
             f"bias is {list(bias.shape)} on {bias.device}, but must be [{scale_out.shape[1]}] on {x.device}"
         )
+    for name, part in zip((*_NAMES, "bias"), (*parts, bias)):  # noqa: B905 Python 3.9
+        if part is not None and part.numel() and not part.data_ptr():
+            raise RuntimeError(
+                f"{name} has no memory: it is sharded or released; gather it, or call the layer through its wrapper"
+            )
     for index in (0, 2):
         ready[index] = u if ready[index] is None else ready[index]
     return [*ready, None if bias is None else bias.contiguous(), ranks]

@@ -13,6 +13,9 @@ columns or sixteen: the bf16 terms of every token's value, two for 16-bit tokens
 there are fewer. A product of a sign and a bf16 term is exact, and every warp's sum starts anew, so that fp32 holds what fp32
 promises. The terms cost nothing, and four tokens cost little more than one. `partial` is in pair order too.
 
+What is read before the wait are the layer's own parts. Like every kernel that starts early, this one relies on them not being
+written by the very kernel before it; a copy from the host, or any kernel in between, is enough.
+
 gemv.py computes the same without matrix units, for devices that have none for bf16.
 """
 

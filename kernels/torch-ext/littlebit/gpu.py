@@ -140,6 +140,7 @@ def _products(x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool
                 "x is on the CPU, but triton compiles for GPUs only; move the layer, or set TRITON_INTERPRET=1"
             )
         bound = bind(x, layers, transposed)
+    ready, bound.ready = bound.ready, None
     lead = x.shape[:-1]
     tokens = lead.numel()
     if x.is_neg():  # a view that only says so: its memory holds the other signs
@@ -158,7 +159,7 @@ def _products(x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool
     recorded = bound.recorded.get(key)
     with _on(x):
         if recorded is None:
-            _first(key, bound, rows.reshape(tokens, bound.features), results, layers, transposed)
+            _first(key, bound, rows.reshape(tokens, bound.features), results, layers, ready, transposed)
             return results
         scratch = 0
         if recorded.scratch_bytes:
@@ -168,9 +169,16 @@ def _products(x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool
     return results
 
 
-def _first(key: Any, bound: Bound, rows: torch.Tensor, results: Any, layers: Any, transposed: bool) -> None:
-    """The product by the JIT; what it launches is kept for calls with the same key."""
-    ready = [checked(rows, layer, transposed) for layer in layers]
+def _first(key: Any, bound: Bound, rows: torch.Tensor, results: Any, layers: Any, ready: Any, transposed: bool) -> None:
+    """The product by the JIT. What it launches is kept for calls with the same key, unless the layers were met just now:
+    parts that are made anew for every call (views of a stack of experts) never come again.
+
+    Args:
+        ready: the layers as `checked` gives them if they were met just now, else None.
+    """
+    met = ready is not None
+    if not met:
+        ready = [checked(rows, layer, transposed) for layer in layers]
     flat = [y.view(rows.shape[0], y.shape[-1]) for y in results]
     if rows.shape[0] == 1 and rows.stride(0) != bound.features:
         rows = rows.as_strided(rows.shape, (bound.features, 1))
@@ -178,7 +186,7 @@ def _first(key: Any, bound: Bound, rows: torch.Tensor, results: Any, layers: Any
     kept = [part for layer in ready for part in layer[:8]]
     # A part that had to be made contiguous lives only as long as this call.
     given = {id(part) for layer in layers for part in layer[:8]}
-    if not whole or not all(part is None or id(part) in given for part in kept):
+    if met or not whole or not all(part is None or id(part) in given for part in kept):
         run(steps)
         return
     recorded = record(steps, [rows, *flat], kept)

@@ -101,7 +101,9 @@ def bucket(tokens: int) -> int:
 def user_folder() -> Path:
     """Where `littlebit tune` writes and this user's processes look first: LITTLEBIT_TILES, or the user's cache."""
     given = os.environ.get("LITTLEBIT_TILES")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_littlebit"
+    # expanduser leaves ~ as it is where there is no home, and then there is no such folder.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(given) if given else Path(cache) / "hf_littlebit"
 
 
 @functools.lru_cache(maxsize=None)
@@ -156,7 +158,7 @@ def _measured(name: str) -> Dict[str, List[int]]:
     found: Dict[str, List[int]] = {}
     for folder in (CONFIGS, user_folder()):
         path = folder / f"{name}.json"
-        if path.exists():
+        if os.path.exists(path):  # False, not an error, where the folder may not be read
             found.update(read_configs(path))
     return found
 
