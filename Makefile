@@ -1,34 +1,80 @@
 # `make demo` and `make test` set up everything they need in .venv; the first run installs, later ones work offline.
+# They install the versions of constraints.txt, with which the last full run passed. `make test-newest` tests the newest
+# versions instead, `make test-oldest` the lower bounds of pyproject.toml, and `make constraints` writes the files anew.
 PYTHON ?= python3
-# Pinned, so that a tested build is used. On Linux, PyPI's wheel brings CUDA libraries; a smaller CPU build comes with
+# Another torch, or one from elsewhere. On Linux, PyPI's wheel brings CUDA libraries; a smaller CPU build comes with
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-TORCH ?= torch==2.13.0
+TORCH ?=
+# The version that the pinned torch for GPUs requires, so that all machines test the same one.
+TRITON := triton==3.7.1
 VENV := .venv
+NEWEST := .venv-newest
+OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
+SOURCES := pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
 CHECK := $(filter-out %/binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp))
 
-.PHONY: demo test lint asan valgrind neon bench-cpu bench-gpu check-gpu clean
+.PHONY: demo test test-newest test-oldest constraints lint asan valgrind neon bench-cpu bench-gpu check-gpu clean
 
-$(VENV)/.installed: pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
+# $(call install,FOLDER,CONSTRAINTS): the package and its tools in a virtual environment. torch comes first and alone, since
+# its index may hold nothing else; afterwards its line is left out, so that no other torch replaces the one asked for.
+# Without isolation the package is built by the pinned setuptools.
+define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf-littlebit needs Python 3.11 or later; run: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet $(TORCH)
-	$(RUN) -m pip install --quiet --editable '.[dev,optimum]'
+	$(PYTHON) -m venv $(1)
+	sed '/^torch==/d' $(2) > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet --upgrade pip setuptools --constraint $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet $(or $(TORCH),$$(grep '^torch==' $(2) || echo torch))
+	$(1)/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,optimum]' --constraint $(1)/constraints.txt
+endef
+
+# $(call triton,FOLDER,VERSION): Triton's interpreter tests the GPU kernels on a CPU. A torch for GPUs has brought its own;
+# elsewhere than on Linux there is none.
+define triton
+	$(1)/bin/python -c 'import triton' 2>/dev/null || \
+	  $(1)/bin/python -m pip install --quiet "$(2); sys_platform == 'linux' and platform_machine == 'x86_64'"
+endef
+
+# $(call suite,FOLDER). One thread: on few or shared cores, threads that wait for each other cost more than they bring.
+suite = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest
+
+$(VENV)/.installed: $(SOURCES) constraints.txt
+	$(call install,$(VENV),constraints.txt)
 	touch $@
 
-# Triton's interpreter tests the GPU kernels on a CPU. A torch for GPUs has brought its own; elsewhere than on Linux there is none.
 $(VENV)/.triton: $(VENV)/.installed
-	$(RUN) -c 'import triton' 2>/dev/null || \
-	  $(RUN) -m pip install --quiet "triton>=3.7; sys_platform == 'linux' and platform_machine == 'x86_64'"
+	$(call triton,$(VENV),$(TRITON))
+	touch $@
+
+$(OLDEST)/.triton: $(SOURCES) constraints-oldest.txt
+	$(call install,$(OLDEST),constraints-oldest.txt)
+	$(call triton,$(OLDEST),$(TRITON))
 	touch $@
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(RUN) examples/demo.py --out demo-output
 
-# One thread: on few or shared cores, threads that wait for each other cost more than they bring.
 test: $(VENV)/.triton
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest
+	$(call suite,$(VENV))
+
+# Installed anew on every run: what is newest changes.
+test-newest:
+	rm -rf $(NEWEST)
+	$(call install,$(NEWEST),/dev/null)
+	$(call triton,$(NEWEST),triton)
+	$(call suite,$(NEWEST))
+
+test-oldest: $(OLDEST)/.triton
+	$(call suite,$(OLDEST))
+
+# After it: make lint test test-oldest. With a new torch, set TRITON above too.
+constraints:
+	rm -rf $(NEWEST) $(OLDEST)
+	$(call install,$(NEWEST),/dev/null)
+	$(PYTHON) .ci/constraints.py --lowest > $(NEWEST)/lowest.txt
+	$(call install,$(OLDEST),$(NEWEST)/lowest.txt)
+	$(NEWEST)/bin/python .ci/constraints.py > constraints.txt
+	$(OLDEST)/bin/python .ci/constraints.py > constraints-oldest.txt
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -67,4 +113,4 @@ check-gpu: $(VENV)/.installed
 	$(RUN) kernels/benchmarks/check_gpu.py
 
 clean:
-	rm -rf $(VENV) demo-output build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) demo-output build dist *.egg-info src/*.egg-info

@@ -5,12 +5,13 @@ import os
 import sys
 
 import torch.distributed as dist
-from two_processes import deepspeed_on_cpu, shard_on_cpu
+from two_processes import deepspeed_on_cpu, resume_on_cpu, shard_on_cpu
 
 from hf_littlebit.cli import main
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(150, exit=True)
+    resume_on_cpu()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         deepspeed_on_cpu()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":

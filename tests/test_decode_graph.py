@@ -166,6 +166,7 @@ def cpu_compiles(monkeypatch):
     monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", criteria)
     real = generation._free_memory
     monkeypatch.setattr(generation, "_free_memory", lambda device: 2**40 if device.type == "cpu" else real(device))
+    monkeypatch.setattr(generation, "_all_memory", lambda device: 0)
 
 
 def dense(name, **more):
@@ -411,6 +412,9 @@ def test_long_and_large_caches_stay_dynamic(monkeypatch):
     del model._previous_max_cache_length
     generate(model, inputs, 21)
     assert made[2:] == ["StaticCache", "DynamicCache"]
+    monkeypatch.setattr("hf_littlebit.generation._all_memory", lambda device: 200 * token * 26)
+    generate(model, inputs, 21)
+    assert made[4:] == ["StaticCache"], "a small cache is made without asking for the free memory"
 
 
 def test_the_real_recorder_leaves_cpus_alone(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ import transformers
 from conftest import build
 
 from hf_littlebit import distill
+from hf_littlebit.compat import CACHE_NAMES
 from hf_littlebit.distill import HIDDEN_WEIGHT, Distillation, hidden_error, kl_divergence, token_mask
 from hf_littlebit.topk import TopK, TopKTeacher, save_topk
 
@@ -194,7 +195,7 @@ def test_only_in_training_and_never_in_the_module_tree():
 
 def test_hidden_states_only_for_who_asks():
     model, _ = attached()
-    assert set(model(**batch()).keys()) <= {"loss", "past_key_values"}
+    assert set(model(**batch()).keys()) <= {"loss", *CACHE_NAMES}
     assert len(model(**batch(), output_hidden_states=True).hidden_states) == 3
     positional = {key: value for key, value in batch().items() if key != "input_ids"}
     torch.testing.assert_close(model(batch()["input_ids"], **positional).loss, model(**batch()).loss)

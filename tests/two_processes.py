@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import build
@@ -50,6 +51,14 @@ def deepspeed_on_cpu() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first; gloo does without
+
+
+def resume_on_cpu() -> None:
+    """transformers before 5.18 loads the optimizer's state of several processes onto "cpu:0", which torch does not know."""
+    if transformers.__version__ < "5.18":
+        torch.serialization.register_package(
+            100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+        )
 
 
 def options(engine: str, gathered: bool) -> dict[str, Any]:
@@ -147,6 +156,7 @@ def main() -> None:
     out, engine = sys.argv[1], "".join(sys.argv[2:])
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(150, exit=True)  # processes that wait for each other end with their stacks
+    resume_on_cpu()
     if engine == "fsdp":
         shard_on_cpu()
     if engine.startswith("zero"):

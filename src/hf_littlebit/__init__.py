@@ -13,13 +13,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import compat
-from .config import LittleBitConfig
-from .evaluate import perplexity
-from .generation import fast_generate, plain_generate, release_graphs
-from .linear import LatentLittleBitLinear, LittleBitLinear
-from .quantizer import LittleBitHfQuantizer
-from .shared import share_inputs, unshare_inputs
-from .size import size_report
+
+with compat.explain_missing():
+    from .config import LittleBitConfig
+    from .evaluate import perplexity
+    from .generation import fast_generate, plain_generate, release_graphs
+    from .linear import LatentLittleBitLinear, LittleBitLinear
+    from .quantizer import LittleBitHfQuantizer
+    from .shared import share_inputs, unshare_inputs
+    from .size import size_report
+
+    compat.register("littlebit", LittleBitConfig, LittleBitHfQuantizer)
 
 if TYPE_CHECKING:
     from .calibration import calibrate
@@ -66,11 +70,11 @@ _TRAINING = {
     "unpack_model": "twins",
 }
 
-compat.register("littlebit", LittleBitConfig, LittleBitHfQuantizer)
-
 
 def __getattr__(name: str) -> Any:
     """What training needs, imported when first asked for: transformers' Trainer takes seconds to import."""
     if name in _TRAINING:
-        return getattr(import_module(f".{_TRAINING[name]}", __name__), name)
+        with compat.explain_missing():
+            module = import_module(f".{_TRAINING[name]}", __name__)
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .compat import next_logits
+
 __all__ = ["TokenBlocks", "read_texts", "sample_blocks", "text_blocks"]
 
 TEXT_FILES = (".txt", ".md", ".rst", ".py", ".json", ".jsonl")
@@ -233,11 +235,10 @@ def _first(teacher: Any, tokenizer: Any, size: int, generator: torch.Generator) 
 
 def _sample(teacher: Any, tokens: Tensor, length: int, temperature: float, generator: torch.Generator) -> Tensor:
     """Continue `tokens` [rows, 1] to [rows, length], one token at a time with the teacher's cache."""
-    cache = None
+    past: dict[str, Any] = {}
     while tokens.shape[1] < length:
-        out = teacher(input_ids=tokens if cache is None else tokens[:, -1:], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        probabilities = (out.logits[:, -1].float() / temperature).softmax(-1)
+        logits, past = next_logits(teacher, tokens, past)
+        probabilities = (logits.float() / temperature).softmax(-1)
         tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
     return tokens.to("cpu", torch.int32)
 

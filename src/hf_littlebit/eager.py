@@ -30,8 +30,8 @@ def unseen(x: Tensor) -> bool:
     """Whether nothing but the kernels is to see this call: then the dispatcher's two steps through Python are saved.
 
     Not unseen: subclasses of tensors, vmap and the other transforms of torch.func, forward-mode derivatives, dispatch modes
-    (fake tensors, counters of operations), tracing, torch.compile. On a CPU the dispatcher goes to the compiled kernel by
-    itself.
+    (fake tensors, counters of operations), tracing. On a CPU the dispatcher goes to the compiled kernel by itself. Whoever
+    may be traced by torch.compile asks for that first.
     """
     return (
         not torch.compiler.is_compiling()  # first, because torch.compile cannot follow the rest

@@ -35,6 +35,7 @@ from .recorder import CudaRecorder
 __all__ = ["fast_generate", "plain_generate", "release_graphs"]
 
 MAX_LENGTH = 8192  # of a static cache by default: every step reads all of it, so long ones are for those who ask
+SMALL_SHARE = 200  # a cache that takes one part in so many of all memory is made without asking for the free memory
 MEMORY_SHARE = 4  # the cache may take one part in so many of the free memory
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 ATTENTION = ("sdpa", "eager")  # flash attention needs to be told of a static cache before it is made
@@ -170,13 +171,20 @@ def _static_by_default(model: Any, given: dict[str, Any]) -> bool:
     length = max(given["max_cache_length"], getattr(model, "_previous_max_cache_length", 0), config.max_cache_len or 0)
     sequences = given["batch_size"] * max(config.num_return_sequences or 1, 1)
     size = sequences * length * _bytes_per_token(text, model.dtype)
-    return length <= MAX_LENGTH and size * MEMORY_SHARE <= _free_memory(model.device)
+    if length > MAX_LENGTH:
+        return False
+    # Asking the driver for the free memory takes longer than a decode step: only for a cache that could be too large.
+    return size * SMALL_SHARE <= _all_memory(model.device) or size * MEMORY_SHARE <= _free_memory(model.device)
 
 
 def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+
+
+def _all_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _free_memory(device: torch.device) -> int:

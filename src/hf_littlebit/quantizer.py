@@ -72,6 +72,7 @@ class LittleBitHfQuantizer(HfQuantizer):
     requires_calibration = False
 
     def __init__(self, quantization_config: LittleBitConfig, **kwargs: Any):
+        compat.check_transformers()
         # A copy: the model keeps it and completes it (base_model), and the user may load another model with theirs.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.plan: Plan | None = None

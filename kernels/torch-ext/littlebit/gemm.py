@@ -20,7 +20,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from . import plain, products, scaled, unpacked
+from . import plain, products, scaled, tuning, unpacked
 from .signs import padded
 from .tiles import in_units
 
@@ -50,13 +50,6 @@ class _Plan(NamedTuple):
     tails: dict
     expand: dict
     contract: dict
-
-
-@functools.lru_cache(maxsize=None)
-def _abilities(device: torch.device) -> Tuple[bool, bool]:
-    """(takes PTX, starts a kernel before the one before it has ended)."""
-    nvidia = device.type == "cuda" and not torch.version.hip
-    return nvidia, nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -143,7 +136,7 @@ def launches(
         first, first_tail, scale_first, second, second_tail, scale_last = v, v_tail, scale_in, u, u_tail, scale_out
     (tokens, features), made, device = x.shape, y.shape[1], x.device
     plan = _plan(
-        features, made, tuple(ranks), config, scale_last.dtype == torch.bfloat16, transposed, *_abilities(device)
+        features, made, tuple(ranks), config, scale_last.dtype == torch.bfloat16, transposed, *tuning.abilities(device)
     )
     width, slots, units = plan.width, plan.slots, plan.units
     height = -(-tokens // plan.rows) * plan.rows

@@ -196,7 +196,7 @@ def _steps(
         outs, ranks = tuple([y.shape[1] for y in flat]), tuple([layer[8] for layer in ready])
         few = tuning.few(device, outs, features, ranks)
         if few is not None:
-            return kernels.decode.launches(rows, ready, flat, few, tuning.starts_early(device)), True
+            return kernels.decode.launches(rows, ready, flat, few, tuning.abilities(device)), True
         return kernels.gemv.launches(rows, ready, flat, tuning.decode_group(device, outs, features, ranks)), True
     forms = []
     for layer in ready:

@@ -26,14 +26,13 @@ ALIGNMENT = 256  # bytes, of every piece of scratch
 
 
 class _Launch(NamedTuple):
-    """One compiled kernel with its arguments."""
+    """One compiled kernel with all that its launcher takes, in one list."""
 
     run: Callable[..., None]
-    head: Tuple[Any, ...]  # the grid's three sides
-    kernel: Tuple[Any, ...]  # what the launcher takes between the stream and the arguments
-    arguments: List[Any]
-    places: List[Tuple[int, int]]  # (argument, address that it takes)
-    built: List[Tuple[int, Callable[[List[int]], Any]]]  # (argument, what makes the tuple that it is)
+    fixed: List[Any]
+    stream: int  # the place of the stream
+    places: List[Tuple[int, int]]  # (place, address that it takes)
+    built: List[Tuple[int, Callable[[List[int]], Any]]]  # (place, what makes the tuple that it is)
 
 
 class _Place(NamedTuple):
@@ -61,13 +60,14 @@ class Recorded:
         """
         for offset in self._offsets:
             addresses.append(scratch + offset)
-        for run, head, kernel, fixed, places, built in self._launches:
+        for run, fixed, place, places, built in self._launches:
             arguments = fixed.copy()
+            arguments[place] = stream
             for place, index in places:
                 arguments[place] = addresses[index]
             for place, build in built:
                 arguments[place] = build(addresses)
-            run(*head, stream, *kernel, *arguments)
+            run(*arguments)
 
 
 @functools.lru_cache(maxsize=None)
@@ -116,13 +116,16 @@ def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence
         if not whole:
             continue
         names = [parameter.name for parameter in kernel.params[len(arguments) :]]
-        templates = [_template(value, known) for value in (*arguments, *(options[name] for name in names))]
+        launcher, before, after = _launcher(compiled, (*grid, 1, 1)[:3])
+        values = [_template(value, known) for value in (*arguments, *(options[name] for name in names))]
+        fixed = [*before, None, *after, *values]
         launches.append(
             _Launch(
-                *_launcher(compiled, (*grid, 1, 1)[:3]),
-                templates,
-                [(place, value.address) for place, value in enumerate(templates) if isinstance(value, _Place)],
-                [(place, _builder(value)) for place, value in enumerate(templates) if _has_places(value)],
+                launcher,
+                fixed,
+                len(before),
+                [(place, value.address) for place, value in enumerate(fixed) if isinstance(value, _Place)],
+                [(place, _builder(value)) for place, value in enumerate(fixed) if _has_places(value)],
             )
         )
     return Recorded(launches, offsets, size) if whole else None

@@ -22,10 +22,12 @@ __all__ = [
     "in_pair_order",
     "padded",
     "pair_of",
+    "path_of",
     "place",
     "row_pointers",
     "segment",
     "segments",
+    "sign_pairs",
     "sign_tile",
     "tail_word",
     "wait",
@@ -95,6 +97,35 @@ def segments(ranks, UNIT: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
+def path_of(ranks, UNIT: tl.constexpr, PAD: tl.constexpr, path):
+    """Of every path of the tensor `path`: (its rank, ranks, word rows, tail rows and slots before it)."""
+    if len(ranks) == 1:
+        return path * 0 + ranks[0] * UNIT, path * 0, path * 0, path * 0, path * 0
+    rank = path * 0
+    before = path * 0
+    words = path * 0
+    tails = path * 0
+    slots = path * 0
+    ranks_seen = 0
+    words_seen = 0
+    tails_seen = 0
+    slots_seen = 0
+    for index in tl.static_range(len(ranks)):
+        here = path == index
+        own = ranks[index] * UNIT
+        rank = tl.where(here, own, rank)
+        before = tl.where(here, ranks_seen, before)
+        words = tl.where(here, words_seen, words)
+        tails = tl.where(here, tails_seen, tails)
+        slots = tl.where(here, slots_seen, slots)
+        ranks_seen += own
+        words_seen += own // 32
+        tails_seen += tl.cdiv(own % 32, 8)
+        slots_seen += tl.cdiv(own, PAD) * PAD
+    return rank, before, words, tails, slots
+
+
+@triton.jit
 def tail_word(tail, columns, width, length, stride):
     """The tail bytes of `columns` as one word each, of a factor of `length` bits by `width` columns.
 
@@ -142,7 +173,7 @@ def _halves(pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _pairs(words, shifts, ones, PTX: tl.constexpr):
+def sign_pairs(words, shifts, ones, PTX: tl.constexpr):
     """Bits 15 - shift and 31 - shift of each word as the signs of a pair of `ones`."""
     if PTX:
         # A multiplication shifts as well, and runs beside the logic instruction instead of in turns with it. Left to
@@ -189,9 +220,11 @@ def sign_tile(
         else:
             low = (first[:, None, :] >> (16 * half)) & 0xFFFF
             both = low | ((second[:, None, :] >> (16 * half)) << 16)
-        pairs = _pairs(both[:, :, None, :], shifts[None, None, :, None], tl.reshape(ones, [ROWS // 32, 2, 16, 1]), PTX)
+        pairs = sign_pairs(
+            both[:, :, None, :], shifts[None, None, :, None], tl.reshape(ones, [ROWS // 32, 2, 16, 1]), PTX
+        )
     else:
-        pairs = _pairs(first[:, :, None], shifts[None, None, :], ones[:, None, None], PTX)
+        pairs = sign_pairs(first[:, :, None], shifts[None, None, :], ones[:, None, None], PTX)
     return _halves(tl.reshape(pairs, [ROWS, BLOCK_K // 2]), ROWS, BLOCK_K)
 
 

@@ -10,12 +10,9 @@ import triton
 import triton.language as tl
 
 from .signs import across_words, along_words, sign_tile
-from .tiles import INTERPRETED
+from .tiles import OPERAND
 
 __all__ = ["add_signs"]
-
-# The interpreter keeps bf16 numbers as integers and would multiply those; the values are the same in fp32.
-OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
 
 
 @triton.jit

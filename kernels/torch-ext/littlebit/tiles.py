@@ -12,7 +12,7 @@ from typing import Sequence, Tuple
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "block_count", "in_units", "locate", "rank_sum", "sign_tile", "word_tile"]
+__all__ = ["INTERPRETED", "OPERAND", "block_count", "in_units", "locate", "rank_sum", "sign_tile", "word_tile"]
 
 
 @triton.jit
@@ -114,6 +114,8 @@ def sign_tile(
 
 # TRITON_INTERPRET=1 was set when triton first saw the kernels: they run as numpy on CPU tensors, for tests.
 INTERPRETED = not isinstance(locate, triton.runtime.JITFunction)
+# The interpreter keeps bf16 numbers as integers and would multiply those; the values are the same in fp32.
+OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
 
 
 def in_units(ranks: Sequence[int]) -> Tuple[Tuple[int, ...], int]:

@@ -18,7 +18,7 @@ from . import reference
 from .candidates import Case
 from .launch import Step, run
 from .packing import factor_shapes
-from .tuning import Decode, Few, starts_early
+from .tuning import Decode, Few, abilities
 
 __all__ = ["Job", "Trial", "current_device", "kinds", "launches", "random_parts", "run_once"]
 
@@ -71,13 +71,15 @@ class _Weights:
         self.results = [self.x.new_empty(case.tokens, out) for out in made]
 
 
-def launches(case: Case, config: Any, weights: Any, index: int = 0, early: bool = False) -> Tuple[Iterator[Step], bool]:
+def launches(
+    case: Case, config: Any, weights: Any, index: int = 0, able: Tuple[bool, bool] = (False, False)
+) -> Tuple[Iterator[Step], bool]:
     """The launches of the product with the copy of that index, and whether they are all of the work."""
     from . import decode, gemm, gemv
 
     layers = weights.copies[index % len(weights.copies)]
     if isinstance(config, Few):
-        return decode.launches(weights.x, layers, weights.results, config, early), True
+        return decode.launches(weights.x, layers, weights.results, config, able), True
     if isinstance(config, Decode):
         return gemv.launches(weights.x, layers, weights.results, config), True
     form, whole = gemm.form_of(config, case.dtype)
@@ -140,7 +142,7 @@ def run_once(job: Job) -> None:
     try:
         if not _last or _last[0][0] != case:
             _last[:] = [(case, _Weights(case, device, 1))]
-        _run_side(case, config, side, _last[0][1], 0, starts_early(device))
+        _run_side(case, config, side, _last[0][1], 0, abilities(device))
         torch.cuda.synchronize()
     except Exception:
         try:
@@ -150,8 +152,8 @@ def run_once(job: Job) -> None:
         raise
 
 
-def _run_side(case: Case, config: Any, side: str, weights: _Weights, index: int, early: bool) -> None:
-    steps, whole = launches(case, config, weights, index, early)
+def _run_side(case: Case, config: Any, side: str, weights: _Weights, index: int, able: Tuple[bool, bool]) -> None:
+    steps, whole = launches(case, config, weights, index, able)
     # A product that computes between its launches runs as they are listed.
     run(_sides(list(steps))[side] if whole and side != "both" else steps)
 
@@ -162,7 +164,7 @@ class Trial:
     def __init__(self, case: Case):
         self.case = case
         device = current_device()
-        self._early = starts_early(device)
+        self._able = abilities(device)
         self._weights = _Weights(case, device, COPIES)
         self._exact: List[torch.Tensor] = []
 
@@ -173,7 +175,7 @@ class Trial:
         for y in self._weights.results:
             y.fill_(float("nan"))  # what is not written is wrong
         try:
-            _run_side(self.case, config, "both", self._weights, 0, self._early)
+            _run_side(self.case, config, "both", self._weights, 0, self._able)
         except Exception as error:  # a kind that ran for another shape does not for this one
             _passed_over(config, error)
             return float("inf")
@@ -204,7 +206,7 @@ class Trial:
 
     def _captured(self, config: Any, side: str) -> Optional["torch.cuda.CUDAGraph"]:
         def call(index: int) -> None:
-            _run_side(self.case, config, side, self._weights, index, self._early)
+            _run_side(self.case, config, side, self._weights, index, self._able)
 
         try:
             return _graph(call)

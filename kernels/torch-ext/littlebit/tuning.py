@@ -25,6 +25,7 @@ __all__ = [
     "Decode",
     "Few",
     "Tiles",
+    "abilities",
     "bucket",
     "decode",
     "decode_group",
@@ -33,7 +34,6 @@ __all__ = [
     "few",
     "forget",
     "read_configs",
-    "starts_early",
     "terms",
     "tiles",
     "tiles_key",
@@ -227,9 +227,10 @@ def decode_group(
 
 
 @functools.lru_cache(maxsize=None)
-def starts_early(device: torch.device) -> bool:
-    """Kernels of this device may start before the one before them has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+def abilities(device: torch.device) -> Tuple[bool, bool]:
+    """(takes NVIDIA's PTX, starts kernels before the one before them has ended: programmatic dependent launch)."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return nvidia, nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache(maxsize=None)
@@ -256,19 +257,23 @@ def few(
     found = measured.get(decode_key(outs, into, ranks_of_each)) or measured.get(alone)
     if found:
         return Few(*found)
-    return _few_rule(_cores(device), sum(outs), into, max(ranks_of_each, key=max))
+    return _few_rule(sum(outs), into, max(ranks_of_each, key=max))
 
 
-def _few_rule(cores: int, out: int, into: int, ranks: Tuple[int, ...]) -> Few:
-    # On an H100 everything that a program reads should be asked for at once: 64 to 256 signs a thread, few splits.
+def _few_rule(out: int, into: int, ranks: Tuple[int, ...]) -> Few:
+    # What was fastest on an H100 at 4096 x 4096, 11008 x 4096 and 8192 x 28672: everything that a program reads is asked for
+    # at once, 64 to 512 signs a thread; few splits; some 64 to 128 programs for the outputs.
     rows = -(-into // 32)
-    words_one = 2 if rows <= 128 else 4 if rows <= 384 else 8
-    own = -(-max(ranks) // 32)  # word rows of the longest path, which its share of the warps sums
-    paths = 1 << (len(ranks) - 1).bit_length()
-    warps = 4 if own * paths <= 8 else 8 if own * paths <= 32 else 16
-    words = min(8, max(2, 1 << (-(-own * paths // warps) - 1).bit_length()))
-    columns = 64 if out >= 32 * cores and words < 8 else 32
-    return Few(32, 8, words_one, columns, warps, words)
+    if rows <= 128:
+        warps_one, words_one = (4, 4) if sum(ranks) <= 192 else (8, 2)
+    else:
+        warps_one, words_one = 8, 4 if rows <= 384 else 8
+    own = -(-max(ranks) // 32) * (1 << (len(ranks) - 1).bit_length())  # word rows, if all paths were like the longest
+    warps_two = 4 if own <= 8 else 8 if own <= 32 else 16
+    words_two = min(8, max(2, 1 << (-(-own // warps_two) - 1).bit_length()))
+    wide = out >= 8192
+    columns_two = (128 if wide else 64) if own <= 8 else 64 if wide else 32
+    return Few(32, warps_one, words_one, columns_two, warps_two, words_two)
 
 
 def _decode_rule(cores: int, out: int, into: int, ranks: Tuple[int, ...]) -> Decode:
