@@ -153,7 +153,10 @@ def bind(x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool) -> 
     key = _key(layers, transposed)
 
     def drop(_: Any) -> None:
-        _all.pop(key, None)
+        # Whoever still keeps it must not launch with the addresses of a part that is gone.
+        made.forget()
+        if _all.get(key) is made:
+            del _all[key]
 
     made = Bound(x, layers, transposed, drop)
     _all[key] = made

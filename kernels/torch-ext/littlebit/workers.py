@@ -1,7 +1,7 @@
 """Processes side by side that try what may fail: each takes one job at a time, and one that dies is replaced.
 
     with Workers(work, 16) as workers:
-        ran = workers.run(jobs, deadline)      work(job) of each: True where it returned, False where it failed, else None
+        ran = workers.run(jobs, deadline)        work(job) for each: True where it returned, False where it failed, else None
 
 A kernel that does not fit a device raises; one that reads where it must not leaves the process without a device, and one
 that never ends holds it for good. A pool of the standard library would wait for such a process, so this one has a deadline
