@@ -21,7 +21,7 @@ def test_every_option_of_the_config_is_reached():
 def test_help_explains_every_option():
     parser = build_parser()
     commands = next(action for action in parser._actions if action.dest == "command").choices
-    assert set(commands) == {"quantize", "train", "pack", "info", "eval", "generate", "bench", "push"}
+    assert set(commands) == {"quantize", "train", "pack", "info", "eval", "generate", "bench", "tune", "push"}
     for name, command in commands.items():
         assert f"littlebit {name}" in parser.format_help() and "example:" in command.format_help()
         for action in command._actions:

@@ -248,9 +248,9 @@ def test_the_bare_launcher_of_older_versions(monkeypatch):
     )
     compiled = SimpleNamespace(run=launcher, packed_metadata="packed", function=5)
     monkeypatch.setattr(launch, "_bare_launch", lambda: True)
-    run, head, kernel = launch._launcher(compiled, (4, 2, 1))
-    fixed = [*head, None, *kernel, 0, 9]
-    recorded = launch.Recorded([launch._Launch(run, fixed, 3, [(len(fixed) - 2, 1)], [])], [0], 256)
+    run, before, after = launch._launcher(compiled, (4, 2, 1))
+    fixed = [*before, None, *after, 0, 9]
+    recorded = launch.Recorded([launch._Launch(run, fixed, len(before), [(len(fixed) - 2, 1)], [])], [0], 256)
     recorded(STREAM, [100], 1000)
     # Grid, stream, function, cooperative, early, two scratches; packed, metadata, two hooks; the kernel's arguments.
     assert calls == [(4, 2, 1, STREAM, 5, False, True, None, None, "packed", None, None, None, 1000, 9)]

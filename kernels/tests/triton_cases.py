@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from hf_littlebit.kernels import bound, gpu, reference, trial, tuning
+from hf_littlebit.kernels import bound, candidates, gpu, launch, reference, trial, tuner, tuning
 from test_cpu import layer, worst
 
 from hf_littlebit import LittleBitLinear
@@ -302,6 +302,31 @@ def test_the_grid(size, bpw, dtype):
             exact = oracle(argument.float(), *parts, *more, (rank, rank))
             error = (ours(argument, *parts, *more, (rank, rank)).float() - exact).norm() / exact.norm()
             assert error < (1e-5 if dtype == torch.float32 else 5e-3), (tokens, ours.__name__, error)
+
+
+TRIALS = [
+    ((64,), ((40, 8),), 2, False),
+    ((64, 33), ((40, 8), (16,)), 1, False),
+    ((64,), ((40, 8),), 16, False),
+    ((64,), ((40, 8),), 16, True),
+]
+
+
+@pytest.mark.parametrize("outs, ranks, tokens, transposed", TRIALS, ids=str)
+def test_the_tuner_sees_what_is_right_and_wrong(monkeypatch, outs, ranks, tokens, transposed):
+    monkeypatch.setattr(trial, "current_device", lambda: torch.device(DEVICE))
+    case = candidates.Case("", outs, 96, ranks, tokens, torch.bfloat16, transposed)
+    start = candidates.start(torch.device(DEVICE), case)
+    found = trial.Trial(case)
+    tried = [start, *candidates.changes(start, case, 1)[:2], *candidates.changes(start, case, 2)[:2]]
+    for config in tried:
+        assert found.error(config) < tuner.LIMITS[torch.bfloat16]
+    # The second product alone reads sums of nothing; the first alone leaves the results as they were.
+    monkeypatch.setattr(trial, "run", lambda steps: launch.run(list(steps)[:-1]))
+    assert found.error(start) == float("inf")
+    monkeypatch.setattr(trial, "run", launch.run)
+    found._exact = [1.02 * exact for exact in found._exact]
+    assert 0.01 < found.error(start) < 0.05
 
 
 @on_a_gpu

@@ -21,7 +21,7 @@ from .tuning import Decode, Few, Tiles
 __all__ = ["ROUNDS", "Case", "Group", "cases", "changes", "side_of", "start"]
 
 ROUNDS = 4
-SIGNS = (64, 256)  # of a thread of decode.py, that are asked for at once
+SIGNS = (64, 512)  # of a thread of decode.py, that are asked for at once
 WIDTH = 16  # splits of decode.py's stage one at the most: stage two reads them all
 Layer = Tuple[int, int, Sequence[int]]  # out_features, in_features, ranks
 Group = Tuple[Tuple[int, ...], int, Tuple[Tuple[int, ...], ...]]  # out_features of each, in_features, ranks of each
