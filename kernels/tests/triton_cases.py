@@ -132,6 +132,24 @@ def test_decode_with_tiles_of_other_sizes(monkeypatch, shape, tokens, few):
     check(half, x.bfloat16(), dense.T, size.T, bias)
 
 
+@pytest.mark.parametrize("traffic", [0, 7000])
+def test_decode_with_fewer_splits(monkeypatch, traffic):
+    """Where stage two would read too much, a program of stage one goes on to the next words instead."""
+    from hf_littlebit.kernels import decode
+
+    shape, tokens = (40, 300, (40, 8)), 3
+    parts, dense, size = layer(*shape)
+    monkeypatch.setattr(tuning, "few", lambda *_: tuning.Few(32, 2, 1, 32, 4, 1))
+    monkeypatch.setattr(decode, "TRAFFIC", traffic)
+    decode._plan.cache_clear()
+    x = torch.randn(tokens, shape[1])
+    y = gpu.littlebit_linear(*put(x, *parts), None, shape[2])
+    plan = decode._plan(shape[1], shape[:1], shape[2:], 4, 4, tuning.few(), tuning.abilities(torch.device(DEVICE)))
+    decode._plan.cache_clear()
+    assert plan.splits * plan.one["ROUNDS"] >= 5 and plan.splits == (1 if traffic == 0 else 2)
+    assert worst(y.cpu(), x, dense.T, size.T) < 1e-6
+
+
 def test_strides_and_absent_parts():
     parts, dense, size = layer(33, 64, (32, 64))
     parts = [part if part.shape[0] else None for part in parts]
