@@ -224,8 +224,9 @@ class LittleBitLinear(FactorModule, nn.Linear):
         self.declare_packed("weight", (out_features, in_features), ranks, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.group is not None:
-            result = self.group.product(self.place, x)
+        group = self.group
+        if group is not None and (group.everywhere or not x.is_cpu):
+            result = group.product(self.place, x)
             if result is not None:
                 return result
         x = autocast_input(x)
@@ -235,7 +236,7 @@ class LittleBitLinear(FactorModule, nn.Linear):
                 return found[0]
         *parts, bias = self.factors()
         y = ops.linear(x, parts, bias, self.ranks)
-        if not torch.compiler.is_compiling() and y.is_cuda and not torch.is_grad_enabled():
+        if y.is_cuda and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             self._repeated = repeated(x, ((*parts, bias, self.ranks),), (self._parameters,))
         return y
 

@@ -37,7 +37,7 @@ def linear(x: Tensor, parts: Sequence[Tensor | None], bias: Tensor | None, ranks
     """
     if torch.compiler.is_compiling() or differentiable(x, bias, *parts):
         return _OPERATOR(x, *parts, bias, ranks)
-    if unseen(x):
+    if not x.is_cpu and unseen(x):
         return littlebit_linear(x, *parts, bias, ranks)
     # Nothing to record: autograd's step through Python costs as much as all the rest of a call on a small layer.
     with torch._C._AutoDispatchBelowAutograd():

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from . import ops
 from .eager import Repeated, repeated
-from .kernels.gpu import DEVICES
 from .linear import LittleBitLinear, autocast_input
 
 __all__ = ["SharedInput", "share_inputs", "siblings", "unshare_inputs"]
@@ -63,7 +62,7 @@ class SharedInput:
     def __init__(self, members: Sequence[LittleBitLinear], everywhere: bool = True):
         # Weak: a layer that is replaced, or a model that is deleted, takes its memory along.
         self._members = [weakref.ref(member) for member in members]
-        self._everywhere = everywhere  # on a CPU too
+        self.everywhere = everywhere  # else not on a CPU: a layer asks for x there alone
         self._rounds: dict[int, _Round] = {}  # by thread
         self._traced: tuple[Tensor, Results] | None = None  # the round that torch.compile is tracing
         self._wasted = 0
@@ -79,7 +78,7 @@ class SharedInput:
 
     def product(self, place: int, x: Tensor) -> Tensor | None:
         """The result of member `place` for x, or None if it has to compute alone."""
-        if torch.is_grad_enabled() or not (self._everywhere or x.device.type in DEVICES):
+        if torch.is_grad_enabled():
             return None
         if torch.compiler.is_compiling():
             return self._product_in_trace(place, x)
