@@ -48,7 +48,11 @@ LIMITS = {
 SECONDS = 470  # of all parts
 LEAST = 20  # seconds below which no part is begun
 TAIL = 1500  # characters of a failed part's output that the document keeps
-CASES = ("kernels/tests/triton_cases.py", "tests/test_decode_graph.py")  # those that there are
+CASES = (  # those that there are
+    "kernels/tests/triton_cases.py",
+    "kernels/tests/triton_cases_groups.py",
+    "tests/test_decode_graph.py",
+)
 QUERY = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit", "temperature.gpu", "memory.total")
 TRAINING = ("--hidden", "4096", "--layers", "2", "--tokens", "2048", "--bf16", "--bpw", "0.3", "0.55")
 
@@ -92,7 +96,7 @@ def jobs_of(part: str, folder: Path, cores: int, limit: float, with_models: bool
         found = []
         for file in CASES:
             # The kernels' cases are many and compile; the others are few.
-            parts = count if "triton_cases" in file else 1
+            parts = count if "triton_cases.py" in file else 1
             for index in range(1, parts + 1 if (ROOT / file).exists() else 0):
                 name = f"{Path(file).stem}-{index}"
                 environment = {

@@ -16,6 +16,7 @@ import torch
 from hf_littlebit.kernels import factor_shapes, gpu
 
 CASES = Path(__file__).with_name("triton_cases.py")
+FILES = (CASES, CASES.with_name("triton_cases_groups.py"))
 found = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not found, reason="triton is not installed")
 recent = found and tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 7)
@@ -44,7 +45,7 @@ def python(*arguments, **variables):
 
 def run_cases(**variables):
     options = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist")
-    done = python("-m", "pytest", *options, str(CASES), **variables, LITTLEBIT_BACKEND="triton")
+    done = python("-m", "pytest", *options, *map(str, FILES), **variables, LITTLEBIT_BACKEND="triton")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 
