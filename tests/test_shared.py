@@ -291,6 +291,34 @@ def test_while_a_dense_model_is_loaded(family_dir, tmp_path):
     assert type(shared.dequantize().model.layers[0].mlp.up_proj) is nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_on_a_gpu_alone_by_default(family_dir, tmp_path):
+    """A model packed in memory and a loaded one alike: groups are there, and are asked for x on a GPU only."""
+    from hf_littlebit import pack_model, unpack_model
+
+    def groups(model):
+        found = [m.group for m in model.modules() if isinstance(m, LittleBitLinear) and m.group is not None]
+        return {id(group): group.everywhere for group in found}.values()
+
+    model = load(family_dir("llama"), quantization_config=options())
+    layers = len(model.model.layers)
+    assert list(groups(model)) == [False] * (2 * layers)
+    asked = []
+    for each in model.modules():
+        if isinstance(each, LittleBitLinear) and each.group is not None:
+            each.group.product = lambda *_: asked.append(1)
+    with torch.no_grad():
+        model(IDS)
+    assert not asked
+    model.save_pretrained(tmp_path)
+    unpack_model(model)
+    assert not groups(model)
+    pack_model(model)
+    assert list(groups(model)) == [False] * (2 * layers)
+    apart = load(tmp_path, quantization_config=LittleBitConfig(share_inputs=False))
+    assert not groups(apart) and torch.equal(logits(apart), logits(model))
+
+
 def test_only_packed_models(family_dir):
     with pytest.raises(ValueError, match="share_inputs is for packed models, but format is 'latent'"):
         load(family_dir("llama"), quantization_config=options(share_inputs=True, format="latent"))

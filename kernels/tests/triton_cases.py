@@ -175,6 +175,10 @@ def test_wrong_parts_are_errors():
                 continue
             with pytest.raises(RuntimeError):
                 gpu.littlebit_linear(x, *good[:index], wrong, *good[index + 1 :], None, (16, 40))
+    released = good[4].clone()
+    released.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="scale_out has no memory: it is sharded or released"):
+        gpu.littlebit_linear(x, *good[:4], released, *good[5:], None, (16, 40))
     for x_wrong, bias, ranks, text in (
         (x[:, :-1], None, (16, 40), "last dimension must be 70"),
         (x, x.new_ones(32), (16, 40), r"bias is \[32\]"),
