@@ -30,7 +30,7 @@ from .head import attach_head, detach_head
 from .kernels.packing import factor_shape
 from .linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from .plan import Plan, WeightPlan, plan_model
-from .shared import share_inputs
+from .shared import share_as_asked
 from .skeleton import saved_names
 from .source import HUB_ID
 
@@ -188,7 +188,7 @@ class LittleBitHfQuantizer(HfQuantizer):
                 for name, parameter in module.named_parameters(recurse=False):
                     parameter.requires_grad_(name == "bias")
             wanted = self.quantization_config.share_inputs
-            if wanted is not False and not share_inputs(model, everywhere=bool(wanted)) and wanted:
+            if not share_as_asked(model, wanted) and wanted:
                 logger.warning("share_inputs: no packed layers of this model are called like layers with one input")
             fast_generate(model)
         attach_head(model)

@@ -28,7 +28,7 @@ from . import ops
 from .eager import Repeated, repeated
 from .linear import LittleBitLinear, autocast_input
 
-__all__ = ["SharedInput", "share_inputs", "siblings", "unshare_inputs"]
+__all__ = ["SharedInput", "share_as_asked", "share_inputs", "siblings", "unshare_inputs"]
 
 logger = logging.getLogger("hf_littlebit")
 
@@ -198,6 +198,11 @@ def share_inputs(model: nn.Module, everywhere: bool = True) -> int:
             SharedInput(members, everywhere)
             groups += 1
     return groups
+
+
+def share_as_asked(model: nn.Module, wanted: bool | None) -> int:
+    """What `LittleBitConfig(share_inputs=wanted)` stands for; returns the number of groups."""
+    return 0 if wanted is False else share_inputs(model, everywhere=bool(wanted))
 
 
 def unshare_inputs(model: nn.Module) -> None:

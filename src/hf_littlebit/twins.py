@@ -30,7 +30,7 @@ from .generation import fast_generate, plain_generate
 from .linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
 from .plan import Plan, fp32_modules, needs_fp32, plan_model
 from .quantizer import LittleBitHfQuantizer, replace_modules
-from .shared import share_inputs
+from .shared import share_as_asked
 from .source import HUB_ID, quantization_of
 
 __all__ = [
@@ -252,8 +252,7 @@ def _mark(model: Any, config: LittleBitConfig) -> None:
     model._upload_modified_files = partial(upload_with_card, model)
     if config.format == "packed":
         fast_generate(model)
-        if config.share_inputs is not False:
-            share_inputs(model, everywhere=bool(config.share_inputs))
+        share_as_asked(model, config.share_inputs)
     else:
         plain_generate(model)
 

@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from .launch import Recorded, current_stream
+from .launch import Recorded
 from .packing import factor_shapes
 
 __all__ = ["Bound", "bind", "checked", "find", "forget", "known"]
@@ -52,8 +52,8 @@ class Bound:
     )
 
     def __init__(self, x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool, dead: Callable[[Any], None]):
-        self.ready: Any = [checked(x, layer, transposed) for layer in layers]
-        ready = self.ready
+        ready = [checked(x, layer, transposed) for layer in layers]
+        self.ready: Any = ready
         self.features = x.shape[-1]
         self.device = x.device
         self.outs = [layer[6 if transposed else 4].shape[1] for layer in ready]
@@ -90,14 +90,7 @@ class Bound:
             return None
         recorded, shapes = found
         results = [x.new_empty(shape) for shape in shapes]
-        addresses = [address]
-        for y in results:
-            addresses.append(y.data_ptr())
-        scratch = 0
-        if recorded.scratch_bytes:
-            memory = x.new_empty(recorded.scratch_bytes, dtype=torch.uint8)
-            scratch = memory.data_ptr()
-        recorded(current_stream(self.index), addresses, scratch)
+        recorded.repeat(x, address, results)
         return results
 
     def _learn(self, x: torch.Tensor) -> None:

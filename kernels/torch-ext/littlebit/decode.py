@@ -66,7 +66,7 @@ def _plan(
     while rounds < steps and -(-steps // rounds) * tokens * width * 4 * blocks_two > TRAFFIC:
         rounds += 1
     splits = -(-steps // rounds)
-    shares = tuple(config.warps_two // _power(len(each)) for each in ranks)
+    shares = tuple(config.warps_two // _at_least(len(each)) for each in ranks)
     turns = tuple(
         -(-max(each) // (32 * share * config.words_two))
         for each, share in zip(ranks, shares)  # noqa: B905
@@ -96,7 +96,7 @@ def _plan(
     )
 
 
-def _power(value: int) -> int:
+def _at_least(value: int) -> int:
     """The smallest power of two that is at least `value`."""
     return 1 << (value - 1).bit_length()
 
@@ -119,7 +119,7 @@ def launches(
     tokens, in_features = x.shape
     outs = tuple([y.shape[1] for y in results])
     planes = 4 if x.dtype == torch.float32 else 2
-    plan = _plan(in_features, outs, tuple([layer[8] for layer in layers]), _power(tokens), planes, config, abilities)
+    plan = _plan(in_features, outs, tuple([layer[8] for layer in layers]), _at_least(tokens), planes, config, abilities)
     partial = torch.empty(plan.splits, plan.one["TOKENS"], plan.width, dtype=torch.float32, device=x.device)
     ones, twos = [], []
     for (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, _), y, out in zip(layers, results, outs):  # noqa: B905

@@ -43,7 +43,6 @@ class _Plan(NamedTuple):
     splits_two: int
     paths: int  # that are summed apart
     rows: int  # the padded tokens are a multiple of this
-    early: bool
     scale: dict
     combine: dict
     finish: dict
@@ -91,7 +90,6 @@ def _plan(
         splits_two,
         len(ranks) if apart else 1,
         max(config.tokens_one, config.tokens_two),
-        early,
         {"PATHS": len(ranks), **terms, "BLOCK": 2048 if width >= 2048 else 256, **small},
         {"PLANES": len(ranks) * config.terms, "UNIT": unit, "PAD": pad, **terms, "BLOCK": 512, **small},
         {"PATHS": len(ranks) if apart else 0, "BLOCK": 1024, **small},

@@ -7,7 +7,7 @@ read the same x), more and every gradient to gemm.py; tuning.py says how large t
 once (bound.py) and its launches are repeated without the JIT's front door (launch.py). The kernels are
 triton's common language, so NVIDIA (cuda), AMD (cuda under ROCm) and Intel (xpu) compile the same source. Nothing here waits
 for the device or asks it for a value, and a kernel is compiled per dtype, tile size and divisibility of the layer's sizes,
-never per number of tokens: a call can be captured in a CUDA graph once it has run.
+not per number of tokens beyond one, two and four: a call can be captured in a CUDA graph once it has run.
 
 triton is imported at the first product, not with the package.
 """
@@ -21,7 +21,7 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple
 import torch
 
 from .bound import Bound, bind, checked, find, forget
-from .launch import Step, current_stream, record, run
+from .launch import Step, record, run
 
 __all__ = [
     "DEVICES",
@@ -105,7 +105,7 @@ def littlebit_linears(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> List[
     Args:
         x: [..., in_features] of fp32, bf16 or fp16.
         layers: (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) each, of the same in_features; all else
-            may differ. The tiles are those of the widest layer: the sums of a much smaller one may be cut elsewhere than alone.
+            may differ. All take one choice of tiles: the sums of a layer may be cut elsewhere than alone.
 
     Returns:
         [..., out_features] of x's dtype for each layer, in their order.
@@ -160,12 +160,8 @@ def _products(x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool
     with _on(x):
         if recorded is None:
             _first(key, bound, rows.reshape(tokens, bound.features), results, layers, ready, transposed)
-            return results
-        scratch = 0
-        if recorded.scratch_bytes:
-            memory = x.new_empty(recorded.scratch_bytes, dtype=torch.uint8)
-            scratch = memory.data_ptr()
-        recorded(current_stream(x.get_device()), [address, *[y.data_ptr() for y in results]], scratch)
+        else:
+            recorded.repeat(x, address, results)
     return results
 
 

@@ -69,6 +69,21 @@ class Recorded:
                 arguments[place] = build(addresses)
             run(*arguments)
 
+    def repeat(self, x: torch.Tensor, address: int, results: Sequence[torch.Tensor]) -> None:
+        """Launch on the current stream of x's device, with scratch from there.
+
+        Args:
+            address: of x's memory, or of that of its rows. results: the tensors that are written, in the recorded order.
+        """
+        addresses = [address]
+        for y in results:
+            addresses.append(y.data_ptr())
+        scratch = 0
+        if self.scratch_bytes:
+            memory = x.new_empty(self.scratch_bytes, dtype=torch.uint8)
+            scratch = memory.data_ptr()
+        self(current_stream(x.get_device()), addresses, scratch)
+
 
 @functools.lru_cache(maxsize=None)
 def _stream_of() -> Callable[[int], int]:

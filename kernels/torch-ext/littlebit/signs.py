@@ -46,7 +46,6 @@ __all__ = [
 ]
 
 _SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000
-_ONES = tl.constexpr(0x3F803F80)
 
 
 @triton.jit

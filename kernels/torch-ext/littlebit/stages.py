@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .signs import pair_of, path_of, place, segment, segments, sign_pairs, wait
-from .tiles import OPERAND
+from .tiles import OPERAND, rank_sum
 
 __all__ = ["stage_one", "stage_two"]
 
@@ -112,9 +112,7 @@ def _layer_one(
     v, v_tail, scale_in = layers[LAYER]
     split = tl.program_id(1)
     path, rank, ranks_before, _, slots, inside = segment(block, ranks[LAYER], UNITS[LAYER], BLOCK, PAD)
-    total = 0
-    for index in tl.static_range(len(ranks[LAYER])):
-        total += ranks[LAYER][index] * UNITS[LAYER]
+    total = rank_sum(ranks[LAYER], UNITS[LAYER])
     columns = inside + tl.arange(0, BLOCK)
     v += ranks_before
     tails = columns[None, :]

@@ -126,9 +126,16 @@ def _cores(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=None)
+def _capability(device: torch.device) -> Optional[Tuple[int, int]]:
+    """An NVIDIA GPU's compute capability; None for all else (torch.version.hip: AMD's numbers mean other things)."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return torch.cuda.get_device_capability(device) if nvidia else None
+
+
+@functools.lru_cache(maxsize=None)
 def _memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may take."""
-    if device.type == "cuda" and not torch.version.hip:
+    if _capability(device):
         return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10))
     return 64 << 10
 
@@ -196,8 +203,9 @@ def _way(transposed: bool) -> str:
 @functools.lru_cache(maxsize=None)
 def terms(device: torch.device, dtype: torch.dtype, tokens: int) -> int:
     """bf16 terms of an fp32 factor (gemm.py): as exact as the result's dtype shows, where that costs no time."""
-    # torch.version.hip: AMD's numbers mean other things, and its matrix units that triton compiles for have bf16.
-    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+    # AMD's matrix units that triton compiles for have bf16.
+    capability = _capability(device)
+    if capability and capability < (8, 0):
         return 0
     if dtype == torch.float32:
         return 3
@@ -231,16 +239,15 @@ def decode_group(
 @functools.lru_cache(maxsize=None)
 def abilities(device: torch.device) -> Tuple[bool, bool]:
     """(takes NVIDIA's PTX, starts kernels before the one before them has ended: programmatic dependent launch)."""
-    nvidia = device.type == "cuda" and not torch.version.hip
-    return nvidia, nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    capability = _capability(device)
+    return capability is not None, capability is not None and capability >= (9, 0)
 
 
 @functools.lru_cache(maxsize=None)
 def _multiplies_bf16(device: torch.device) -> bool:
     """NVIDIA's matrix units with bf16: those of others want larger tiles than decode.py has. The interpreter has all."""
-    if device.type == "cpu":
-        return True
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+    capability = _capability(device)
+    return device.type == "cpu" or (capability is not None and capability >= (8, 0))
 
 
 @functools.lru_cache(maxsize=None)
