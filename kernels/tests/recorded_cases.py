@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hf_littlebit.kernels import gpu, launch, tuning
+from hf_littlebit.kernels import dense, gpu, launch, tuning
 from idle_driver import STREAM, install
 from test_cpu import layer
 
 DRIVER = install()
 TALL = (129, 257, (40, 8))  # tails of both factors
+UNPACKED = tuning.Tiles(64, 16, 4, 2, 1, 64, 16, 4, 2, 1, 1, 1, 1)
 # Layers, tokens, dtype, gradient, tiles.
 CASES = {
     "one token": ([TALL], 1, torch.bfloat16, False, None),
@@ -24,6 +25,8 @@ CASES = {
     "many tokens": ([TALL], 70, torch.bfloat16, False, None),
     "splits": ([TALL], 40, torch.float32, False, tuning.Tiles(32, 16, 4, 2, 3, 64, 16, 4, 2, 2, 1, 3)),
     "gradient": ([TALL], 40, torch.bfloat16, True, None),
+    "unpacked": ([TALL], 40, torch.bfloat16, False, UNPACKED),
+    "gradient, unpacked": ([TALL], 40, torch.bfloat16, True, UNPACKED),
     "without matrix units": ([TALL], 40, torch.float32, False, tuning.Tiles(32, 16, 4, 2, 3, 32, 16, 4, 2, 1, 1, 0)),
 }
 
@@ -34,6 +37,19 @@ def anew():
     tuning.forget()
     yield
     DRIVER.launches = None
+
+
+@pytest.fixture(autouse=True)
+def multiplied(monkeypatch):
+    """Dense products are written down among the launches, in which they stand as they are done."""
+
+    def write(self, left, right, out, bias, first):
+        if DRIVER.launches is not None:
+            tensors = (left, right, out) if bias is None else (left, right, out, bias)
+            sizes = tuple((*one.shape, *one.stride(), one.dtype) for one in tensors[:3])
+            DRIVER.launches.append(SimpleNamespace(kernel=self, grid=(), stream=STREAM, arguments=(*tensors, *sizes)))
+
+    monkeypatch.setattr(dense.Dense, "__call__", write)
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -76,12 +92,17 @@ def pointers(value, like=None):
     return [("at", value)] if isinstance(like, torch.Tensor) else [value]
 
 
-def sizes(launches):
-    """{address: bytes} of all tensors of the launches."""
+def memory_of(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def memories(launches):
+    """{address: (where the memory begins that it lies in, bytes of that)} of all tensors of the launches."""
 
     def walk(value):
         if isinstance(value, torch.Tensor):
-            found[value.data_ptr()] = max(value.nbytes, found.get(value.data_ptr(), 0))
+            storage = value.untyped_storage()
+            found[value.data_ptr()] = storage.data_ptr(), storage.nbytes()
         for item in value if isinstance(value, tuple) else ():
             walk(item)
 
@@ -130,16 +151,25 @@ def test_the_second_call_launches_what_the_first_did(case):
         found, places = named(again, first, x, results, case.layers)
         assert found == expected
         assert [y.shape[:-1] for y in results] == [x.shape[:-1]] * len(results)
-        # One allocation serves all scratch: pieces in their order, aligned to each other and apart.
-        bytes_of = sizes(first)
-        for one, after, piece in zip(places, places[1:], scratch, strict=False):
-            assert after - one == -(-bytes_of[piece] // launch.ALIGNMENT) * launch.ALIGNMENT
+        # One allocation serves all scratch: pieces in their order, aligned to each other and apart, and views inside them.
+        # What lies inside a part or a result is found there.
+        known, end = memories(first), None
+        begins = {memory_of(part): memory_of(part) for one in case.layers for part in one[:8] if part is not None}
+        begins.update({memory_of(old): memory_of(new) for old, new in zip(held[1:], results, strict=False)})
+        for address, place in zip(scratch, places, strict=True):
+            memory, size = known[address]
+            if memory not in begins:
+                begins[memory] = place - (address - memory)
+                assert end is None or begins[memory] == end
+                end = begins[memory] + -(-size // launch.ALIGNMENT) * launch.ALIGNMENT
+            assert place - begins[memory] == address - memory
         held += [x, *results]
 
 
 def given_tensors(launches):
     """Whether the JIT made the launches: it hands tensors to the driver, where what is repeated hands addresses."""
-    return any(isinstance(value, torch.Tensor) for one in launches for value in one.arguments)
+    kernels = [one for one in launches if not isinstance(one.kernel, dense.Dense)]
+    return any(isinstance(value, torch.Tensor) for one in kernels for value in one.arguments)
 
 
 def test_other_tokens_alignment_and_strides_are_recorded_by_themselves(case):

@@ -41,7 +41,9 @@ def test_the_rule_gives_sizes_that_triton_takes(cores, out, into, rank):
         for terms in (0, 1, 2, 3):
             tiles = tuning._tiles_rule(cores, into, out, (rank, rank), tokens, terms)
             assert all(map(power, tiles._replace(stages_one=1, stages_two=1, terms=1, unpacked=1)))
-            assert tiles.terms == terms and bool(tiles.unpacked) == (tokens > 1024 and terms == 1)
+            assert tiles.terms == terms and bool(tiles.unpacked) == (
+                tokens > 1024 and tokens * 2 * rank * (out + into) > tuning.MUCH and terms == 1
+            )
             # A row of words is 32 outputs; the matrix units take 16 tokens or more.
             assert min(tiles.tokens_one, tiles.tokens_two) >= 16 and min(tiles.ranks, tiles.outputs) >= 32
             assert max(tiles.tokens_one, tiles.tokens_two) <= tokens

@@ -141,7 +141,7 @@ def _of_tiles(config: Tiles, case: Case, turn: int) -> List[Dict[str, int]]:
     if turn == 3:
         dense = (
             [{"unpacked": size} for size in _SCRATCH]
-            if case.tokens > 128 and config.terms == 1 and case.dtype == torch.bfloat16
+            if case.tokens > tuning.MANY and config.terms == 1 and case.dtype == torch.bfloat16
             else []
         )
         return [{"words": 4}, {"words": 1}, *dense]

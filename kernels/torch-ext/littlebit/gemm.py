@@ -218,13 +218,12 @@ def launches(
         )
 
 
-def form_of(config: Any, dtype: torch.dtype) -> Tuple[Any, bool]:
-    """The function that lists the launches for these tiles and results of this dtype, and whether they are all of the work."""
+def form_of(config: Any, dtype: torch.dtype) -> Any:
+    """The function that lists the steps for these tiles and results of this dtype."""
     if not config.terms:
-        return plain.launches, True
-    if config.unpacked and config.terms == 1 and dtype == torch.bfloat16:
-        return unpacked.launches, False
-    return launches, True
+        return plain.launches
+    unpacks = config.unpacked and config.terms == 1 and dtype == torch.bfloat16
+    return unpacked.launches if unpacks else launches
 
 
 def product(
@@ -248,7 +247,7 @@ def product(
         transposed: the gradient; x is [tokens, out_features] and y [tokens, in_features].
         config: a tuning.Tiles.
     """
-    form, _ = form_of(config, y.dtype)
+    form = form_of(config, y.dtype)
     parts = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias)
     for kernel, grid, arguments, options in form(x, *parts, ranks, y, config, transposed):
         kernel[grid](*arguments, **options)

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import importlib
 from types import SimpleNamespace
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence
 
 import torch
 
@@ -178,11 +178,11 @@ def _first(key: Any, bound: Bound, rows: torch.Tensor, results: Any, layers: Any
     flat = [y.view(rows.shape[0], y.shape[-1]) for y in results]
     if rows.shape[0] == 1 and rows.stride(0) != bound.features:
         rows = rows.as_strided(rows.shape, (bound.features, 1))
-    steps, whole = _steps(rows, ready, flat, transposed)
+    steps = _steps(rows, ready, flat, transposed)
     kept = [part for layer in ready for part in layer[:8]]
     # A part that had to be made contiguous lives only as long as this call.
     given = {id(part) for layer in layers for part in layer[:8]}
-    if met or not whole or not all(part is None or id(part) in given for part in kept):
+    if met or not all(part is None or id(part) in given for part in kept):
         run(steps)
         return
     recorded = record(steps, [rows, *flat], kept)
@@ -190,29 +190,26 @@ def _first(key: Any, bound: Bound, rows: torch.Tensor, results: Any, layers: Any
         bound.keep(key, recorded)
 
 
-def _steps(
-    rows: torch.Tensor, ready: List[Any], flat: List[torch.Tensor], transposed: bool
-) -> Tuple[Iterator[Step], bool]:
-    """The launches of results[i] = layers[i](rows), and whether they are all of the work."""
+def _steps(rows: torch.Tensor, ready: List[Any], flat: List[torch.Tensor], transposed: bool) -> Iterator[Step]:
+    """The steps of results[i] = layers[i](rows)."""
     kernels = _kernels()
     tuning, device, (tokens, features) = kernels.tuning, rows.device, rows.shape
     if tokens <= DECODE and not transposed:
         outs, ranks = tuple([y.shape[1] for y in flat]), tuple([layer[8] for layer in ready])
         few = tuning.few(device, outs, features, ranks)
         if few is not None:
-            return kernels.decode.launches(rows, ready, flat, few, tuning.abilities(device)), True
-        return kernels.gemv.launches(rows, ready, flat, tuning.decode_group(device, outs, features, ranks)), True
+            return kernels.decode.launches(rows, ready, flat, few, tuning.abilities(device))
+        return kernels.gemv.launches(rows, ready, flat, tuning.decode_group(device, outs, features, ranks))
     forms = []
     for layer in ready:
         sizes = layer[4].shape[1], layer[6].shape[1], layer[8]
         config = tuning.tiles(device, *sizes, tuning.bucket(tokens), rows.dtype, transposed)
-        forms.append((*kernels.gemm.form_of(config, rows.dtype), config))
-    steps = (
+        forms.append((kernels.gemm.form_of(config, rows.dtype), config))
+    return (
         step
-        for (form, _, config), layer, y in zip(forms, ready, flat)  # noqa: B905 Python 3.9
+        for (form, config), layer, y in zip(forms, ready, flat)  # noqa: B905 Python 3.9
         for step in form(rows, *layer, y, config, transposed)
     )
-    return steps, all(whole for _, whole, _ in forms)
 
 
 def bound(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> Optional[Bound]:

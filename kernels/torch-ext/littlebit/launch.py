@@ -12,12 +12,17 @@ Addresses that change are of three kinds, and a recorded launch names them by th
     inputs and results      the tensors that `record` is given as `moving`
     scratch                 what the steps allocated for themselves: one allocation serves all of it
     everything else         the layer's parts: their addresses are kept, and the caller answers for their staying valid
+
+A view of scratch or of a part is known by the memory that it lies in. Steps of dense.py are products of torch between launches.
 """
 
 import functools
+import weakref
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+
+from .dense import Dense, Multiplied, View
 
 __all__ = ["Recorded", "Step", "current_stream", "record", "run"]
 
@@ -48,19 +53,42 @@ class Recorded:
         scratch_bytes: of the one allocation that they share; 0 if they need none.
     """
 
-    def __init__(self, launches: List[_Launch], offsets: List[int], scratch_bytes: int):
-        self._launches, self._offsets, self.scratch_bytes = launches, offsets, scratch_bytes
+    def __init__(self, steps: Sequence[Any], offsets: List[int], scratch_bytes: int):
+        self._offsets, self.scratch_bytes = offsets, scratch_bytes
+        # Launches up to a product of torch's, or to the end; most have none.
+        self._spans: List[Tuple[List[_Launch], Optional[Multiplied]]] = [([], None)]
+        for step in steps:
+            launches, _ = self._spans[-1]
+            if isinstance(step, Multiplied):
+                self._spans[-1:] = [(launches, step), ([], None)]
+            else:
+                launches.append(step)
 
-    def __call__(self, stream: int, addresses: List[int], scratch: int) -> None:
-        """Launch on `stream`.
+    def __call__(
+        self,
+        stream: int,
+        addresses: List[int],
+        scratch: int,
+        results: Sequence[torch.Tensor] = (),
+        memory: Optional[torch.Tensor] = None,
+    ) -> None:
+        """Launch on `stream`, which is the current one.
 
         Args:
             addresses: of the tensors that `record` got as `moving`, in their order. The list is extended in place.
             scratch: the address of `scratch_bytes` bytes, aligned to ALIGNMENT.
+            results, memory: for products of torch, the tensors that lie at these addresses.
         """
         for offset in self._offsets:
             addresses.append(scratch + offset)
-        for run, fixed, place, places, built in self._launches:
+        for launches, product in self._spans:
+            self._launch(launches, stream, addresses)
+            if product is not None:
+                product(results, memory)
+
+    @staticmethod
+    def _launch(launches: List[_Launch], stream: int, addresses: List[int]) -> None:
+        for run, fixed, place, places, built in launches:
             arguments = fixed.copy()
             arguments[place] = stream
             for place, index in places:
@@ -78,11 +106,11 @@ class Recorded:
         addresses = [address]
         for y in results:
             addresses.append(y.data_ptr())
-        scratch = 0
+        scratch, memory = 0, None
         if self.scratch_bytes:
             memory = x.new_empty(self.scratch_bytes, dtype=torch.uint8)
             scratch = memory.data_ptr()
-        self(current_stream(x.get_device()), addresses, scratch)
+        self(current_stream(x.get_device()), addresses, scratch, results, memory)
 
 
 @functools.lru_cache(maxsize=None)
@@ -107,25 +135,19 @@ def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence
     """`run(steps)`, and what it takes to launch the same again; None where nothing is compiled (the interpreter).
 
     Args:
-        moving: tensors whose addresses will be others in later launches.
+        moving: tensors whose addresses will be others in later launches: x, and the results as matrices.
         kept: tensors (or None) whose addresses stay. Any other tensor among the arguments is scratch of the steps: it means
             nothing before them and nothing after.
     """
-    known: Dict[int, Optional[int]] = {id(tensor): None for tensor in kept if tensor is not None}
-    known.update({id(tensor): index for index, tensor in enumerate(moving)})
-    offsets: List[int] = []
-    size = 0
-    alive = []  # so that no two pieces of scratch have one id
-    launches: List[_Launch] = []
+    memory = _Memory(moving, kept)
+    launches: List[Any] = []
     whole = True
     for kernel, grid, arguments, options in steps:
         compiled = kernel[grid](*arguments, **options)
-        for tensor in _tensors(arguments):
-            if id(tensor) not in known:
-                known[id(tensor)] = len(moving) + len(offsets)
-                offsets.append(size)
-                alive.append(tensor)
-                size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if isinstance(kernel, Dense):
+            launches.append(memory.product(*arguments))
+            continue
+        known = memory.met(arguments)
         if compiled is None or not hasattr(compiled, "packed_metadata"):
             whole = False
         if not whole:
@@ -143,7 +165,70 @@ def record(steps: Iterable[Step], moving: Sequence[torch.Tensor], kept: Sequence
                 [(place, _builder(value)) for place, value in enumerate(fixed) if _has_places(value)],
             )
         )
-    return Recorded(launches, offsets, size) if whole else None
+    return Recorded(launches, memory.offsets, memory.size) if whole else None
+
+
+class _Memory:
+    """What the tensors of the steps are: moving, kept, or scratch, which is laid out as it is met.
+
+    Attributes:
+        offsets: bytes from the beginning of the scratch, of every tensor in it. size: bytes of all scratch.
+    """
+
+    def __init__(self, moving: Sequence[torch.Tensor], kept: Sequence[Any]):
+        parts = [part for part in kept if part is not None]
+        self._known: Dict[int, Optional[int]] = {id(tensor): None for tensor in parts}
+        self._known.update({id(tensor): index for index, tensor in enumerate(moving)})
+        self._kept = {_memory_of(part) for part in parts}
+        self._results = {_memory_of(y): (index, y) for index, y in enumerate(moving[1:])}
+        self._moving = len(moving)
+        self._pieces: Dict[int, int] = {}  # of scratch: where its memory is, and will be
+        self._alive: List[torch.Tensor] = []  # so that no two tensors have one id, or one memory
+        self.offsets: List[int] = []
+        self.size = 0
+
+    def met(self, arguments: Tuple[Any, ...]) -> Dict[int, Optional[int]]:
+        """By id, the place of every tensor's address among those that change; None for one that stays."""
+        for tensor in _tensors(arguments):
+            if id(tensor) not in self._known:
+                self._alive.append(tensor)
+                self._known[id(tensor)] = None
+                if _memory_of(tensor) not in self._kept:
+                    self._known[id(tensor)] = self._moving + len(self.offsets)
+                    self.offsets.append(self._scratch(tensor))
+        return self._known
+
+    def _scratch(self, tensor: torch.Tensor) -> int:
+        """Bytes from the beginning of the scratch to a tensor in it."""
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in self._pieces:
+            self._alive.append(tensor)
+            self._pieces[address] = self.size
+            self.size += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+        return self._pieces[address] + tensor.data_ptr() - address
+
+    def product(
+        self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, bias: Optional[torch.Tensor], first: int
+    ) -> Multiplied:
+        """What a step of dense.py takes to be repeated."""
+        return Multiplied(
+            out.dtype,
+            self._view(left),
+            self._view(right),
+            self._view(out),
+            None if bias is None else weakref.ref(bias),
+            first,
+        )
+
+    def _view(self, tensor: torch.Tensor) -> View:
+        source, base = self._results.get(_memory_of(tensor), (-1, tensor))
+        offset = self._scratch(tensor) if source < 0 else tensor.data_ptr() - base.data_ptr()
+        return View(source, tuple(tensor.shape), tensor.stride(), offset // tensor.element_size())
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _launcher(compiled: Any, grid: Tuple[int, ...]) -> Tuple[Callable[..., None], Tuple[int, ...], Tuple[Any, ...]]:

@@ -73,17 +73,17 @@ class _Weights:
 
 def launches(
     case: Case, config: Any, weights: Any, index: int = 0, able: Tuple[bool, bool] = (False, False)
-) -> Tuple[Iterator[Step], bool]:
-    """The launches of the product with the copy of that index, and whether they are all of the work."""
+) -> Iterator[Step]:
+    """The steps of the product with the copy of that index."""
     from . import decode, gemm, gemv
 
     layers = weights.copies[index % len(weights.copies)]
     if isinstance(config, Few):
-        return decode.launches(weights.x, layers, weights.results, config, able), True
+        return decode.launches(weights.x, layers, weights.results, config, able)
     if isinstance(config, Decode):
-        return gemv.launches(weights.x, layers, weights.results, config), True
-    form, whole = gemm.form_of(config, case.dtype)
-    return form(weights.x, *layers[0], weights.results[0], config, case.transposed), whole
+        return gemv.launches(weights.x, layers, weights.results, config)
+    form = gemm.form_of(config, case.dtype)
+    return form(weights.x, *layers[0], weights.results[0], config, case.transposed)
 
 
 def _name(step: Step) -> str:
@@ -103,8 +103,7 @@ def kinds(case: Case, config: Any) -> Dict[str, Any]:
     The key is what triton specializes a kernel on: its options, the dtypes of tensors, and which integers are 1 or a multiple
     of 16. Nothing is computed: the launches are listed for tensors without memory.
     """
-    steps, whole = launches(case, config, _Weights(case, torch.device("meta"), 1))
-    sides = _sides(list(steps)) if whole else {"both": list(steps)}
+    sides = _sides(list(launches(case, config, _Weights(case, torch.device("meta"), 1))))
     return {side: tuple(map(_kind, found)) for side, found in sides.items()}
 
 
@@ -153,9 +152,8 @@ def run_once(job: Job) -> None:
 
 
 def _run_side(case: Case, config: Any, side: str, weights: _Weights, index: int, able: Tuple[bool, bool]) -> None:
-    steps, whole = launches(case, config, weights, index, able)
-    # A product that computes between its launches runs as they are listed.
-    run(_sides(list(steps))[side] if whole and side != "both" else steps)
+    steps = launches(case, config, weights, index, able)
+    run(steps if side == "both" else _sides(list(steps))[side])
 
 
 class Trial:

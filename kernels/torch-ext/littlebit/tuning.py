@@ -45,6 +45,8 @@ LARGEST = 4096  # tokens of the last bucket
 MOST_PATHS = 4  # that decode.py gives warps of their own
 FEW = 64  # tokens up to which tiles are small: the matrix units wait for memory
 SCRATCH = 64  # MiB of unpacked signs: more was a few percent faster on an H100
+# Multiplications from which unpacking pays, and their tokens: the steps take the host twice as long as those without it.
+MUCH, MANY = 1.5e10, 1024
 
 
 class Decode(NamedTuple):
@@ -343,7 +345,8 @@ def _tiles_rule(
         step = 2.8e-5 * side * across if large else 0.25
         counts.append(_splits(places, -(-tokens // across) * blocks, -(-total // 64), step, 3.2e-6 * tokens * wide))
     words = 4 if summed >= 8192 and not large else 2
-    scratch = SCRATCH if tokens > 1024 and count == 1 else 0
+    much = tokens > MANY and tokens * sum(ranks) * (summed + made) > MUCH
+    scratch = SCRATCH if much and count == 1 else 0
     return Tiles(
         *(ranked, across_one, warps_one, stages_one, counts[0]),
         *(made_by, across_two, warps_two, stages_two, counts[1]),

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from . import scaled
+from .dense import DENSE
 from .packing import factor_shape
 from .signs import across_words, along_words, padded, pair_of, sign_tile, tail_word
 
@@ -100,7 +101,7 @@ def launches(
     config: Any,
     transposed: bool = False,
 ) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
-    """As `gemm.launches`; the dense products are done between the launches, by the generator itself."""
+    """As `gemm.launches`, with steps of dense.py among them."""
     scale_first, scale_last = (scale_out, scale_in) if transposed else (scale_in, scale_out)
     (tokens, features), made, device = x.shape, y.shape[1], x.device
     width = -(-features // _STEP) * _STEP
@@ -140,7 +141,7 @@ def launches(
                 (*one, gain, slab, first, rank, features, one[0].stride(0), width),
                 {**options, "ORDERED": True},
             )
-            torch.mm(terms[path], slab.T, out=latent[:, slot + first : slot + last])
+            yield DENSE, (), (terms[path], slab.T, latent[:, slot + first : slot + last], None, 0), {}
         before, words, tails, slot = before + rank, words + rows, tails + bytes_of, slot + count
     for first, last in _slabs(made, slot, config.unpacked):
         rows = -(-(last - first) // _ROWS)
@@ -153,7 +154,4 @@ def launches(
                 {**options, "ORDERED": False},
             )
         signs = slab[: last - first].T
-        if bias is None:
-            torch.mm(latent, signs, out=y[:, first:last])
-        else:
-            torch.addmm(bias[first:last].to(y.dtype), latent, signs, out=y[:, first:last])
+        yield DENSE, (), (latent, signs, y[:, first:last], bias, first), {}
