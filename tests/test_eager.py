@@ -5,14 +5,15 @@ import pickle
 
 import pytest
 import torch
-from hf_littlebit.kernels import gpu
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_littlebit import LittleBitLinear, eager
-from hf_littlebit.shared import SharedInput
+from hf_littlebit import LittleBitLinear
+from hf_littlebit.kernels import gpu
+from hf_littlebit.layers import eager
+from hf_littlebit.layers.shared_input import SharedInput
 
 
 @pytest.fixture(autouse=True)

@@ -98,6 +98,7 @@ def install() -> IdleDriver:
         raise RuntimeError("TRITON_INTERPRET=1: nothing is compiled or launched; unset it")
     os.environ["LITTLEBIT_BACKEND"] = "triton"
     import triton
+
     from hf_littlebit.kernels import gpu, tuning
 
     driver = IdleDriver()

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hf_littlebit.kernels import gpu, launch, tuning
 from idle_driver import STREAM, install
 from test_cpu import layer
+
+from hf_littlebit.kernels import gpu, launch, tuning
 
 DRIVER = install()
 TALL = (129, 257, (40, 8))  # tails of both factors

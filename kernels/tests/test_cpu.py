@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from hf_littlebit.kernels import cpu, pack_signs, reference
 
 pytest_plugins = ["instruction_sets"]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from hf_littlebit.kernels import cpu
 
 pytest_plugins = ["instruction_sets"]

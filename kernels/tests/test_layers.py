@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hf_littlebit.kernels import cpu
 from test_cpu import built, layer
+
+from hf_littlebit.kernels import cpu
 
 pytest_plugins = ["instruction_sets"]
 

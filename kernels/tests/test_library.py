@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from hf_littlebit.kernels import cpu, reference
 
 SOURCE = Path(__file__).parents[1] / "littlebit_cpu"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hf_littlebit.kernels import factor_shapes, pack_signs, reference, stored_bits
 from hf_littlebit.kernels import unpack_signs as unpack
 from hf_littlebit.kernels.reference import littlebit_linear, littlebit_linear_grad

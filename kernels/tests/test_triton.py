@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from hf_littlebit.kernels import factor_shapes, gpu
 
 CASES = Path(__file__).with_name("triton_cases.py")
@@ -73,6 +74,7 @@ def vendor(request):
 def launches(monkeypatch, vendor):
     """A function that calls gpu.py on CPU tensors and returns the launches that it would do on an H200, or for AMD."""
     import triton
+
     from hf_littlebit.kernels import tuning
 
     found = []

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+
 from hf_littlebit.kernels import candidates, tuner, tuning
 from hf_littlebit.kernels.workers import Workers
 

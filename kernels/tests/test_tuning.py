@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from hf_littlebit.kernels import tuning
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import os
 
 import pytest
 import torch
-from hf_littlebit.kernels import bound, candidates, gpu, launch, reference, trial, tuner, tuning
 from test_cpu import layer, worst
 
 from hf_littlebit import LittleBitLinear
+from hf_littlebit.kernels import bound, candidates, gpu, launch, reference, trial, tuner, tuning
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else next((kind for kind in gpu.DEVICES if getattr(torch, kind).is_available()), "cpu")

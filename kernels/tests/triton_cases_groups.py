@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hf_littlebit.kernels import gpu, tuning
 from test_cpu import layer
 from triton_cases import DEVICE, FEW, check, put
+
+from hf_littlebit.kernels import gpu, tuning
 
 GROUPS = [
     [(129, (33, 7, 64)), (1, (8,))],
