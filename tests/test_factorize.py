@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hf_littlebit.initialize.factorize import (
     INITS,
-    Path,
     admm,
     dual_svid,
     factorize,
@@ -19,6 +18,7 @@ from hf_littlebit.initialize.factorize import (
     relative_error,
 )
 from hf_littlebit.initialize.svd import truncated_svd
+from hf_littlebit.layers.path import Path
 
 
 def gaussian(rows: int, cols: int, seed: int = 0) -> Tensor:

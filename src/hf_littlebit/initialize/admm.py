@@ -5,7 +5,7 @@ LittleBit path can store. Each side keeps a free matrix F, its projection Z and 
 F - Z. A step fixes the other side as X (its Z with unit columns) and solves
 
     F = (W X + rho (Z - D)) (X^T X + (rho + 0.03) I)^-1      rho grows from 0 to 1: fit first, then agree with Z
-    Z = signs(F + D) * rank-one(|F + D|)
+    Z = sign(F + D) * rank-one(|F + D|)
     D = D + F - Z
 
 Sources: double binary factorization (arXiv 2505.11076); LB-ADMM of NanoQuant (arXiv 2602.06694).
@@ -25,16 +25,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .svd import exact_fp32, random_normal
+from ..layers.precision import exact_fp32
+from ..layers.sign import sign
+from .svd import random_normal
 
 RIDGE = 0.03
 LATENT_SIZE = 0.02  # median |latent|: there SmoothSign (alpha = 100) passes 7 % of its peak gradient, at 0.1 none
 LATENT_RANGE = (0.25, 2.0)  # latents stay within these multiples of it: able to flip, but not at the first step
-
-
-def signs(latent: Tensor) -> Tensor:
-    """+1 where `latent` >= 0 and -1 elsewhere, in its dtype: the layer's sign, in which zero counts as +1."""
-    return torch.where(latent < 0, -1.0, 1.0).to(latent.dtype)
 
 
 def rank_one(magnitude: Tensor, iterations: int = 30) -> tuple[Tensor, Tensor]:
@@ -91,7 +88,7 @@ class _Side:
         fit = torch.outer(self.left, self.right)
         ratio = torch.where(fit > 0, self.p.abs() / fit.clamp_min(1e-30), 1.0)
         ratio = (ratio / ratio.median().clamp_min(1e-30)).clamp_(*LATENT_RANGE)
-        return (signs(self.p) * ratio).mul_(LATENT_SIZE)
+        return (sign(self.p) * ratio).mul_(LATENT_SIZE)
 
 
 def admm_factors(

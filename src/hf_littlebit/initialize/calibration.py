@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..report.evaluate import CHUNK
+from ..layers.output_head import CHUNK
 
 __all__ = ["Importance", "calibrate"]
 

@@ -27,39 +27,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .admm import LATENT_SIZE, admm_factors, rank_one, signs
-from .svd import exact_fp32, random_normal, truncated_svd
+from ..layers.path import Path
+from ..layers.precision import exact_fp32
+from ..layers.sign import sign
+from .admm import LATENT_SIZE, admm_factors, rank_one
+from .svd import random_normal, truncated_svd
 
-__all__ = ["INITS", "Path", "admm", "dual_svid", "factorize", "joint_itq", "refit_scales", "relative_error"]
+__all__ = ["INITS", "admm", "dual_svid", "factorize", "joint_itq", "refit_scales", "relative_error"]
 
 INITS = ("dual_svid", "joint_itq", "admm")
 STEPS = {"dual_svid": 0, "joint_itq": 50, "admm": 200}
 REFIT_ROUNDS = {"dual_svid": 0, "joint_itq": 4, "admm": 4}
 SIZE_CARRIED = 100  # `scale_rank` carries sizes in 2 ** (-100 .. 100), `scale_out` the rest: no bf16 scale overflows
 IMPORTANCE_FLOOR = 1e-8  # of the largest importance: a dead input still keeps a scale
-
-
-@dataclass(frozen=True)
-class Path:
-    """One term `diag(h) U diag(l) V^T diag(g)`; U, V are the latents' signs, zero as +1. fp32, contiguous."""
-
-    u: Tensor  # latent [out, r]
-    v: Tensor  # latent [in, r]
-    scale_out: Tensor  # h [out]
-    scale_rank: Tensor  # l [r]
-    scale_in: Tensor  # g [in]
-
-    def dense(self) -> Tensor:
-        """The weight this path stands for, [out, in] fp32, held within fp32's range."""
-        with exact_fp32(self.u.device):
-            product = (signs(self.u) * self.scale_rank) @ (signs(self.v) * self.scale_in[:, None]).T
-            limit = torch.finfo(torch.float32).max
-            return product.mul_(self.scale_out[:, None]).clamp_(-limit, limit)
 
 
 def factorize(
@@ -140,7 +125,7 @@ def dual_svid(weight: Tensor, rank: int, *, seed: int = 0) -> Path:
 def joint_itq(weight: Tensor, rank: int, *, steps: int = STEPS["joint_itq"], seed: int = 0) -> Path:
     """Joint-ITQ of `weight` [out, in]: SVD latents A, B turned by the rotation R that brings [A; B] R near its signs.
 
-    R starts random and alternates with the signs: S = signs([A; B] R), then the orthogonal Procrustes solution for S.
+    R starts random and alternates with the signs: S = sign([A; B] R), then the orthogonal Procrustes solution for S.
     A B^T is unchanged by R, so the rotation costs nothing at inference.
     """
     with exact_fp32(weight.device):
@@ -148,7 +133,7 @@ def joint_itq(weight: Tensor, rank: int, *, steps: int = STEPS["joint_itq"], see
         stacked = torch.cat([u, v]).mul_(s.sqrt())
         rotation = torch.linalg.qr(random_normal(rank, rank, seed, weight.device))[0]
         for _ in range(steps):
-            rotation = _polar(stacked.T @ signs(stacked @ rotation))
+            rotation = _polar(stacked.T @ sign(stacked @ rotation))
         stacked = stacked @ rotation
         return _from_latents(stacked[: len(u)], stacked[len(u) :])
 
@@ -180,7 +165,7 @@ def refit_scales(
         rows = _root_importance(row_importance, w.shape[0], "row_importance", "refit_scales", w.device)
         cols = _root_importance(col_importance, w.shape[1], "col_importance", "refit_scales", w.device)
         w = w * rows[:, None] * cols
-        u, v = signs(path.u), signs(path.v)
+        u, v = sign(path.u), sign(path.v)
         h, ell, g = path.scale_out * rows, path.scale_rank, path.scale_in * cols
         before = _squared(w - Path(u, v, h, ell, g).dense())
         for _ in range(rounds):
@@ -277,7 +262,7 @@ def _squared(x: Tensor) -> float:
 def _initialise(target: Tensor, rank: int, init: str, steps: int, seed: int) -> Path:
     if not target.any():
         # Nothing to fit. Random latents, not constant ones: training can only tell columns apart that differ.
-        u, v = (signs(random_normal(k, rank, seed, target.device)) * LATENT_SIZE for k in target.shape)
+        u, v = (sign(random_normal(k, rank, seed, target.device)) * LATENT_SIZE for k in target.shape)
         return Path(u, v, target.new_ones(len(u)), target.new_zeros(rank), target.new_ones(len(v)))
     if init == "dual_svid":
         return dual_svid(target, rank, seed=seed)

@@ -18,20 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..initialize.factorize import Path
 from . import ops
 from .linear import (
     LATENT_PARTS,
     PACKED_PARTS,
     FactorModule,
     autocast_input,
-    dense_weight,
     latent_parts,
     latent_paths,
     latent_product,
     pack_parts,
     unpack_paths,
 )
+from .path import Path, dense_weight
 from .sign import ALPHA
 
 __all__ = ["LittleBitExperts", "expert_sizes", "is_stack"]

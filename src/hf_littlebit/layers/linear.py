@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..initialize.factorize import Path
 from ..kernels.packing import factor_shapes, pack_signs, unpack_signs
 from . import ops
 from .eager import repeated
 from .latent_matmul import factored_product
+from .path import Path, dense_weight
 from .sign import ALPHA, SignGradient
 
 __all__ = ["LatentLittleBitLinear", "LittleBitLinear", "autocast_input", "latent_parts", "pack_parts", "part_name"]
@@ -99,14 +99,6 @@ def latent_paths(parts: dict[str, Tensor], ranks: Sequence[int], scale_dtype: to
     u, v = (parts[part].detach().split(list(ranks), dim=-1) for part in LATENT_PARTS[:2])
     h, l, g = (parts[part].detach().to(scale_dtype).float() for part in LATENT_PARTS[2:])  # noqa: E741
     return [Path(*path) for path in zip(u, v, h, l.split(list(ranks)), g, strict=True)]
-
-
-def dense_weight(paths: Sequence[Path]) -> Tensor:
-    """sum_p diag(h) U diag(l) V^T diag(g), [out, in] fp32."""
-    total = paths[0].dense()
-    for path in paths[1:]:
-        total += path.dense()
-    return total
 
 
 class FactorModule(nn.Module):

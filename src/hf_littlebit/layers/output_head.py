@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["OutputHead", "attach_head", "detach_head"]
+__all__ = ["CHUNK", "OutputHead", "attach_head", "detach_head"]
+
+# Logits that losses upcast to fp32 at a time, 64 MiB: those of a long text and a large vocabulary would take gigabytes.
+CHUNK = 2**24
 
 
 class OutputHead(nn.Linear):

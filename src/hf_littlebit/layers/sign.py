@@ -53,8 +53,8 @@ def latent_sign(
     return LatentSign.apply(latent, SignGradient(gradient, alpha), latent.dtype if dtype is None else dtype)
 
 
-def sign(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """±1 of x's shape in `dtype`, a new tensor."""
+def sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """±1 of x's shape in `dtype` (x's own if None), a new tensor; without autograd, which this is below."""
     # 0 or 1 straight in the wanted dtype, then scaled in place: a seventh of the time of torch.where on a CPU.
     return torch.lt(x, 0, out=torch.empty_like(x, dtype=dtype)).mul_(-2).add_(1)
 

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..layers.output_head import CHUNK
+
 __all__ = ["Perplexity", "perplexity"]
 
 MAX_LENGTH = 2048  # of the default window; the papers' choice for WikiText-2
-CHUNK = 2**24  # logits in fp32 at a time, 64 MiB
 
 
 @dataclass(frozen=True)

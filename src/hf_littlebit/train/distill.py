@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from ..report.evaluate import CHUNK
+from ..layers.output_head import CHUNK
 from .distributed import is_partitioned, run_partitioned
 from .topk import TopK, TopKTeacher
 
