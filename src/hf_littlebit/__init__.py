@@ -20,9 +20,11 @@ with compat.explain_missing():
     from .layers.linear import LatentLittleBitLinear, LittleBitLinear
     from .layers.shared_input import share_inputs, unshare_inputs
     from .load.quantizer import LittleBitHfQuantizer
+    from .report.card import upload_with_card
     from .report.evaluate import perplexity
     from .report.size import size_report
 
+    LittleBitHfQuantizer.upload_files = staticmethod(upload_with_card)
     compat.register("littlebit", LittleBitConfig, LittleBitHfQuantizer)
 
 if TYPE_CHECKING:

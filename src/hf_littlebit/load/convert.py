@@ -28,7 +28,6 @@ from ..layers.experts import LittleBitExperts
 from ..layers.linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
 from ..layers.shared_input import share_as_asked
 from ..plan import Plan, fp32_modules, needs_fp32, plan_model
-from ..report.card import upload_with_card
 from .conversion import factor_weight
 from .quantizer import LittleBitHfQuantizer, replace_modules
 from .source import HUB_ID, quantization_of
@@ -249,7 +248,7 @@ def _mark(model: Any, config: LittleBitConfig) -> None:
     model.quantization_method = config.quant_method
     # Saved under the names they have; see quantizer.py.
     model._weight_conversions = []
-    model._upload_modified_files = partial(upload_with_card, model)
+    model._upload_modified_files = partial(model.hf_quantizer.upload_files, model)
     if config.format == "packed":
         fast_generate(model)
         share_as_asked(model, config.share_inputs)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from ..layers.linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from ..layers.output_head import attach_head, detach_head
 from ..layers.shared_input import share_as_asked
 from ..plan import Plan, WeightPlan, plan_model
-from ..report.card import upload_with_card
 from .conversion import LittleBitConversion, part_shapes
 from .meta_model import saved_names
 from .source import HUB_ID
@@ -70,6 +70,9 @@ class LittleBitHfQuantizer(HfQuantizer):
 
     quantization_config: LittleBitConfig
     requires_calibration = False
+    # What `push_to_hub` calls in place of transformers' `_upload_modified_files(model, folder, repo_id, ...)`. It writes a model
+    # card, and cards are reports, which use this wing and not the other way: so the package's __init__.py sets it.
+    upload_files: ClassVar[Callable[..., Any]]
 
     def __init__(self, quantization_config: LittleBitConfig, **kwargs: Any):
         compat.check_transformers()
@@ -195,7 +198,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         # Saved under the names they have: the file's names would be turned back to an older layout otherwise, and a
         # trainer that restores a checkpoint by name would miss them.
         model._weight_conversions = []
-        model._upload_modified_files = partial(upload_with_card, model)
+        model._upload_modified_files = partial(self.upload_files, model)
         return model
 
     def is_serializable(self) -> bool:

@@ -114,7 +114,8 @@ def _checksum(text: str) -> str:
 def upload_with_card(model: Any, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
     """transformers' `_upload_modified_files`, after README.md in `working_dir` was replaced by our card or completed.
 
-    The quantizer gives it to its models, so that `push_to_hub` and `save_pretrained(push_to_hub=True)` come by here.
+    The package gives it to the quantizer, and the quantizer to its models, so that `push_to_hub` and
+    `save_pretrained(push_to_hub=True)` come by here.
     """
     folder = os.fspath(working_dir)
     path = os.path.join(folder, "README.md")
