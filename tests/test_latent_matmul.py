@@ -83,7 +83,7 @@ def test_scales_are_rounded_and_their_gradients_are_not():
 
 def test_the_compiled_library_computes_what_torch_does(monkeypatch):
     """Bit for bit forward, and within fp32's rounding backward; without the library there is nothing to compare."""
-    if not latent_matmul.kernels.compiled():
+    if not latent_matmul.compiled():
         pytest.skip("the compiled CPU kernel is not built, or LITTLEBIT_BACKEND asks for plain torch")
     for gradient in KINDS:
         found = []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import kernels
+from ..kernels import compiled, cpu
 from .sign import SignGradient, sign, times_slope
 
 __all__ = ["factored_product", "scaled_signs", "scaled_signs_grad"]
@@ -87,7 +87,7 @@ def scaled_signs(
     """
     if _compiled(latent):
         width = sum(ranks) if dtype == torch.float32 else -(-sum(ranks) // WIDTH) * WIDTH
-        return kernels.cpu.scaled_signs(latent, outer, inner, ranks, dtype, width)
+        return cpu.scaled_signs(latent, outer, inner, ranks, dtype, width)
     scaled = sign(latent, dtype)
     for path, columns in enumerate(_columns(ranks)):
         scaled[:, columns].mul_(outer[path].to(dtype)[:, None])
@@ -105,7 +105,7 @@ def scaled_signs_grad(
     """The gradients of `scaled_signs` with respect to latent, outer and inner, fp32, from the one of its result."""
     if _compiled(latent):
         alpha = gradient.alpha if gradient.kind == "smooth" else None
-        return kernels.cpu.scaled_signs_grad(grad, latent, outer, inner, ranks, alpha)
+        return cpu.scaled_signs_grad(grad, latent, outer, inner, ranks, alpha)
     signed = sign(latent, latent.dtype).mul_(grad.to(latent.dtype))
     if inner is None:
         outer_grad = torch.stack([signed[:, columns].sum(1) for columns in _columns(ranks)])
@@ -121,7 +121,7 @@ def scaled_signs_grad(
 
 
 def _compiled(latent: Tensor) -> bool:
-    return latent.dtype == torch.float32 and latent.device.type == "cpu" and kernels.compiled()
+    return latent.dtype == torch.float32 and latent.device.type == "cpu" and compiled()
 
 
 def _columns(ranks: tuple[int, ...]) -> list[slice]:
