@@ -33,11 +33,11 @@ from transformers import AutoConfig
 
 from hf_littlebit import LittleBitConfig
 from hf_littlebit.config import layer_ranks
-from hf_littlebit.factorize import factorize, relative_error
-from hf_littlebit.machine import machine
+from hf_littlebit.initialize.factorize import factorize, relative_error
+from hf_littlebit.initialize.svd import truncated_svd
+from hf_littlebit.load.meta_model import empty_model
 from hf_littlebit.plan import WeightPlan, plan_model
-from hf_littlebit.skeleton import empty_model
-from hf_littlebit.svd import truncated_svd
+from hf_littlebit.report.bench.machine import machine
 
 PATHS = {"dual_svid": 2, "joint_itq": 2, "admm": 1}
 

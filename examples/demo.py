@@ -22,7 +22,7 @@ from tabulate import tabulate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_littlebit import LittleBitConfig, LittleBitLinear, perplexity, size_report
-from hf_littlebit.factorize import INITS
+from hf_littlebit.initialize.factorize import INITS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

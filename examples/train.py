@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_littlebit import LittleBitCallback, LittleBitConfig, LittleBitTrainer, sample_blocks, text_blocks
-from hf_littlebit.data import read_texts
-from hf_littlebit.trainer import LEARNING_RATE
+from hf_littlebit.train.data import read_texts
+from hf_littlebit.train.trainer import LEARNING_RATE
 
 HERE = Path(__file__).parent
 

@@ -17,9 +17,9 @@ import transformers
 from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_littlebit import LittleBitConfig, fast_generate
+from hf_littlebit.load.meta_model import empty_model
 from hf_littlebit.plan import plan_model
-from hf_littlebit.skeleton import empty_model
-from hf_littlebit.stand_in import random_state
+from hf_littlebit.report.bench.random_weights import random_state
 
 EAGER = {"cache_implementation": "dynamic"}
 STATIC = {"cache_implementation": "static", "disable_compile": True}

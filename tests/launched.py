@@ -7,7 +7,7 @@ import sys
 import torch.distributed as dist
 from two_processes import deepspeed_on_cpu, resume_on_cpu, shard_on_cpu
 
-from hf_littlebit.cli import main
+from hf_littlebit.command.cli import main
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(150, exit=True)

@@ -3,7 +3,7 @@
 import argparse
 
 from hf_littlebit import LittleBitConfig
-from hf_littlebit.arguments import build_parser, quantization_config
+from hf_littlebit.command.arguments import build_parser, quantization_config
 
 # Options of LittleBitConfig that are no business of `quantize`: for loading, or written by the code.
 NO_FLAG = {"dequantize", "format_version", "quant_method", "share_inputs"}

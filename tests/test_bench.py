@@ -14,15 +14,16 @@ from conftest import SMALL, build, config, load
 from torch import nn
 from transformers import CompileConfig
 
-from hf_littlebit import LittleBitConfig, LittleBitLinear, clock, machine
-from hf_littlebit.bench import bench, compare, load_models
-from hf_littlebit.cli import main
-from hf_littlebit.contender import MODES, Setting
+from hf_littlebit import LittleBitConfig, LittleBitLinear
+from hf_littlebit.command.cli import main
+from hf_littlebit.layers.shared_input import share_inputs
+from hf_littlebit.load.meta_model import empty_model
 from hf_littlebit.plan import plan_model
-from hf_littlebit.shared import share_inputs
-from hf_littlebit.skeleton import empty_model
-from hf_littlebit.stand_in import random_state
-from hf_littlebit.trace import Load, Trace, load_of
+from hf_littlebit.report.bench import clock, machine
+from hf_littlebit.report.bench.bench import bench, compare, load_models
+from hf_littlebit.report.bench.contender import MODES, Setting
+from hf_littlebit.report.bench.random_weights import random_state
+from hf_littlebit.report.bench.trace import Load, Trace, load_of
 
 QUICK = {"prompt": 5, "new": 3, "rounds": 2}
 FAST = ["--prompt-tokens", "5", "--max-new-tokens", "3", "--rounds", "2"]
@@ -204,7 +205,7 @@ def test_time_goes_to_the_innermost_part(monkeypatch):
 def test_memory_that_work_takes_is_seen():
     """In a process of its own: after other tests, freed memory that is still resident serves again without growth."""
     code = (
-        "import torch; from hf_littlebit import machine\n"
+        "import torch; from hf_littlebit.report.bench import machine\n"
         "with machine.growth(torch.device('cpu')) as grown: torch.ones(1 << 24)\n"
         "print(grown[0])"
     )
@@ -215,7 +216,7 @@ def test_memory_that_work_takes_is_seen():
 
 def test_compiled_decoding_is_measured(packed, monkeypatch):
     quick = partial(CompileConfig, backend="aot_eager", mode=None, fullgraph=True)
-    monkeypatch.setattr("hf_littlebit.contender.CompileConfig", quick)
+    monkeypatch.setattr("hf_littlebit.report.bench.contender.CompileConfig", quick)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     lengths, ticks = [], clock.Ticks.put

@@ -10,10 +10,10 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from hf_littlebit import LittleBitConfig, calibrate
-from hf_littlebit.calibration import _log_likelihood
-from hf_littlebit.trainer import LittleBitTrainer
-from hf_littlebit.training import LittleBitCallback
-from hf_littlebit.twins import factor_modules, latent_model
+from hf_littlebit.initialize.calibration import _log_likelihood
+from hf_littlebit.load.convert import factor_modules, latent_model
+from hf_littlebit.train.callback import LittleBitCallback
+from hf_littlebit.train.trainer import LittleBitTrainer
 
 TOKENS = Rows().tokens
 

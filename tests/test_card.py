@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
 from hf_littlebit import LittleBitConfig, size_report
-from hf_littlebit.card import merge, model_card
+from hf_littlebit.report.card import merge, model_card
 
 AUTOMATIC = "This is the model card of a transformers model. This model card has been automatically generated."
 

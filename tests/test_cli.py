@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from hf_littlebit import LittleBitConfig, cli, size_report
-from hf_littlebit.cli import main
+from hf_littlebit import LittleBitConfig, size_report
+from hf_littlebit.command import cli
+from hf_littlebit.command.cli import main
 
 FAST = ["--bpw", "4", "--init", "dual_svid"]
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 12
@@ -308,7 +309,7 @@ def test_interrupt_and_unforeseen_errors(monkeypatch, stories, capfd):
 def test_reader_that_leaves(stories):
     read, write = os.pipe()
     os.close(read)
-    script = "import sys; from hf_littlebit.cli import main; sys.exit(main())"
+    script = "import sys; from hf_littlebit.command.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", script, "info", stories, "--bpw", "4"]
     result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     os.close(write)

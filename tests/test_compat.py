@@ -14,7 +14,7 @@ import transformers
 from conftest import config, load
 
 from hf_littlebit import compat
-from hf_littlebit.data import sample_blocks
+from hf_littlebit.train.data import sample_blocks
 
 ROOT = Path(__file__).parent.parent
 

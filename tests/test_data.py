@@ -5,7 +5,7 @@ import torch
 from conftest import load
 from transformers import AutoTokenizer
 
-from hf_littlebit.data import TokenBlocks, read_texts, sample_blocks, text_blocks
+from hf_littlebit.train.data import TokenBlocks, read_texts, sample_blocks, text_blocks
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_the_teacher_writes_its_own_text(tmp_path, stories, tokenizer):
 def test_the_cache_is_of_this_teacher(tmp_path, stories, tokenizer, monkeypatch):
     teacher = load(stories)
     first = sample_blocks(teacher, tokenizer, 2, 6, cache=tmp_path, progress=False)
-    monkeypatch.setattr("hf_littlebit.data._sample", lambda *args: pytest.fail("sampled again"))
+    monkeypatch.setattr("hf_littlebit.train.data._sample", lambda *args: pytest.fail("sampled again"))
     assert torch.equal(sample_blocks(teacher, tokenizer, 2, 6, cache=tmp_path, progress=False).tokens, first.tokens)
     with torch.no_grad():
         teacher.model.layers[0].mlp.up_proj.weight.mul_(1.01)

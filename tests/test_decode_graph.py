@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_map
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation.utils import GenerationMixin
 
-from hf_littlebit import fast_generate, generation, plain_generate, release_graphs, share_inputs, unshare_inputs
-from hf_littlebit.decode_graph import DecodeGraphs, obstacle
-from hf_littlebit.recorder import Constants, Unfit, Watch
-from hf_littlebit.twins import latent_model, pack_model
+from hf_littlebit import fast_generate, plain_generate, release_graphs, share_inputs, unshare_inputs
+from hf_littlebit.generate import generation
+from hf_littlebit.generate.decode_graph import DecodeGraphs, obstacle
+from hf_littlebit.generate.recorder import Constants, Unfit, Watch
+from hf_littlebit.load.convert import latent_model, pack_model
 
 ATEN = torch.ops.aten
 GPU = torch.cuda.is_available()
@@ -407,12 +408,12 @@ def test_long_and_large_caches_stay_dynamic(monkeypatch):
     assert made == ["StaticCache", "DynamicCache"]
     del model._previous_max_cache_length
     token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, bytes
-    monkeypatch.setattr("hf_littlebit.generation._free_memory", lambda device: 4 * token * 25)
+    monkeypatch.setattr("hf_littlebit.generate.generation._free_memory", lambda device: 4 * token * 25)
     generate(model, inputs, 20)
     del model._previous_max_cache_length
     generate(model, inputs, 21)
     assert made[2:] == ["StaticCache", "DynamicCache"]
-    monkeypatch.setattr("hf_littlebit.generation._all_memory", lambda device: 200 * token * 26)
+    monkeypatch.setattr("hf_littlebit.generate.generation._all_memory", lambda device: 200 * token * 26)
     generate(model, inputs, 21)
     assert made[4:] == ["StaticCache"], "a small cache is made without asking for the free memory"
 

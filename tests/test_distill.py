@@ -8,10 +8,10 @@ import torch.nn.functional as F
 import transformers
 from conftest import build
 
-from hf_littlebit import distill
 from hf_littlebit.compat import CACHE_NAMES
-from hf_littlebit.distill import HIDDEN_WEIGHT, Distillation, hidden_error, kl_divergence, token_mask
-from hf_littlebit.topk import TopK, TopKTeacher, save_topk
+from hf_littlebit.train import distill
+from hf_littlebit.train.distill import HIDDEN_WEIGHT, Distillation, hidden_error, kl_divergence, token_mask
+from hf_littlebit.train.topk import TopK, TopKTeacher, save_topk
 
 
 def pair(*shape, seed=0, dtype=torch.float32):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import equal_states, load, logits
 
-from hf_littlebit.cli import main
-from hf_littlebit.twins import pack_model
+from hf_littlebit.command.cli import main
+from hf_littlebit.load.convert import pack_model
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 DEEPSPEED = pytest.mark.skipif(

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_littlebit import LittleBitLinear, eager
-from hf_littlebit.shared import SharedInput
+from hf_littlebit import LittleBitLinear
+from hf_littlebit.layers import eager
+from hf_littlebit.layers.shared_input import SharedInput
 
 
 @pytest.fixture(autouse=True)

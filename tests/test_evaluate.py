@@ -9,8 +9,8 @@ from conftest import ROOT, build, load
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_littlebit import LittleBitConfig, perplexity, size_report
-from hf_littlebit.skeleton import empty_model
-from hf_littlebit.source import Source, find_source
+from hf_littlebit.load.meta_model import empty_model
+from hf_littlebit.load.source import Source, find_source
 
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. " * 12
 
@@ -66,7 +66,7 @@ def test_default_length_is_the_context_and_mode_is_kept(story_model):
 def test_logits_are_upcast_in_chunks(story_model, monkeypatch):
     model, tokenizer = story_model
     whole = perplexity(model, tokenizer, TEXT, length=64, progress=False)
-    monkeypatch.setattr("hf_littlebit.evaluate.CHUNK", 512 * 5)
+    monkeypatch.setattr("hf_littlebit.report.evaluate.CHUNK", 512 * 5)
     assert perplexity(model, tokenizer, TEXT, length=64, progress=False).loss == pytest.approx(whole.loss, rel=1e-6)
 
 

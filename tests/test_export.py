@@ -11,11 +11,11 @@ from test_distributed import DEEPSPEED
 from test_training import CONFIG, Rows, arguments, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_littlebit.cli import main
-from hf_littlebit.engines import check_weights
-from hf_littlebit.export import WHOLE
-from hf_littlebit.trainer import LittleBitTrainer
-from hf_littlebit.twins import factor_modules, latent_model, pack_model
+from hf_littlebit.command.cli import main
+from hf_littlebit.load.convert import factor_modules, latent_model, pack_model
+from hf_littlebit.train.distributed import check_weights
+from hf_littlebit.train.export import WHOLE
+from hf_littlebit.train.trainer import LittleBitTrainer
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_littlebit.factorize import INITS, Path, admm, dual_svid, factorize, joint_itq, refit_scales, relative_error
-from hf_littlebit.svd import truncated_svd
+from hf_littlebit.initialize.factorize import (
+    INITS,
+    admm,
+    dual_svid,
+    factorize,
+    joint_itq,
+    refit_scales,
+    relative_error,
+)
+from hf_littlebit.initialize.svd import truncated_svd
+from hf_littlebit.layers.path import Path
 
 
 def gaussian(rows: int, cols: int, seed: int = 0) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitLinear
-from hf_littlebit.factorize import factorize
-from hf_littlebit.linear import latent_parts, pack_parts
-from hf_littlebit.sign import ALPHA, latent_sign
+from hf_littlebit.initialize.factorize import factorize
+from hf_littlebit.layers.linear import latent_parts, pack_parts
+from hf_littlebit.layers.sign import ALPHA, latent_sign
 
 SIZES = [(48, 64, (16,)), (33, 70, (16, 8)), (96, 40, (40, 40))]
 

@@ -34,7 +34,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"hf_littlebit/{path.name}" for path in (ROOT / "src" / "hf_littlebit").glob("*.py")}
+    expected = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "hf_littlebit").rglob("*.py")}
     expected |= {f"hf_littlebit/kernels/{p.name}" for p in (ROOT / "kernels" / "torch-ext" / "littlebit").glob("*.py")}
     expected |= {"optimum/commands/register/register_littlebit.py"}
     assert expected <= names

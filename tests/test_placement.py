@@ -10,7 +10,8 @@ import torch
 from conftest import build, config, equal_states, load, logits
 from torch import nn
 
-from hf_littlebit import LittleBitLinear, conversion
+from hf_littlebit import LittleBitLinear
+from hf_littlebit.load import conversion
 
 
 def test_sharded_and_shard_sizes(family_dir, tmp_path):
@@ -100,7 +101,7 @@ def test_no_dense_weights_are_made_on_reload(family_dir, tmp_path, monkeypatch):
     model = load(family_dir("llama"), quantization_config=config())
     model.save_pretrained(tmp_path)
     sizes = []
-    monkeypatch.setattr("hf_littlebit.conversion.factor_weight", lambda *a: sizes.append(a))
+    monkeypatch.setattr("hf_littlebit.load.conversion.factor_weight", lambda *a: sizes.append(a))
     again = load(tmp_path)
     largest = max(p.numel() * p.element_size() for n, p in again.named_parameters() if "layers" in n)
     assert not sizes and largest < 96 * 64 * 2  # the smallest bf16 dense matrix of the mlp

@@ -9,10 +9,10 @@ from conftest import SMALL, config, equal_states, load
 from torch import nn
 
 from hf_littlebit import LittleBitConfig, LittleBitLinear
-from hf_littlebit.experts import LittleBitExperts
-from hf_littlebit.head import OutputHead
+from hf_littlebit.layers.experts import LittleBitExperts
+from hf_littlebit.layers.output_head import OutputHead
+from hf_littlebit.load.meta_model import empty_model
 from hf_littlebit.plan import plan_model
-from hf_littlebit.skeleton import empty_model
 
 
 def test_head_embeddings_and_named_modules_stay_dense(family_dir):

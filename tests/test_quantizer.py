@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
-from hf_littlebit.experts import LittleBitExperts
-from hf_littlebit.head import OutputHead
+from hf_littlebit.layers.experts import LittleBitExperts
+from hf_littlebit.layers.output_head import OutputHead
 from hf_littlebit.plan import plan_model
 
 

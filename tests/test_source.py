@@ -8,7 +8,7 @@ import pytest
 from conftest import load
 
 from hf_littlebit import LittleBitConfig, size_report
-from hf_littlebit.source import find_source
+from hf_littlebit.load.source import find_source
 
 
 @pytest.mark.parametrize("shard", ["5GB", "30KB"])

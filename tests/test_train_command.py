@@ -8,8 +8,8 @@ from conftest import load
 from safetensors import safe_open
 
 from hf_littlebit import LittleBitConfig, LittleBitLinear
-from hf_littlebit.cli import main
-from hf_littlebit.size import size_report
+from hf_littlebit.command.cli import main
+from hf_littlebit.report.size import size_report
 
 
 @pytest.fixture(scope="module")

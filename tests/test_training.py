@@ -13,13 +13,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
-from hf_littlebit.flips import SignFlips
-from hf_littlebit.linear import part_name
-from hf_littlebit.resume import last_checkpoint
-from hf_littlebit.topk import save_topk
-from hf_littlebit.trainer import LittleBitTrainer
-from hf_littlebit.training import LittleBitCallback
-from hf_littlebit.twins import (
+from hf_littlebit.layers.linear import part_name
+from hf_littlebit.load.convert import (
     balance_scales,
     factor_modules,
     latent_model,
@@ -28,6 +23,11 @@ from hf_littlebit.twins import (
     unpack_model,
     weight_ranks,
 )
+from hf_littlebit.train.callback import LittleBitCallback
+from hf_littlebit.train.flips import SignFlips
+from hf_littlebit.train.resume import last_checkpoint
+from hf_littlebit.train.topk import save_topk
+from hf_littlebit.train.trainer import LittleBitTrainer
 
 CONFIG = LittleBitConfig(bpw=3.0, init="dual_svid", residual=False)
 

@@ -9,9 +9,9 @@ from hf_littlebit.kernels import candidates, gpu, tuner, tuning
 from test_cli import FAST, fails
 
 from hf_littlebit import LittleBitConfig
-from hf_littlebit.cli import main
-from hf_littlebit.size import size_report
-from hf_littlebit.tune_command import layers_and_groups
+from hf_littlebit.command.cli import main
+from hf_littlebit.command.tune_command import layers_and_groups
+from hf_littlebit.report.size import size_report
 
 
 @pytest.fixture

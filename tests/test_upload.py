@@ -15,8 +15,9 @@ import transformers
 from conftest import load
 from test_card import stub_hub
 
-from hf_littlebit import LittleBitConfig, size_report, upload
-from hf_littlebit.upload import push_folder
+from hf_littlebit import LittleBitConfig, size_report
+from hf_littlebit.report import upload
+from hf_littlebit.report.upload import push_folder
 
 SAVED = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 
@@ -237,7 +238,7 @@ def test_push_and_info_through_the_protocol(folder, tmp_path):
     environment["HF_HUB_DISABLE_XET"] = "1"
     script = f"""
 import sys
-from hf_littlebit.cli import main
+from hf_littlebit.command.cli import main
 codes = main(["push", {packed!r}, "me/tiny", "--private"]), main(["info", "me/tiny"])
 sys.exit(codes != (0, 0))
 """

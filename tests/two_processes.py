@@ -24,9 +24,9 @@ from test_training import CONFIG, Rows
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_littlebit.engines import is_partitioned
-from hf_littlebit.trainer import LATENT_FACTOR, SCALE_FACTOR, LittleBitTrainer
-from hf_littlebit.training import LittleBitCallback
+from hf_littlebit.train.callback import LittleBitCallback
+from hf_littlebit.train.distributed import is_partitioned
+from hf_littlebit.train.trainer import LATENT_FACTOR, SCALE_FACTOR, LittleBitTrainer
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 

@@ -20,14 +20,14 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from hf_littlebit import LittleBitConfig
-from hf_littlebit.data import read_texts, text_blocks
-from hf_littlebit.distill import HIDDEN_WEIGHT
-from hf_littlebit.flips import SignFlips
+from hf_littlebit.layers.sign import ALPHA
+from hf_littlebit.load.convert import balance_scales, factor_modules, latents_and_scales
 from hf_littlebit.plan import plan_model
-from hf_littlebit.sign import ALPHA
-from hf_littlebit.trainer import CALIBRATION, LATENT_FACTOR, LEARNING_RATE, SCALE_FACTOR, LittleBitTrainer
-from hf_littlebit.training import LittleBitCallback
-from hf_littlebit.twins import balance_scales, factor_modules, latents_and_scales
+from hf_littlebit.train.callback import LittleBitCallback
+from hf_littlebit.train.data import read_texts, text_blocks
+from hf_littlebit.train.distill import HIDDEN_WEIGHT
+from hf_littlebit.train.flips import SignFlips
+from hf_littlebit.train.trainer import CALIBRATION, LATENT_FACTOR, LEARNING_RATE, SCALE_FACTOR, LittleBitTrainer
 
 __all__ = ["REFERENCE", "Arm", "Results", "Setting", "arm_changes"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from arms import REFERENCE, Arm, Results, Setting
 
-from hf_littlebit.trainer import LATENT_FACTOR, SCALE_FACTOR
+from hf_littlebit.train.trainer import LATENT_FACTOR, SCALE_FACTOR
 
 HERE = Path(__file__).parent
 PLAIN = {"calibration": 0, "kv_factor": 1.0}  # as the weights alone say

@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_littlebit import LittleBitConfig, latent_model
-from hf_littlebit.machine import machine
+from hf_littlebit.report.bench.machine import machine
 
 
 def step(model: torch.nn.Module, tokens: torch.Tensor, bf16: bool) -> tuple[float, float]:

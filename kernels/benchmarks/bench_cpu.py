@@ -23,7 +23,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import torch
 from hf_littlebit.kernels import cpu, factor_shapes, reference, unpack_signs
 
-from hf_littlebit.machine import cpu_name
+from hf_littlebit.report.bench.machine import cpu_name
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096))  # out, in
 BPW = (0.1, 0.3, 0.55, 1.0)

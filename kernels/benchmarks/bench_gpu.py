@@ -27,8 +27,8 @@ from hf_littlebit.kernels import factor_shapes, gpu, reference
 from record import Record
 from turns import MOST, floor, turns
 
-from hf_littlebit.machine import machine as describe
-from hf_littlebit.machine import wait
+from hf_littlebit.report.bench.machine import machine as describe
+from hf_littlebit.report.bench.machine import wait
 
 SHAPES = ((8192, 28672), (28672, 8192), (4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096))  # out, in
 BPW = (0.1, 0.55, 1.0)

@@ -52,7 +52,7 @@ def calls(tokens: int, device: str) -> Dict[str, Call]:
     """The candidates, each a call with an x of so many tokens."""
     from hf_littlebit.kernels import gpu
 
-    from hf_littlebit.shared import share_inputs
+    from hf_littlebit.layers.shared_input import share_inputs
 
     x = torch.randn(1, tokens, SIZE, device=device).bfloat16()
     dense = [nn.Linear(SIZE, SIZE, bias=False, device=device, dtype=torch.bfloat16) for _ in range(3)]

@@ -20,7 +20,7 @@ ROUNDS = 3
 
 
 def settings() -> List[Any]:
-    from hf_littlebit.contender import Setting
+    from hf_littlebit.report.bench.contender import Setting
 
     return [
         Setting(32, 32, 1, "eager"),
@@ -50,8 +50,8 @@ def main() -> int:
         print("this measures a CUDA or ROCm GPU, and there is none; --device cpu tries the script", file=sys.stderr)
         return 1
     from hf_littlebit import LittleBitConfig
-    from hf_littlebit.bench import compare, load_models
-    from hf_littlebit.machine import machine
+    from hf_littlebit.report.bench.bench import compare, load_models
+    from hf_littlebit.report.bench.machine import machine
 
     about = {"model": options.name, "machine": machine(options.device)}
     record = Record("models", options.out, about, options.seconds)

@@ -1,10 +1,10 @@
 // The operators, on torch's stable ABI (torch_abi.h): one library serves every Python and every torch from 2.10 on.
 //
 //     hf_littlebit_cpu::linear, linears, linear_grad        the kernel by itself, as used by torch-ext/littlebit/cpu.py
-//     hf_littlebit_cpu::scaled_signs, scaled_signs_grad     passes over latents in training, as used by src/hf_littlebit/product.py
+//     hf_littlebit_cpu::scaled_signs, scaled_signs_grad     passes over latents in training (hf_littlebit/layers/latent_matmul.py)
 //     hf_littlebit_cpu::select(isa) -> isa                  forces an instruction set ("auto": the best), for tests; "" only asks
 //     hf_littlebit::linear, linears, linear_grad            the same functions for the CPU dispatch key of the plugin's operators,
-//                                                           whose schemas are in src/hf_littlebit/ops.py; nothing calls these if absent
+//                                                           whose schemas are in hf_littlebit/layers/ops.py; nothing calls these if absent
 #include <algorithm>
 #include <deque>
 #include <optional>

@@ -131,7 +131,7 @@ def test_whole_models(load, monkeypatch, tmp_path, capsys):
     config = LlamaConfig(**TINY, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     config.save_pretrained(tmp_path)
     models = load("models_gpu")
-    from hf_littlebit.contender import Setting
+    from hf_littlebit.report.bench.contender import Setting
 
     monkeypatch.setattr(
         models, "settings", lambda: [Setting(6, 3, 2, "eager"), Setting(5, 3), Setting(5, 3, 1, "compiled")]

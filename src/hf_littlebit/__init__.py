@@ -16,22 +16,24 @@ from . import compat
 
 with compat.explain_missing():
     from .config import LittleBitConfig
-    from .evaluate import perplexity
-    from .generation import fast_generate, plain_generate, release_graphs
-    from .linear import LatentLittleBitLinear, LittleBitLinear
-    from .quantizer import LittleBitHfQuantizer
-    from .shared import share_inputs, unshare_inputs
-    from .size import size_report
+    from .generate.generation import fast_generate, plain_generate, release_graphs
+    from .layers.linear import LatentLittleBitLinear, LittleBitLinear
+    from .layers.shared_input import share_inputs, unshare_inputs
+    from .load.quantizer import LittleBitHfQuantizer
+    from .report.card import upload_with_card
+    from .report.evaluate import perplexity
+    from .report.size import size_report
 
+    LittleBitHfQuantizer.upload_files = staticmethod(upload_with_card)
     compat.register("littlebit", LittleBitConfig, LittleBitHfQuantizer)
 
 if TYPE_CHECKING:
-    from .calibration import calibrate
-    from .data import sample_blocks, text_blocks
-    from .topk import TopKTeacher, save_topk
-    from .trainer import LittleBitTrainer
-    from .training import LittleBitCallback
-    from .twins import latent_model, pack_model, unpack_model
+    from .initialize.calibration import calibrate
+    from .load.convert import latent_model, pack_model, unpack_model
+    from .train.callback import LittleBitCallback
+    from .train.data import sample_blocks, text_blocks
+    from .train.topk import TopKTeacher, save_topk
+    from .train.trainer import LittleBitTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -58,16 +60,16 @@ __all__ = [
     "unshare_inputs",
 ]
 _TRAINING = {
-    "LittleBitCallback": "training",
-    "LittleBitTrainer": "trainer",
-    "TopKTeacher": "topk",
-    "calibrate": "calibration",
-    "latent_model": "twins",
-    "pack_model": "twins",
-    "sample_blocks": "data",
-    "save_topk": "topk",
-    "text_blocks": "data",
-    "unpack_model": "twins",
+    "LittleBitCallback": "train.callback",
+    "LittleBitTrainer": "train.trainer",
+    "TopKTeacher": "train.topk",
+    "calibrate": "initialize.calibration",
+    "latent_model": "load.convert",
+    "pack_model": "load.convert",
+    "sample_blocks": "train.data",
+    "save_topk": "train.topk",
+    "text_blocks": "train.data",
+    "unpack_model": "load.convert",
 }
 
 

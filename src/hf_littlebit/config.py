@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .factorize import INITS
+from .initialize.factorize import INITS
 from .kernels.packing import stored_bits
 
 __all__ = [
@@ -127,7 +127,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         workers (`int`): layers factorized at the same time. Each holds one dense layer and its workspace.
         dequantize (`bool`): load a saved model as a dense one. Refused for a dense model.
         share_inputs (`bool`, *optional*): compute layers that read the same tensor (q, k and v; gate and up) in one call; for
-            packed models, and not saved (shared.py). By default on a GPU alone, where it is faster.
+            packed models, and not saved (shared_input.py). By default on a GPU alone, where it is faster.
         base_model (`str`, *optional*): Hub id of the dense model, for the model card; filled in while loading from the Hub.
 
     Raises:

@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of, matches
-from .experts import LittleBitExperts, expert_sizes, is_stack
-from .linear import FactorModule, part_name
+from .layers.experts import LittleBitExperts, expert_sizes, is_stack
+from .layers.linear import FactorModule, part_name
 
 __all__ = ["Plan", "WeightPlan", "aliases", "fp32_modules", "needs_fp32", "plan_model"]
 

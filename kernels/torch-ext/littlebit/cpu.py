@@ -9,7 +9,7 @@ same function as the CPU implementation of `hf_littlebit::linear`, the plugin's 
 the plugin's calls on CPU tensors do not pass through Python.
 
 `scaled_signs` and `scaled_signs_grad` are what a training step does with latents besides matrix products, each in one pass
-over memory. They are opaque to torch.compile and record no gradient; src/hf_littlebit/product.py calls them.
+over memory. They are opaque to torch.compile and record no gradient; src/hf_littlebit/layers/latent_matmul.py calls them.
 
 A child of `os.fork` must call `torch.set_num_threads(1)` first, as torch's DataLoader does: GNU OpenMP hangs in a child whose
 parent had started its threads, here as in torch's own products.

@@ -24,7 +24,7 @@ class LittleBitCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         def show_help(*unused: Any) -> str:
-            from hf_littlebit.cli import build_parser
+            from hf_littlebit.command.cli import build_parser
 
             return build_parser(PROG).format_help()
 
@@ -32,7 +32,7 @@ class LittleBitCommand(BaseOptimumCLICommand):
         parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
     def run(self) -> None:
-        from hf_littlebit.cli import main
+        from hf_littlebit.command.cli import main
 
         raise SystemExit(main(self.args.arguments, PROG))
 

@@ -1,0 +1,1 @@
+"""The command line `littlebit`: its options, and what each command runs."""

@@ -1,0 +1,301 @@
+"""The command `littlebit`: quantize, train, pack, info, eval, generate, bench, tune, push. `optimum-cli littlebit` is the same.
+
+Results go to stdout, progress and notes to stderr. Bad input ends with one line, "littlebit: error: ...", and exit code 2;
+a failure of the machine or the network with the same line and 1; Ctrl-C with 130. torch and transformers are imported by
+the commands that need them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .arguments import build_parser, quantization_config
+from .train_command import run_train
+
+__all__ = ["build_parser", "main"]
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "littlebit") -> int:
+    """Run the command line `argv` (default: the program's own) and return its exit code."""
+    args = build_parser(prog).parse_args(argv)
+    commands = {
+        "quantize": run_quantize,
+        "train": lambda args: run_train(args, quantization_config(args), _tokenizer(args.model, required=True)),
+        "pack": run_pack,
+        "info": run_info,
+        "eval": run_eval,
+        "generate": run_generate,
+        "bench": run_bench,
+        "tune": run_tune,
+        "push": run_push,
+    }
+    try:
+        code = commands[args.command](args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("littlebit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has left: nothing to report, and nothing more may be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"littlebit: error: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and text:
+        return text
+    # Nobody wrote this text for a reader of the command line.
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    """`littlebit quantize`."""
+    from ..load.meta_model import model_class
+    from ..load.source import find_source
+    from ..report.size import size_report
+
+    config = quantization_config(args)
+    out = _out(args, args.model, "dense model")
+    source = find_source(args.model)
+    if source.quantization is not None:
+        raise ValueError(
+            f"{args.model} is quantized already, at {source.quantization.bpw:g} bits; start from the dense model"
+        )
+    # Both before the long work, so that neither fails after it.
+    tokenizer = _tokenizer(args.model, required=False)
+    kind = model_class(source.config)
+    with _folder(out):
+        model = kind.from_pretrained(args.model, quantization_config=config, dtype=args.dtype)
+        model.save_pretrained(out)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
+    print(size_report(out).table())
+    print(f"\nsaved to {out}")
+    return 0
+
+
+def run_pack(args: argparse.Namespace) -> int:
+    """`littlebit pack`."""
+    from ..load.convert import pack_model
+    from ..report.size import size_report
+    from ..train.export import latent_checkpoint
+
+    out = _out(args, args.checkpoint, "checkpoint")
+    tokenizer = _tokenizer(args.tokenizer, required=True) if args.tokenizer else None
+    model = latent_checkpoint(args.checkpoint, args.dtype)
+    if not args.tokenizer:
+        tokenizer = _tokenizer(args.checkpoint, required=False)
+    with _folder(out):
+        pack_model(model).save_pretrained(out)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
+    print(size_report(out).table())
+    print(f"\nsaved to {out}")
+    return 0
+
+
+def _out(args: argparse.Namespace, source: str, what: str) -> str:
+    """--out, checked: it may be made, or saved into, and is not the `source`."""
+    out = args.out
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"--out {out} is a file; give a folder")
+    if os.path.isdir(out) and os.listdir(out) and not args.overwrite:
+        raise ValueError(f"--out {out} is not empty; give another folder, or --overwrite to save into it")
+    if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
+        raise ValueError(f"--out {out} is the {what} itself; give another folder")
+    return out
+
+
+@contextmanager
+def _folder(path: str) -> Iterator[None]:
+    """Make the folder `path` now, while nothing is lost if that fails; empty ones are removed if what follows fails."""
+    made = []
+    at = os.path.abspath(path)
+    while not os.path.isdir(at):
+        made.append(at)
+        at = os.path.dirname(at)
+    try:
+        os.makedirs(path, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            try:
+                os.rmdir(folder)
+            except OSError:  # not made yet, or something was saved into it: then its parents stay too
+                continue
+        raise
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """`littlebit info`."""
+    from ..report.size import size_report
+
+    report = size_report(args.model, quantization_config(args))
+    print(json.dumps(report.as_dict(), indent=2) if args.json else report.table(layers=args.layers))
+    return 0
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """`littlebit eval`."""
+    from dataclasses import asdict
+
+    from ..report.evaluate import perplexity
+
+    with open(args.text, encoding="utf-8") as file:
+        try:
+            text = file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--text {args.text} is not UTF-8 text: {error}") from error
+    model, tokenizer = _load(args)
+    options = {
+        "length": args.length,
+        "stride": args.stride,
+        "max_blocks": args.max_blocks,
+        "batch_size": args.batch_size,
+    }
+    result = perplexity(model, tokenizer, text, **options)
+    if args.json:
+        print(json.dumps(asdict(result)))
+        return 0
+    print(f"perplexity  {result.perplexity:.4g}")
+    print(f"loss        {result.loss:.4f} nats per token")
+    print(f"tokens      {result.tokens} in {result.blocks} windows")
+    return 0
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """`littlebit generate`."""
+    from transformers import TextStreamer, set_seed
+
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
+    if args.temperature is not None and not 0 < args.temperature < float("inf"):
+        raise ValueError(
+            f"--temperature is {args.temperature:g}; it must be above 0 (for the likeliest token use --greedy)"
+        )
+    model, tokenizer = _load(args)
+    if not getattr(model, "can_generate", lambda: False)():
+        raise ValueError(f"{args.model} is a {type(model).__name__}, which does not generate text")
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    length, context = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
+    if length == 0:
+        raise ValueError("--prompt has no tokens; give some text")
+    if context is not None and length + args.max_new_tokens > context:
+        raise ValueError(
+            f"{length} tokens of prompt and {args.max_new_tokens} new ones exceed the model's context of {context}; "
+            "lower --max-new-tokens or shorten the prompt"
+        )
+    set_seed(args.seed)
+    # The model's own sampling settings would be warned about when they are not used.
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if args.temperature is not None:
+        how = {"do_sample": True, "temperature": args.temperature}
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        how["pad_token_id"] = tokenizer.eos_token_id
+    inputs.pop("token_type_ids", None)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=streamer, **how)
+    return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`littlebit bench`."""
+    import torch
+
+    from ..report.bench.bench import bench
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads is {args.threads}; it must be at least 1")
+        torch.set_num_threads(args.threads)
+    result = bench(
+        args.model,
+        quantization_config(args),
+        packed_only=args.packed_only,
+        prompt=args.prompt_tokens,
+        new=args.max_new_tokens,
+        rounds=args.rounds,
+        device=_device(args),
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        batch=args.batch_size,
+        mode=args.mode,
+        share_inputs=args.share_inputs,
+    )
+    print(json.dumps(result.as_dict()) if args.json else result.table())
+    return 0
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    """`littlebit tune`."""
+    from .tune_command import run_tune
+
+    return run_tune(args, quantization_config(args))
+
+
+def run_push(args: argparse.Namespace) -> int:
+    """`littlebit push`."""
+    from ..report.upload import push_folder
+
+    print(push_folder(args.folder, args.repo, private=args.private or None).commit_url)
+    return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of `args.model` on `args.device`."""
+    from ..load.meta_model import model_class
+    from ..load.source import find_source
+
+    device = _device(args)
+    source = find_source(args.model)
+    tokenizer = _tokenizer(args.model, required=True)
+    place = {"dtype": args.dtype, "device_map": device, "variant": source.variant}
+    model = model_class(source.config).from_pretrained(args.model, **place)
+    return model.eval(), tokenizer
+
+
+def _device(args: argparse.Namespace) -> str:
+    """--device, checked: that is, whether this machine has it."""
+    import torch
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device is {device!r}, which this machine does not offer ({reason}); use cpu") from None
+    return device
+
+
+def _tokenizer(model: str, required: bool) -> Any:
+    """The model's tokenizer; without one, an error if it is `required`, else a note and None."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        reason = "its vocabulary is empty"
+    except (OSError, ValueError, ImportError) as error:
+        tokenizer, reason = None, _one_line(error)
+    # Without any file, transformers makes a tokenizer of special tokens alone for some model types.
+    if tokenizer is not None and len(tokenizer) > len(set(tokenizer.all_special_ids)):
+        return tokenizer
+    if required:
+        raise ValueError(
+            f"{model} has no tokenizer that can be used: {reason}; save the model's tokenizer into its folder"
+        )
+    print(f"note: no tokenizer is saved along: {reason}", file=sys.stderr)
+    return None

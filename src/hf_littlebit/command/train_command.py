@@ -1,0 +1,253 @@
+"""`littlebit train`: a dense model and some text in, a trained and packed model out, with a plot of how it went.
+
+Under `accelerate launch` or `torchrun` every process runs all of it, with a share of each batch; the first one alone writes
+files and the report, and makes the text that the others then read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from typing import Any
+
+__all__ = ["add_options", "run_train"]
+
+HELD_OUT = 64  # blocks for evaluation where no --eval is given, but at most a tenth of the data
+EVALUATIONS = 5  # during training
+CHECKPOINTS = "checkpoints"  # folder within --out
+CONTEXT = 512  # the longest block by default
+SAVED = 500  # the most steps between checkpoints by default
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+REPORT = "training.json"  # the last file that is written
+SAME = (
+    "steps",
+    "batch-size",
+    "accumulate",
+    "lr",
+    "no-teacher",
+    "bf16",
+    "seed",
+)  # options that a resumed training keeps
+WAIT = 24 * 3600  # seconds that processes wait for each other: for the first to write the text, say
+
+
+def add_options(train: argparse.ArgumentParser) -> None:
+    """The options of `train` besides those of the method."""
+    train.add_argument("model", metavar="MODEL", help="folder or Hub id of a dense model; it is the teacher too")
+    train.add_argument("--out", metavar="DIR", required=True, help="folder for the packed model, plot and checkpoints")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR/checkpoints")
+    data = train.add_argument_group("the data")
+    data.add_argument(
+        "--data",
+        metavar="TEXT",
+        nargs="+",
+        required=True,
+        help="text files, folders, Hub datasets (org/name[:config][@split]), or `self`: the teacher writes the text",
+    )
+    data.add_argument("--eval", metavar="TEXT", nargs="+", help="held-out text (default: the last blocks of the data)")
+    data.add_argument("--column", metavar="NAME", default="text", help="of datasets and JSON lines (default: text)")
+    data.add_argument("--length", metavar="N", type=int, help="tokens per block (default: the context, at most 512)")
+    data.add_argument(
+        "--blocks", metavar="N", type=int, help="read or write so many blocks (default: all; self: 1,000)"
+    )
+    how = train.add_argument_group("the training")
+    how.add_argument("--steps", metavar="N", type=int, default=300, help="optimizer steps (default: 300)")
+    how.add_argument("--batch-size", metavar="N", type=int, default=8, help="blocks at a time and device (default: 8)")
+    how.add_argument("--accumulate", metavar="N", type=int, default=1, help="batches per step (default: 1)")
+    how.add_argument("--lr", metavar="X", type=float, help="of embeddings and norms; the others are multiples of it")
+    how.add_argument("--no-teacher", action="store_true", help="learn from the text alone, without distillation")
+    how.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    how.add_argument(
+        "--save-steps",
+        metavar="N",
+        type=int,
+        help="steps between checkpoints (default: a fifth of --steps, at most 500)",
+    )
+    how.add_argument("--dtype", choices=DTYPES, default="auto", help="of what stays dense (default: as in the model)")
+    how.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+
+
+def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
+    """`littlebit train`; `config` is the LittleBitConfig of the options, `tokenizer` the model's."""
+    import torch
+    from transformers import TrainingArguments, set_seed
+
+    from ..compat import resolve_dtype
+    from ..load.meta_model import model_class
+    from ..load.source import find_source
+    from ..report.size import size_report
+    from ..train.callback import LittleBitCallback
+    from ..train.data import read_texts, sample_blocks, text_blocks
+    from ..train.resume import fingerprint, keep_options
+    from ..train.trainer import LEARNING_RATE, LittleBitTrainer
+
+    checkpoint = _check(args)
+    source = find_source(args.model)
+    if source.quantization is not None:
+        raise ValueError(f"{args.model} is quantized already; start from the dense model, which is the teacher too")
+    context = getattr(source.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
+    length = min(context, CONTEXT) if args.length is None else args.length
+    if not 2 <= length <= context:
+        raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")
+    seed = args.seed or 0
+    set_seed(seed)
+    # Before TrainingArguments, which have engines take apart whatever is loaded after them.
+    model = model_class(source.config).from_pretrained(args.model, dtype="float32")
+    checkpoints = os.path.join(args.out, CHECKPOINTS)
+    every = max(1, args.steps // EVALUATIONS)
+    arguments = TrainingArguments(
+        checkpoints,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        learning_rate=LEARNING_RATE if args.lr is None else args.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, args.steps // 20),
+        logging_steps=max(1, args.steps // 50),
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=True,
+        save_steps=args.save_steps or max(1, min(SAVED, args.steps // EVALUATIONS)),
+        save_total_limit=2,
+        prediction_loss_only=True,
+        bf16=args.bf16,
+        use_cpu=args.cpu or not torch.accelerator.is_available(),  # else Trainer refuses --bf16 without a GPU
+        seed=seed,
+        report_to=[],
+        ddp_timeout=WAIT,
+    )
+    model.to(arguments.device)
+    with arguments.main_process_first(desc="the text"):
+        if args.data == ["self"]:
+            blocks = sample_blocks(model, tokenizer, args.blocks or 1000, length, seed=seed, cache=checkpoints)
+        else:
+            blocks = text_blocks(read_texts(args.data, args.column), tokenizer, length, args.column, args.blocks)
+        if args.eval:
+            held_out = text_blocks(read_texts(args.eval, args.column), tokenizer, length, args.column, HELD_OUT)
+        else:
+            blocks, held_out = blocks.split(max(1, min(HELD_OUT, len(blocks) // 10)))
+    # Only whole batches: where processes share them, Trainer weighs those of another size wrongly.
+    whole = (size for size in range(args.batch_size, 0, -1) if len(held_out) % size == 0)
+    arguments.per_device_eval_batch_size = next(whole)
+    made_of = {f"--{name}": getattr(args, name.replace("-", "_")) for name in SAME}
+    made_of |= {"the method": config.to_dict(), "--length": length, "the text": fingerprint(blocks.tokens)}
+    keep_options(checkpoints, made_of, args.resume, arguments.process_index == 0)
+    dense = _evaluate(model, arguments, held_out)
+    dtype = resolve_dtype(source.config.dtype) if args.dtype == "auto" else getattr(torch, args.dtype)
+    callback = LittleBitCallback(config, None if args.no_teacher else "self", dtype=dtype)
+    trainer = LittleBitTrainer(model, arguments, callbacks=[callback], train_dataset=blocks, eval_dataset=held_out)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    packed = trainer.evaluate()["eval_loss"]
+    model.config.use_cache = True
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(args.out)
+    trainer.save_model(args.out)
+    if not trainer.is_world_process_zero():
+        return 0
+    size = size_report(args.out)
+    report = {
+        "model": args.model if not os.path.isdir(args.model) else os.path.basename(os.path.realpath(args.model)),
+        "bpw": size.bpw,
+        "steps": args.steps,
+        "tokens_per_step": args.batch_size * args.accumulate * length * arguments.world_size,
+        "perplexity": {"dense": perplexity(dense), "packed": perplexity(packed)},
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+    }
+    _write(args.out, report)
+    print(size.table())
+    first = next(entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry)
+    print(f"\nperplexity on {len(held_out)} held-out blocks of {length} tokens")
+    for name, loss in (("dense", dense), ("before training", first), ("packed", packed)):
+        print(f"  {name:<16}{perplexity(loss):.4g}")
+    print(f"saved to {args.out}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> str | None:
+    """The checkpoint to go on from, if any."""
+    for option in ("steps", "batch_size", "accumulate", "save_steps"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
+    if args.blocks is not None and args.blocks < 2:
+        raise ValueError(f"--blocks is {args.blocks}; it must be at least 2")
+    if args.lr is not None and not 0 < args.lr < 1:
+        raise ValueError(f"--lr is {args.lr:g}; it must be above 0 and below 1")
+    if args.format not in (None, "packed"):
+        raise ValueError(
+            f"--format is {args.format!r}, but train packs its result; the checkpoints in --out are latent"
+        )
+    if "self" in args.data and len(args.data) > 1:
+        raise ValueError("--data self stands alone: the teacher writes all of the text")
+    from ..train.resume import last_checkpoint
+
+    out = args.out
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"--out {out} is a file; give a folder")
+    kept = os.path.join(out, CHECKPOINTS)
+    found = last_checkpoint(kept)
+    # What is written last tells a finished training from one that was interrupted while its model was saved.
+    if os.path.isfile(os.path.join(out, REPORT)) or (os.path.isfile(os.path.join(out, "config.json")) and not found):
+        raise ValueError(f"--out {out} holds a model already; give another folder")
+    if found and not args.resume:
+        raise ValueError(f"{kept} holds an unfinished training; add --resume to go on, or give another --out")
+    if args.resume and not found:
+        raise ValueError(f"{kept} holds no complete checkpoint to resume from; leave out --resume")
+    return found
+
+
+def _evaluate(model: Any, arguments: Any, blocks: Any) -> float:
+    """Mean loss per token of the dense model, of which each process takes a share of the blocks.
+
+    Trainer.evaluate would let the engine shard the model, which is still to be factorized.
+    """
+    import torch
+    import torch.distributed as dist
+
+    model.eval()
+    sums = torch.zeros(2, device=arguments.device)
+    mine = range(arguments.process_index, len(blocks), arguments.world_size)
+    for at in range(0, len(mine), arguments.per_device_eval_batch_size):
+        tokens = torch.stack([blocks[row]["input_ids"] for row in mine[at : at + arguments.per_device_eval_batch_size]])
+        tokens = tokens.to(arguments.device)
+        with torch.no_grad(), torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        sums += torch.stack([loss.float() * len(tokens), torch.full_like(loss, len(tokens))])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinity where that is no number any more."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _write(out: str, report: dict[str, Any]) -> None:
+    """training.json, and training.png where matplotlib is installed."""
+    with open(os.path.join(out, REPORT), "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=1)
+    try:
+        import matplotlib
+    except ImportError:
+        print("note: no plot is drawn, because matplotlib is not installed: pip install 'hf-littlebit[plot]'")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    history = report["history"]
+    steps = [(entry["step"], entry.get("kd_loss", entry["loss"])) for entry in history if "loss" in entry]
+    evaluated = [(entry["step"], perplexity(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    left.plot(*zip(*steps, strict=True), color="#3b7dd8")
+    left.set(xlabel="step", ylabel="loss in training, nats per token", yscale="log")
+    right.plot(*zip(*evaluated, strict=True), marker="o", color="#d1495b", label="trained")
+    right.axhline(report["perplexity"]["dense"], linestyle="--", color="black", linewidth=1, label="dense, 16 bits")
+    right.set(xlabel="step", ylabel="perplexity, held-out text", yscale="log")
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+    figure.suptitle(f"{report['model']} at {report['bpw']:.3g} bits per weight")
+    figure.savefig(os.path.join(out, "training.png"), dpi=130)
+    plt.close(figure)

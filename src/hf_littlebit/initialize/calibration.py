@@ -1,0 +1,151 @@
+"""What the errors of a weight cost: how large a layer's inputs and output gradients are, from a few batches of text.
+
+A change E of a weight W [out, in] moves the model's distribution by about 1/2 sum over tokens of (o^T E i)^2 nats, where i
+is the layer's input and o the gradient of log p(y) at its output, y drawn from the model itself (the Fisher information is
+the KL's own curvature, so no labels are needed). With o and i taken apart, as K-FAC does, and only their diagonals kept:
+
+    cost(E) = sum_jk rows_j E_jk^2 cols_k       rows ~ mean o^2 [out], cols ~ mean i^2 [in]
+
+which is what `factorize` minimises when it is given both. Their square roots, the root mean squares, do better than the
+moments themselves: the errors of a binary factorization are correlated, and the diagonal then overstates the largest rows
+and columns. Loss over the dense model's before training, pycode-13m at 0.3 bits with kv_factor 2, 8,192 tokens:
+
+    none .881    moments .845    moments of inputs alone .772    root mean squares .754
+
+One forward and one backward of the dense model per batch; no gradients of weights are made.
+
+Sources: K-FAC (arXiv 1503.05671) for the split; double binary factorization (arXiv 2505.11076) and NanoQuant
+(arXiv 2602.06694) for weighing binary factors by it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.output_head import CHUNK
+
+__all__ = ["Importance", "calibrate"]
+
+
+class Importance(NamedTuple):
+    """Of one weight [out, in]: root mean square of its output gradient, `rows` [out], and input, `cols` [in]; fp32."""
+
+    rows: Tensor
+    cols: Tensor
+
+
+def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -> dict[str, Importance]:
+    """{weight name: Importance} of every `nn.Linear` of a dense `model` that `batches` reach; the model stays as it is.
+
+    Args:
+        batches: inputs of the model, as a data collator makes them: `input_ids` [batch, seq] and, where there is padding,
+            `attention_mask`, whose zeros do not count. Labels, and what its forward does not take, are left out. A few
+            thousand tokens are enough.
+        seed: of the tokens drawn. Same seed, batches and model: same figures.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    known = set(inspect.signature(model.forward).parameters)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        known -= {"labels"}  # whose loss would be computed for nothing; a decoder takes its inputs from them
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = model.get_input_embeddings()
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [value for value in model.parameters() if value.requires_grad]
+    recorder = _Recorder(model)
+    count = 0
+    try:
+        for value in trained:
+            value.requires_grad_(False)
+        model.eval()
+        for batch in batches:
+            device = embeddings.weight.device
+            inputs = {
+                key: value.to(device) if torch.is_tensor(value) else value
+                for key, value in batch.items()
+                if key in known
+            }
+            mask = inputs.get("attention_mask")
+            recorder.mask = None if mask is None or mask.ndim != 2 else mask.bool()
+            if "use_cache" in known:
+                inputs["use_cache"] = False
+            with torch.enable_grad():
+                logits = model(**inputs).logits
+                _log_likelihood(logits, recorder.mask, generator).backward()
+            count += 1
+    finally:
+        recorder.remove()
+        for module, mode in modes:
+            module.training = mode
+        for value in trained:
+            value.requires_grad_(True)
+    if not count:
+        raise ValueError("there is no batch to calibrate on; give at least one")
+    return recorder.result()
+
+
+def _log_likelihood(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Sum over the tokens of log p(y), y drawn from p = softmax(logits [..., vocabulary]); those masked count nothing."""
+    rows = logits.flatten(0, -2)
+    keep = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    if mask is not None and mask.numel() == len(rows):
+        keep = mask.flatten().to(rows.device)
+    total = rows.new_zeros((), dtype=torch.float32)
+    size = max(1, CHUNK // rows.shape[-1])
+    for at in range(0, len(rows), size):
+        part = rows[at : at + size].float().log_softmax(-1)
+        # Drawn on the CPU, so that every device draws the same.
+        drawn = torch.multinomial(part.detach().exp().cpu(), 1, generator=generator).to(part.device)
+        total = total + torch.where(keep[at : at + size], part.gather(-1, drawn)[:, 0], 0.0).sum()
+    return total
+
+
+class _Recorder:
+    """Hooks on all linear layers of a model, and the sums that they add up."""
+
+    def __init__(self, model: Any):
+        self.mask: Tensor | None = None  # of the tokens that count [batch, seq]
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # of squares, per row and per column
+        self._tokens: dict[str, int] = {}
+        # With all weights frozen, the embeddings' output is where gradients begin.
+        self._handles = [model.get_input_embeddings().register_forward_hook(_begin)]
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+                self._handles.append(module.register_forward_hook(self._hook(f"{name}.weight")))
+
+    def _hook(self, name: str) -> Any:
+        def backward(grad: Tensor) -> None:
+            self._sums[name][0].add_(grad.float().square().flatten(0, -2).sum(0))
+
+        def forward(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
+            x, mask = args[0].detach(), self.mask
+            if name not in self._sums:
+                rows, cols = output.shape[-1], x.shape[-1]
+                self._sums[name] = tuple(torch.zeros(size, device=x.device) for size in (rows, cols))  # type: ignore[assignment]
+            x = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+            self._sums[name][1].add_(x.float().square().sum(0))
+            self._tokens[name] = self._tokens.get(name, 0) + len(x)
+            if output.requires_grad:
+                output.register_hook(backward)
+
+        return forward
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def result(self) -> dict[str, Importance]:
+        return {
+            name: Importance(*((value / max(self._tokens[name], 1)).sqrt() for value in sums))
+            for name, sums in self._sums.items()
+        }
+
+
+def _begin(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.detach().requires_grad_()

@@ -1,0 +1,140 @@
+"""The layer as a torch.library operator, so that torch.compile, fake tensors and autograd see one opaque node.
+
+    hf_littlebit::linear(x, u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) -> y
+    hf_littlebit::linears(x, parts, ranks, paths) -> y of every layer; no gradient is recorded
+    hf_littlebit::linear_grad(grad, u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, ranks) -> grad_x
+
+Parts as in kernels/packing.py. The gradient is that of x and of the bias; it runs through the same packed parts, with no
+dense copy. Scales and bits are constants here: they are trained as a latent layer (linear.py).
+
+The plain-torch implementation is registered for every device; where the compiled CPU kernel is loaded (kernels/cpu.py) the
+dispatcher goes to it without a step through Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import littlebit_linear, littlebit_linear_grad, littlebit_linears
+from .eager import unseen
+
+__all__ = ["PART_COUNT", "differentiable", "linear", "linears"]
+
+
+PART_COUNT = 8  # of a layer in `linears`: those below and the bias
+_PARTS = "Tensor u, Tensor? u_tail, Tensor? v, Tensor? v_tail, Tensor scale_out, Tensor scale_rank, Tensor scale_in"
+_LIBRARY = torch.library.Library("hf_littlebit", "FRAGMENT")  # lives as long as the module: dropping it unregisters
+
+
+def linear(x: Tensor, parts: Sequence[Tensor | None], bias: Tensor | None, ranks: list[int]) -> Tensor:
+    """x [..., in_features] -> [..., out_features] in x's dtype (fp32, bf16, fp16), accumulated in fp32.
+
+    `parts` are u, u_tail, v, v_tail, scale_out, scale_rank and scale_in, None where a part has no rows.
+    """
+    if torch.compiler.is_compiling() or differentiable(x, bias, *parts):
+        return _OPERATOR(x, *parts, bias, ranks)
+    if not x.is_cpu and unseen(x):
+        return littlebit_linear(x, *parts, bias, ranks)
+    # Nothing to record: autograd's step through Python costs as much as all the rest of a call on a small layer.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OPERATOR(x, *parts, bias, ranks)
+
+
+def linears(x: Tensor, layers: Sequence[Sequence[Any]]) -> list[Tensor]:
+    """`linear` of several layers with the same x, in one call. Only where none is `differentiable`: no gradient is recorded.
+
+    Args:
+        layers: the PART_COUNT parts of every layer, as `linear` takes them, the bias last, and its list of ranks.
+    """
+    if not torch.compiler.is_compiling() and unseen(x):
+        return littlebit_linears(x, layers)
+    parts = [part for layer in layers for part in layer[:PART_COUNT]]
+    ranks = [rank for layer in layers for rank in layer[PART_COUNT]]
+    paths = [len(layer[PART_COUNT]) for layer in layers]
+    if torch.compiler.is_compiling():
+        return _TOGETHER(x, parts, ranks, paths)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _TOGETHER(x, parts, ranks, paths)
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a product of these."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # noqa: SIM110 any() over a generator takes twice as long
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def _linears(x: Tensor, parts: list[Tensor | None], ranks: list[int], paths: list[int]) -> list[Tensor]:
+    layers, first = [], 0
+    for index, count in enumerate(paths):
+        layers.append((*parts[PART_COUNT * index : PART_COUNT * (index + 1)], ranks[first : first + count]))
+        first += count
+    return littlebit_linears(x, layers)
+
+
+def _linears_fake(x: Tensor, parts: list[Any], ranks: list[int], paths: list[int]) -> list[Tensor]:
+    return [_linear_fake(x, parts[PART_COUNT * index]) for index in range(len(paths))]
+
+
+def _linear_fake(x: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    _same_device(x, u)
+    return x.new_empty(*x.shape[:-1], u.shape[-1])
+
+
+def _linear_grad_fake(grad: Tensor, u: Tensor, u_tail: Any, v: Any, v_tail: Any, h: Any, l: Any, g: Tensor, ranks: Any):  # noqa: E741
+    _same_device(grad, u)
+    return grad.new_empty(*grad.shape[:-1], g.shape[-1])
+
+
+def _same_device(x: Tensor, u: Tensor) -> None:
+    # A fake implementation is also what the dispatcher finds for parts on meta: x elsewhere would get uninitialised memory.
+    if x.device.type != u.device.type:
+        raise RuntimeError(
+            f"x is on {x.device}, but the packed weight is on {u.device}; load the weights, or move both to one device"
+        )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *parts, bias, ranks = inputs
+    if any(needed for needed in ctx.needs_input_grad[1:8]):
+        raise RuntimeError(
+            "the scales of a packed LittleBit layer ask for a gradient, but they are constants; "
+            "freeze them (requires_grad_(False)), or train a model loaded with LittleBitConfig(..., format='latent')"
+        )
+    ctx.save_for_backward(*parts)
+    ctx.ranks = ranks
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.hf_littlebit.linear_grad(grad, *ctx.saved_tensors, ctx.ranks)
+    if ctx.needs_input_grad[8]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(dim=0).to(ctx.bias_dtype)
+    return grad_x, *(None,) * 7, grad_bias, None
+
+
+def _register() -> None:
+    _LIBRARY.define(f"linear(Tensor x, {_PARTS}, Tensor? bias, int[] ranks) -> Tensor")
+    _LIBRARY.define(f"linear_grad(Tensor grad, {_PARTS}, int[] ranks) -> Tensor")
+    _LIBRARY.define("linears(Tensor x, Tensor?[] parts, int[] ranks, int[] paths) -> Tensor[]")
+    _LIBRARY.impl("linears", _linears, "CompositeExplicitAutograd")
+    torch.library.register_fake("hf_littlebit::linears", _linears_fake, lib=_LIBRARY)
+    _LIBRARY.impl("linear", littlebit_linear, "CompositeExplicitAutograd")
+    _LIBRARY.impl("linear_grad", littlebit_linear_grad, "CompositeExplicitAutograd")
+    torch.library.register_fake("hf_littlebit::linear", _linear_fake, lib=_LIBRARY)
+    torch.library.register_fake("hf_littlebit::linear_grad", _linear_grad_fake, lib=_LIBRARY)
+    torch.library.register_autograd("hf_littlebit::linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+
+_register()
+_OPERATOR = torch.ops.hf_littlebit.linear.default
+_TOGETHER = torch.ops.hf_littlebit.linears.default

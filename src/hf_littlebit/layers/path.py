@@ -1,0 +1,46 @@
+"""One path of a layer as plain tensors: what initialisers make, and what packed and latent layers are made from.
+
+    W ~ sum_p diag(h_p) U_p diag(l_p) V_p^T diag(g_p)          (LittleBit, arXiv 2506.13771, eq. 5)
+
+A `Path` holds one term of the sum in fp32, whole, so that who makes factors need not know how a layer stores them
+(linear.py), nor a layer how they were found. It takes 32 times the memory of the packed bits: one weight at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .precision import exact_fp32
+from .sign import sign
+
+__all__ = ["Path", "dense_weight"]
+
+
+@dataclass(frozen=True)
+class Path:
+    """One term `diag(h) U diag(l) V^T diag(g)`; U, V are the latents' signs, zero as +1. fp32, contiguous."""
+
+    u: Tensor  # latent [out, r]
+    v: Tensor  # latent [in, r]
+    scale_out: Tensor  # h [out]
+    scale_rank: Tensor  # l [r]
+    scale_in: Tensor  # g [in]
+
+    def dense(self) -> Tensor:
+        """The weight this path stands for, [out, in] fp32, held within fp32's range."""
+        with exact_fp32(self.u.device):
+            product = (sign(self.u) * self.scale_rank) @ (sign(self.v) * self.scale_in[:, None]).T
+            limit = torch.finfo(torch.float32).max
+            return product.mul_(self.scale_out[:, None]).clamp_(-limit, limit)
+
+
+def dense_weight(paths: Sequence[Path]) -> Tensor:
+    """sum_p diag(h) U diag(l) V^T diag(g), [out, in] fp32."""
+    total = paths[0].dense()
+    for path in paths[1:]:
+        total += path.dense()
+    return total

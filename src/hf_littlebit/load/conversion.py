@@ -1,0 +1,237 @@
+"""The load-time step: one dense weight in, the parts of its factors out, while transformers reads the checkpoint.
+
+transformers hands every weight to `LittleBitConversion.convert` as soon as it is read and frees it afterwards, so memory
+holds the packed model so far plus one dense weight and its workspace. With `workers` > 1 that many weights are factorized at
+the same time in threads; each fills tensors that were already handed back. The first error stops all further work and is
+raised, with the layer's name, when loading ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.accelerate import offload_weight
+
+from ..config import LittleBitConfig
+from ..initialize.calibration import Importance
+from ..initialize.factorize import factorize
+from ..kernels.packing import factor_shapes
+from ..layers.experts import LittleBitExperts
+from ..layers.linear import LATENT_PARTS, latent_parts, pack_parts, part_name
+from ..plan import WeightPlan
+
+__all__ = ["LittleBitConversion", "factor_weight", "part_shapes"]
+
+logger = logging.getLogger("hf_littlebit")
+
+
+def part_shapes(plan: WeightPlan, config: LittleBitConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """{parameter name in the model: (shape, dtype)} of every part that a planned weight is stored in."""
+    lead = () if plan.weight == "weight" else (plan.count,)
+    scale_dtype = getattr(torch, config.scale_dtype)
+    if config.format == "latent":
+        total, paths = sum(plan.ranks), len(plan.ranks)
+        out_features, in_features = plan.out_features, plan.in_features
+        sizes = ((out_features, total), (in_features, total), (paths, out_features), (total,), (paths, in_features))
+        shapes = {part: (size, torch.float32) for part, size in zip(LATENT_PARTS, sizes, strict=True)}
+    else:
+        shapes = factor_shapes(plan.in_features, plan.out_features, plan.ranks, scale_dtype)
+    return {
+        f"{plan.module}.{part_name(plan.weight, part)}": ((*lead, *shape), dtype)
+        for part, (shape, dtype) in shapes.items()
+    }
+
+
+def factor_weight(
+    weight: Tensor, plan: WeightPlan, config: LittleBitConfig, importance: Importance | None = None
+) -> dict[str, Tensor]:
+    """{parameter name in the model: tensor} for one dense weight [out, in], or [experts, out, in].
+
+    `importance` (calibration.py) says where its errors cost most; None counts all alike.
+
+    Raises:
+        ValueError: for a weight of another shape, of integers, or with NaN or Inf; the message names the layer.
+    """
+    expected = (plan.out_features, plan.in_features)
+    stacked = plan.weight != "weight"
+    if tuple(weight.shape) != ((plan.count, *expected) if stacked else expected):
+        raise ValueError(
+            f"{plan.name} has shape {list(weight.shape)} in the checkpoint, but the model's is {list(expected)}; "
+            "the checkpoint belongs to another model"
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(
+            f"{plan.name} is {weight.dtype} in the checkpoint; only 16-bit and 32-bit float weights can be factorized. "
+            "Load the original checkpoint, not a quantized one"
+        )
+    home = weight.device
+    device = torch.device(config.svd_device) if config.svd_device else home
+    scale_dtype = getattr(torch, config.scale_dtype)
+    seed = zlib.crc32(plan.name.encode()) ^ config.seed
+
+    def paths(matrix: Tensor, name: str, offset: int = 0) -> Any:
+        found = factorize(
+            matrix.to(device),
+            plan.ranks,
+            plan.options.init,
+            seed=seed + offset,
+            steps=config.steps,
+            refit_rounds=config.refit_rounds,
+            row_importance=None if importance is None else importance.rows,
+            col_importance=None if importance is None else importance.cols,
+            name=name,
+        )
+        for path in found:
+            for scale in (path.scale_out, path.scale_rank, path.scale_in):
+                _check_range(scale, scale_dtype, name)
+        return found
+
+    if stacked:
+        experts = [paths(matrix, f"{plan.name}[{index}]", index) for index, matrix in enumerate(weight)]
+        parts = LittleBitExperts.stack(experts, config.format == "latent", scale_dtype)
+    elif config.format == "latent":
+        parts = latent_parts(paths(weight, plan.name))
+    else:
+        parts = pack_parts(paths(weight, plan.name), scale_dtype)
+    return {f"{plan.module}.{part_name(plan.weight, part)}": value.to(home) for part, value in parts.items()}
+
+
+def _check_range(scale: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Refuse a dtype that keeps less of the scales than bfloat16 would, because they leave its range."""
+    if float((scale.to(dtype).float() - scale).norm()) <= torch.finfo(torch.bfloat16).eps * float(scale.norm()):
+        return
+    limits = torch.finfo(dtype)
+    raise ValueError(
+        f"{name}: scales of magnitude {float(scale.abs().max()):.3g} do not fit {str(dtype).removeprefix('torch.')}, which "
+        f'holds {limits.smallest_normal:.2g} to {limits.max:.3g}; use scale_dtype="bfloat16"'
+    )
+
+
+class LittleBitConversion(ConversionOps):
+    """transformers' conversion operation for all planned weights of one load."""
+
+    def __init__(self, plans: dict[str, WeightPlan], config: LittleBitConfig):
+        self.plans, self.config = plans, config
+        self._keep = False
+        self.kept: dict[str, Tensor] = {}
+        self.converted: set[str] = set()
+        self.error: Exception | None = None
+        self._slots = threading.Semaphore(config.workers)
+        self._pool = ThreadPoolExecutor(config.workers, "littlebit") if config.workers > 1 else None
+        self._threads = torch.get_num_threads()
+        self._jobs: list[Future[None]] = []
+
+    def place(self, device_map: Any) -> None:
+        """Take note of where the model goes: a dict of places, or anything else for one place that is not the disk.
+
+        A weight that goes to disk is written as soon as it is converted, so no worker can fill it in later.
+        """
+        places = device_map.values() if isinstance(device_map, dict) else ()
+        if "disk" not in map(str, places):
+            return
+        self._keep = True
+        if self._pool is not None:
+            logger.warning("workers=%d is reduced to 1, because parts of the model go to disk.", self.config.workers)
+            self._pool.shutdown()
+            self._pool = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LittleBitConversion:
+        return self  # transformers copies its converters, but the record of what was converted is one
+
+    def convert(  # type: ignore[override]  # transformers passes keywords only
+        self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **unused: Any
+    ) -> dict[str, Tensor]:
+        """Replace every planned weight among `input_dict` by its parts; pass anything else through."""
+        result: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list | tuple) else value
+            if name not in self.plans:
+                result[name] = weight
+                continue
+            parts = self._parts(weight, self.plans[name])
+            # The dense placeholder makes way for U's shape, also where U goes to disk and is set only in the forward.
+            module = model.get_submodule(self.plans[name].module)
+            module.declare(self.plans[name].weight, "u", parts[name].shape, parts[name].dtype, "meta", train=False)
+            result.update(parts)
+            self.converted.add(name)
+            if self._keep:
+                self.kept[name] = parts[name]
+        if missing_keys is not None:
+            missing_keys.difference_update(result)
+        return result
+
+    def _parts(self, weight: Tensor, plan: WeightPlan) -> dict[str, Tensor]:
+        if self.error is None and self._pool is None:
+            try:
+                return factor_weight(weight, plan, self.config)
+            # Loading goes on after an operation's exception and then reports it without its text; kept for `finish`.
+            except (ValueError, RuntimeError, MemoryError) as error:
+                self.error = error
+        shapes = part_shapes(plan, self.config)
+        parts = {name: torch.empty(shape, dtype=dtype, device=weight.device) for name, (shape, dtype) in shapes.items()}
+        if self.error is None and self._pool is not None:
+            self._slots.acquire()
+            self._jobs.append(self._pool.submit(self._fill, weight, plan, parts))
+        return parts
+
+    def _fill(self, weight: Tensor, plan: WeightPlan, parts: dict[str, Tensor]) -> None:
+        try:
+            torch.set_num_threads(max(1, self._threads // self.config.workers))
+            if self.error is None:
+                for name, value in factor_weight(weight, plan, self.config).items():
+                    parts[name].copy_(value)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            self.error = self.error or error
+        finally:
+            self._slots.release()
+
+    def wait(self) -> None:
+        """Wait for the workers, and end them."""
+        for job in self._jobs:
+            job.result()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+            torch.set_num_threads(self._threads)  # what a worker sets, threads started later inherit
+
+    def finish(self, model: Any) -> None:
+        """Raise the first error, or say which weights the checkpoint lacked.
+
+        Raises:
+            ValueError: naming the layer.
+        """
+        self.wait()
+        if self.error is not None:
+            raise ValueError(f"quantization failed: {self.error}") from self.error
+        lacking = sorted(set(self.plans) - self.converted)
+        if lacking:
+            raise ValueError(
+                f"the checkpoint has no weights for {len(lacking)} of {len(self.plans)} layers to quantize, e.g. {lacking[0]}; "
+                "random weights are never quantized. Check that the checkpoint is complete and of this model class, or leave "
+                "layers that are new in it dense with modules_to_not_convert"
+            )
+        for name, value in self.kept.items():
+            if model.get_parameter(name).is_meta:
+                _offload(model, name, value)
+        self.kept.clear()
+
+
+def _offload(model: Any, name: str, value: Tensor) -> None:
+    """Put U, which bears the dense weight's name, where the other parts of its layer were offloaded.
+
+    transformers takes an offloaded tensor whose name the checkpoint has from the checkpoint: here that is the dense one.
+    """
+    module, _, _ = name.rpartition(".")
+    loader = model.get_submodule(module)._hf_hook.weights_map.dataset
+    folder = os.path.dirname(
+        loader.index[f"{module}.{part_name(name.removeprefix(module + '.'), 'scale_in')}"]["safetensors_file"]
+    )
+    offload_weight(value, name, folder, loader.index)

@@ -1,0 +1,186 @@
+"""Saved models: what a packed checkpoint must hold, checked from the files' headers before anything is loaded.
+
+transformers fills tensors that a checkpoint lacks with random numbers and warns. For a quantized model that is never what
+was meant, so names, shapes and dtypes are compared first, and every difference is an error that says where it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..config import LittleBitConfig
+from ..layers.linear import FactorModule
+from ..plan import Plan, aliases
+from .conversion import part_shapes
+from .meta_model import saved_class, saved_names
+
+__all__ = ["Header", "read_headers", "refuse_missing", "refuse_quantized", "required", "verify", "verify_dense"]
+
+Header = dict[str, tuple[str, tuple[int, ...], str]]  # tensor -> (safetensors dtype, shape, file name)
+INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+DTYPES = {
+    "torch.int32": "I32",
+    "torch.uint8": "U8",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.float32": "F32",
+}
+
+
+def read_headers(files: Sequence[str]) -> Header:
+    """Names, dtypes and shapes of all tensors in some safetensors files, without their data.
+
+    Raises:
+        ValueError: for a missing, damaged or foreign file, with its name.
+    """
+    header: Header = {}
+    for file in files:
+        name = os.path.basename(file)
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{name} is no safetensors file; quantized models are stored in safetensors only")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118  (no dict: it has no iterator)
+                    part = tensors.get_slice(key)
+                    header[key] = (part.get_dtype(), tuple(part.get_shape()), name)
+        except FileNotFoundError:
+            raise ValueError(f"{file} is missing; download or save the checkpoint again") from None
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{name} is damaged: {error}; download or save the checkpoint again") from error
+    return header
+
+
+def verify(model: Any, plan: Plan, config: LittleBitConfig, header: Header) -> None:
+    """Compare the `header` of a checkpoint with the quantized `model` (on meta) that it is to be loaded into.
+
+    Raises:
+        ValueError: if a tensor is missing, or has another shape or dtype than the config implies.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    expected = {name: entry for weight in plan.weights for name, entry in part_shapes(weight, config).items()}
+    for name, (shape, dtype) in expected.items():
+        entry = _find(header, name, prefix)
+        kind = DTYPES[str(dtype)]
+        # DeepSpeed saves latents in the 16 bits that it computes in.
+        kinds = {kind, "BF16", "F16"} if kind == "F32" else {kind}
+        if entry is not None and (entry[0] not in kinds or entry[1] != shape):
+            raise ValueError(
+                f"{name} is {entry[0]} {list(entry[1])} in {entry[2]}, but the config (bpw {config.bpw:g}, format "
+                f"{config.format!r}) implies {kind} {list(shape)}; the file is damaged or its config.json was changed"
+            )
+    for name, parameter in model.named_parameters():
+        entry = None if name in expected else _find(header, name, prefix)
+        if entry is not None and parameter.is_floating_point() and entry[0] in INTEGERS:
+            raise ValueError(
+                f"{name} is packed ({entry[0]} {list(entry[1])}) in {entry[2]}, but the parts that belong to it are missing; "
+                "the checkpoint is incomplete: download or save it again"
+            )
+    held = _held(model, header)
+    lacking = [name for name in (*expected, *required(model, expected)) if not held(name)]
+    if lacking:
+        files = sorted({entry[2] for entry in header.values()})
+        raise ValueError(_missing(lacking, files[0] if len(files) == 1 else f"{len(files)} files", model))
+
+
+def required(model: Any, parts: Collection[str]) -> list[str]:
+    """The dense tensors that a checkpoint must hold for `model`, which has `parts` beside them.
+
+    All of them; but where the checkpoint was saved from another class, what only this class has is new (a task's head).
+    Where the config does not say from which, the base model and the output embeddings must be there.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    known = set(parts) | set(getattr(model, "all_tied_weights_keys", None) or {})
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    names = [name for name in model.state_dict() if name not in known and not any(p.search(name) for p in ignored)]
+    if saved_class(model.config) is None and hasattr(model, prefix):
+        head = model.get_output_embeddings()
+        outputs = {f"{name}.{part}" for name, m in model.named_modules() if m is head for part in m.state_dict()}
+        return [name for name in names if name.startswith(f"{prefix}.") or name in outputs]
+    saved = saved_names(model)
+    return (
+        names if saved is None else [name for name in names if any(alias in saved for alias in aliases(name, prefix))]
+    )
+
+
+def refuse_missing(model: Any, missing: Iterable[str], planned: Collection[str]) -> None:
+    """The same for what transformers found missing after loading, from files or a state dict of any kind.
+
+    Raises:
+        ValueError: naming a tensor that would be filled with random numbers, except for the parts `planned` to be made.
+    """
+    names = set(missing) - set(planned)
+    if not names:
+        return
+    parts = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, FactorModule)
+        for part in module.part_dtypes
+    }
+    held = _held(model, model.state_dict().keys() - set(missing))
+    lacking = sorted(names & parts) or sorted(
+        name for name in names.intersection(required(model, parts)) if not held(name)
+    )
+    if lacking:
+        raise ValueError(_missing(lacking, "the checkpoint", model, dense=bool(planned)))
+
+
+def verify_dense(model: Any, header: Header, planned: Collection[str]) -> None:
+    """The same for the `header` of a dense checkpoint, before its weights are factorized.
+
+    Raises:
+        ValueError: if every tensor in it is known by its name, so that no other one can turn into what is missing.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    names = {alias for name in model.state_dict() for alias in aliases(name, prefix)}
+    if not names.issuperset(header):
+        return
+    held = _held(model, header)
+    lacking = [name for name in required(model, planned) if not held(name)]
+    if lacking:
+        raise ValueError(_missing(lacking, "the checkpoint", model, dense=True))
+
+
+def _held(model: Any, names: Collection[str]) -> Callable[[str], bool]:
+    """Whether a tensor of `model` is among `names`, itself or, if others are tied to it, as one of them."""
+    prefix = getattr(model, "base_model_prefix", "")
+    tied: dict[str, list[str]] = {}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        tied.setdefault(source, []).append(target)
+    return lambda name: any(alias in names for same in (name, *tied.get(name, ())) for alias in aliases(same, prefix))
+
+
+def _missing(lacking: Sequence[str], where: str, model: Any, dense: bool = False) -> str:
+    remedy = "the checkpoint is incomplete: download or save it again"
+    kind = saved_class(model.config)
+    if kind is not None and not isinstance(model, kind):
+        remedy += f", or load it as the {kind.__name__} it was saved from"
+    if dense:
+        remedy += ". If random numbers will do there, save the dense model as transformers loads it, and quantize that"
+    return f"{len(lacking)} tensor(s) are missing from {where}, e.g. {lacking[0]}; {remedy}"
+
+
+def refuse_quantized(header: Header) -> None:
+    """Refuse to quantize a checkpoint whose weights are integers or 8-bit floats: another method quantized it already.
+
+    Integer buffers (positions, masks) are common in older dense checkpoints and are left alone.
+
+    Raises:
+        ValueError: naming the first such tensor. transformers would cast it to the model's dtype without a word.
+    """
+    for name, (kind, shape, file) in header.items():
+        integer = kind in INTEGERS and "weight" in name.rpartition(".")[2]
+        if len(shape) > 1 and (integer or kind.startswith("F8") or kind.startswith("F4")):
+            raise ValueError(
+                f"{name} is {kind} {list(shape)} in {file}: the checkpoint is quantized already. "
+                "Load the original 16-bit or 32-bit checkpoint to quantize it"
+            )
+
+
+def _find(header: Header, name: str, prefix: str) -> tuple[str, tuple[int, ...], str] | None:
+    return next((header[alias] for alias in aliases(name, prefix) if alias in header), None)

@@ -1,0 +1,214 @@
+"""The model card of a quantized model, and the hook by which push_to_hub takes it along (upload.py pushes folders).
+
+transformers writes an automatic, nearly empty card when it pushes a model whose repository has none. Ours takes its place:
+what the model is, its sizes as the file has them, how to load it, what to expect. A card that a person wrote keeps its
+text, and only metadata it lacks is added. No path of this machine goes into a card: a base model is named by its Hub id.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from tabulate import tabulate
+
+from ..config import LittleBitConfig
+from ..load.source import HUB_ID, find_source, quantization_of
+from .size import SizeReport, format_bytes, size_report
+
+__all__ = ["merge", "model_card", "upload_with_card"]
+
+PAPER = "https://huggingface.co/papers/2506.13771"
+TAGS = ("littlebit", "quantized", "sub-1-bit", "binary")
+AUTOMATIC = "has been automatically generated"  # in the card that transformers writes
+SLOT = "[More Information Needed]"  # in huggingface_hub's template, wherever nothing was filled in
+MARK = re.compile(r"<!-- written by hf-littlebit, (\w+) -->")
+# Ending of the architecture's name -> task on the Hub, where it follows.
+TASKS = {
+    "ForCausalLM": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "Model": "feature-extraction",
+}
+INITS = {"admm": "ADMM", "joint_itq": "Joint-ITQ", "dual_svid": "Dual-SVID"}
+
+
+def model_card(
+    source: Any,
+    repo_id: str | None = None,
+    evaluation: Mapping[str, float | str] | None = None,
+    report: SizeReport | None = None,
+) -> ModelCard:
+    """The card of a quantized model.
+
+    Args:
+        source: the model, or the folder or Hub id that it is saved in.
+        repo_id: where it will be found, for the example.
+        evaluation: what was measured -> the figure, e.g. {"WikiText-2 perplexity": 12.1}; no figures without it.
+        report: the model's size report, if it is at hand.
+
+    Raises:
+        ValueError: if the model is not quantized, or its file does not fit its config.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = find_source(source)
+    config = quantization_of(source.config)
+    if config is None:
+        raise ValueError("the model is dense; a LittleBit model card describes a quantized one")
+    report = report or size_report(source)
+    data = ModelCardData(
+        library_name="transformers",
+        tags=list(TAGS),
+        base_model=_base_model(config),
+        base_model_relation="quantized" if _base_model(config) else None,
+        pipeline_tag=_task(report.architecture),
+    )
+    variant = getattr(source, "variant", None)
+    body = _body(report, config, repo_id, evaluation, variant)
+    # So that a later push can tell our text, whose figures it renews, from one that was edited.
+    mark = f"<!-- written by hf-littlebit, {_checksum(body)} -->"
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n{mark}\n")
+
+
+def merge(card: ModelCard | None, ours: ModelCard) -> ModelCard:
+    """The card to publish: `card`'s metadata completed by `ours`, with its text, or with ours if nobody wrote it."""
+    if card is None:
+        return ours
+    own: Any = card.data
+    metadata = ours.data.to_dict()
+    tags = [own.tags] if isinstance(own.tags, str) else list(own.tags or ())
+    own.tags = tags + [tag for tag in metadata.pop("tags") if tag not in tags]
+    relation = metadata.pop("base_model_relation", None)
+    for key, value in metadata.items():
+        if not own.get(key):
+            setattr(own, key, value)
+    if relation and own.get("base_model") == metadata["base_model"] and not own.get("base_model_relation"):
+        own.base_model_relation = relation
+    if _is_automatic(card.text):
+        card.text = ours.text
+    return card
+
+
+def _is_automatic(text: str) -> bool:
+    """True for text that no person wrote: none, transformers' template without a slot filled, or ours unchanged."""
+    if not text.strip():
+        return True
+    written = MARK.search(text)
+    if written:
+        return written[1] == _checksum(MARK.sub("", text))
+    template = ModelCard.from_template(ModelCardData(), model_description="given").text
+    return AUTOMATIC in text and text.count(SLOT) >= template.count(SLOT)
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(' '.join(text.split()).encode()):08x}"
+
+
+def upload_with_card(model: Any, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """transformers' `_upload_modified_files`, after README.md in `working_dir` was replaced by our card or completed.
+
+    The package gives it to the quantizer, and the quantizer to its models, so that `push_to_hub` and
+    `save_pretrained(push_to_hub=True)` come by here.
+    """
+    folder = os.fspath(working_dir)
+    path = os.path.join(folder, "README.md")
+    weights = [os.path.join(folder, file) for file in os.listdir(folder) if file.endswith(".safetensors")]
+    size = sum(os.path.getsize(file) for file in weights)
+    ours = model_card(model, repo_id, report=replace(size_report(model), file_bytes=size or None))
+    merge(ModelCard.load(path) if os.path.isfile(path) else None, ours).save(path)
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+
+
+def _base_model(config: LittleBitConfig) -> str | None:
+    name = config.base_model
+    return name if name and HUB_ID.fullmatch(name) and not os.path.exists(name) else None
+
+
+def _task(architecture: str) -> str | None:
+    return next((task for ending, task in TASKS.items() if architecture.endswith(ending)), None)
+
+
+def _body(
+    report: SizeReport,
+    config: LittleBitConfig,
+    repo_id: str | None,
+    evaluation: Mapping[str, float | str] | None,
+    variant: str | None,
+) -> str:
+    base, name = _base_model(config), repo_id or "PATH_OR_REPOSITORY"
+    of = f"of [{base}](https://huggingface.co/{base}) " if base else ""
+    title = repo_id.rpartition("/")[2] if repo_id else f"{report.architecture}, {report.bpw:.2g} bits per weight"
+    kind = report.architecture
+    kind = "AutoModelForCausalLM" if kind.endswith("ForCausalLM") else kind
+    sections = [
+        f"# {title}",
+        f"A version {of}whose linear layers are products of binary matrices and 16-bit scales, at {report.bpw:.3g} bits "
+        f"per weight: the layer of [LittleBit]({PAPER}), made with hf-littlebit (initialiser: {_inits(report)}). The "
+        "embeddings, the output head and the norms are not quantized.",
+    ]
+    if report.format == "latent":
+        sections.append(
+            "This is a training checkpoint: it holds the fp32 latents of the binary factors, for quantization-aware "
+            "training, and is much larger than the packed model that it becomes."
+        )
+    sections += [
+        "## Size",
+        tabulate(_size_rows(report), ["", "this model"], "github", disable_numparse=True),
+        "## Use",
+        _usage(kind, name, variant),
+        "Without the plugin, transformers refuses this checkpoint with an error about tensor shapes.",
+    ]
+    if evaluation:
+        figures = [(what, f"{x:.4g}" if isinstance(x, float) else str(x)) for what, x in evaluation.items()]
+        sections += ["## Evaluation", tabulate(figures, ["measured", "figure"], "github", disable_numparse=True)]
+    original = f"[{base}](https://huggingface.co/{base})" if base else "the original model"
+    sections += [
+        "## Limits",
+        "At so few bits per weight a model loses quality that the initialiser alone does not bring back; how much of it "
+        "training regained is for the author to say. Measure this model on your own task before you rely on it. What is "
+        f"known about biases and misuse of {original} holds here too, and so do its licence and terms.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _inits(report: SizeReport) -> str:
+    return ", ".join(sorted({INITS.get(layer.init, layer.init) for layer in report.layers}))
+
+
+def _size_rows(report: SizeReport) -> list[tuple[str, str]]:
+    measured = "file size" if report.file_bytes else "size of all tensors"
+    paths = sorted({len(layer.ranks) for layer in report.layers})
+    return [
+        ("bits per weight asked", f"{report.bpw_asked:g}"),
+        ("bits per weight in the file", f"{report.bpw:.4g}"),
+        (measured, format_bytes(report.file_bytes or report.total_bytes)),
+        ("the original at 16 bits", f"{format_bytes(report.original_bytes)} ({report.ratio:.1f} times larger)"),
+        ("quantized layers", f"{len(report.layers)}, {format_bytes(report.quantized_bytes)}"),
+        ("paths per layer", " or ".join(map(str, paths))),
+        ("not quantized", format_bytes(report.dense_bytes)),
+    ]
+
+
+def _usage(kind: str, name: str, variant: str | None) -> str:
+    which = f', variant="{variant}"' if variant else ""
+    lines = [
+        "```bash",
+        "pip install hf-littlebit",
+        "```",
+        "",
+        "```python",
+        "import hf_littlebit  # registers the method with transformers",
+        f"from transformers import AutoTokenizer, {kind}",
+        "",
+        f'model = {kind}.from_pretrained("{name}"{which})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+    ]
+    return "\n".join(lines)

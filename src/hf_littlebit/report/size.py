@@ -1,0 +1,305 @@
+"""The size of a quantized model: what its file holds, layer by layer, or will hold when it is made.
+
+For a saved or loaded model every number is read off its tensors; from a dense config it is predicted, on meta, without
+loading anything. Bits per weight are bits in the file over weights replaced. What is not replaced (embeddings, output
+head, norms, biases) is counted as stored, or at 16 bits in a prediction.
+
+Units are decimal, 1 GB = 10^9 bytes, as in table 3 of the paper (LittleBit, arXiv 2506.13771). Its figures are 3 to
+6 % above these, for two reasons: they add to the dense and the quantized model alike about 0.1 % of the dense one (13 MB
+for Llama2-7B) that is in no parameter of the model, and they do not floor ranks to a multiple of 8 (up to 1 %).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+from transformers import PretrainedConfig
+
+from ..config import LittleBitConfig
+from ..load.conversion import part_shapes
+from ..load.meta_model import empty_model
+from ..load.source import Source, find_source, quantization_of
+from ..load.verify import Header, verify
+from ..plan import Plan, WeightPlan, plan_model
+
+__all__ = ["LayerSize", "SizeReport", "format_bytes", "size_report"]
+
+DENSE_BYTES = 2
+# Bytes of one element, by safetensors' names.
+ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
+ELEMENT_BYTES.update({"U64": 8, "I64": 8, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1})
+FLOATS = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")
+PREDICTION = (
+    "a prediction: the parts of the replaced layers as they will be stored, and every other parameter at 16 bits. Table 3 of "
+    "the LittleBit paper is 3 to 6 % above such figures: its dense and its quantized sizes alike hold about 0.1 % of the "
+    "dense size that is no parameter (13 MB of Llama2-7B's 13.49 GB), and its ranks are not floored to a multiple of 8."
+)
+INDEX = re.compile(r"\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One replaced weight: `count` matrices of `out_features x in_features`."""
+
+    module: str
+    weight: str
+    out_features: int
+    in_features: int
+    count: int
+    ranks: tuple[int, ...]  # one per path
+    bpw_asked: float
+    bpw: float
+    bytes: int
+    init: str
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """See `size_report`. Sizes in bytes; `file_bytes` is None where there is no file."""
+
+    architecture: str
+    format: str
+    measured: bool  # False for a prediction
+    bpw_asked: float
+    bpw: float  # over all replaced weights
+    replaced_weights: int
+    quantized_bytes: int
+    dense_bytes: int
+    total_bytes: int  # of all tensors
+    file_bytes: int | None
+    original_bytes: int  # of the whole model at 16 bits per weight
+    kv_factor: float = 1.0  # of the ranks of k_proj and v_proj
+    dense_parts: dict[str, int] = field(default_factory=dict)
+    layers: list[LayerSize] = field(default_factory=list)
+    kept: list[dict[str, Any]] = field(default_factory=list)  # layers left dense: reason, modules, weights
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than at 16 bits per weight."""
+        return self.original_bytes / (self.file_bytes or self.total_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {
+            **asdict(self),
+            "ratio": self.ratio,
+            "layers": [{**asdict(x), "ranks": list(x.ranks)} for x in self.layers],
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The summary as (what, how much)."""
+        size = "file size" if self.file_bytes is not None else "size" if self.measured else "predicted size"
+        rows = [
+            ("bits per weight asked", f"{self.bpw_asked:g}"),
+            ("bits per weight, real", f"{self.bpw:.4g}"),
+            (size, format_bytes(self.file_bytes or self.total_bytes)),
+            ("the same model at 16 bits", f"{format_bytes(self.original_bytes)} ({self.ratio:.1f} times larger)"),
+            (
+                "replaced layers",
+                f"{len(self.layers)}, {self.replaced_weights:,} weights, {format_bytes(self.quantized_bytes)}",
+            ),
+        ]
+        if self.kv_factor != 1:
+            rows.insert(2, ("ranks of k_proj and v_proj", f"{self.kv_factor:g} times those of the bits asked"))
+        return rows + [(f"dense: {part}", format_bytes(size)) for part, size in self.dense_parts.items()]
+
+    def table(self, layers: bool = False, style: str = "plain") -> str:
+        """The report as text: the summary, the layers (`layers`: each one, else alike ones together), and the warnings.
+
+        `style` is one of tabulate's table formats, e.g. "plain" or "github".
+        """
+        head = ["layer", "number", "shape", "ranks", "bpw asked", "bpw real", "size", "init"]
+        listing = tabulate(
+            _layer_rows(self.layers, layers), head, style if style != "plain" else "simple", disable_numparse=True
+        )
+        blocks = [tabulate(self.rows(), tablefmt=style, disable_numparse=True), listing]
+        return "\n\n".join(blocks + [f"note: {message}" for message in self.warnings])
+
+
+def format_bytes(count: float) -> str:
+    """A decimal size, e.g. "13.48 GB", "0.63 GB", "4.60 MB", "431.20 kB"."""
+    for unit, scale, smallest in (("GB", 1e9, 1e8), ("MB", 1e6, 1e6), ("kB", 1e3, 1e3)):
+        if count >= smallest:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def size_report(source: Any, config: LittleBitConfig | None = None) -> SizeReport:
+    """The size of a quantized model, or of a dense one after quantization by `config`.
+
+    Args:
+        source: a quantized model; the folder or Hub id of a saved one (only headers are read); or, with `config`, a
+            dense model, or its config, config.json, folder or Hub id (only the config is read).
+
+    Raises:
+        ValueError: for a dense source without `config`, a quantized one with it, or a file unlike its config.
+    """
+    if isinstance(source, nn.Module):
+        return _model_report(source, config)
+    if isinstance(source, PretrainedConfig):
+        source = Source(source.name_or_path or source.model_type, source, quantization_of(source))
+    elif not isinstance(source, Source):
+        source = find_source(source)
+    used = _choose(source.name, source.quantization, config)
+    model = empty_model(source.config)
+    plan = plan_model(model, used, source.header)
+    if source.header is None:
+        return _report(model, plan, used, _predicted(model, plan, used), measured=False)
+    # The dense model serves: U carries the dense weight's name, so it lists the names that the quantized one has.
+    verify(model, plan, used, source.header)
+    return _report(model, plan, used, source.header, measured=True, file_bytes=source.file_bytes)
+
+
+def _model_report(model: Any, config: LittleBitConfig | None) -> SizeReport:
+    quantized = quantization_of(model.config)
+    used = _choose(type(model).__name__, quantized, config)
+    header = None if quantized is None else _stored(model)
+    plan = plan_model(model, used, header)
+    if header is None:
+        return _report(model, plan, used, _predicted(model, plan, used), measured=False)
+    return _report(model, plan, used, header, measured=True)
+
+
+def _choose(name: str, own: LittleBitConfig | None, given: LittleBitConfig | None) -> LittleBitConfig:
+    if own is not None and given is not None:
+        raise ValueError(
+            f"{name} is quantized already, at {own.bpw:g} bits per weight; leave the options out to see its size"
+        )
+    if own is None and given is None:
+        raise ValueError(f"{name} is a dense model; say how many bits per weight to keep, e.g. bpw=0.55 (--bpw 0.55)")
+    return own or given  # type: ignore[return-value]
+
+
+def _stored(model: Any) -> Header:
+    """The tensors that saving `model` writes: each tied weight once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    kinds = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "uint8": "U8", "bool": "BOOL"}
+    kinds.update({f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)})
+    return {
+        name: (kinds[str(value.dtype).removeprefix("torch.")], tuple(value.shape), "the model")
+        for name, value in model.state_dict().items()
+        if name not in tied
+    }
+
+
+def _predicted(model: Any, plan: Plan, config: LittleBitConfig) -> Header:
+    """The tensors that a dense `model` will be saved in, with 16 bits for what is kept."""
+    replaced = {weight.name for weight in plan.weights}
+    header = {
+        name: ("BF16" if kind in FLOATS else kind, shape, file)
+        for name, (kind, shape, file) in _stored(model).items()
+        if name not in replaced
+    }
+    kinds = {1: "U8", 2: "BF16", 4: "I32"} if config.format == "packed" else {4: "F32"}
+    for weight in plan.weights:
+        for name, (shape, dtype) in part_shapes(weight, config).items():
+            header[name] = (kinds[dtype.itemsize], shape, "")
+    return header
+
+
+def _report(
+    model: Any, plan: Plan, config: LittleBitConfig, header: Header, measured: bool, file_bytes: int | None = None
+) -> SizeReport:
+    parts = {weight.name: list(part_shapes(weight, config)) for weight in plan.weights}
+    layers = [_layer(weight, config, header) for weight in plan.weights]
+    quantized = {name for names in parts.values() for name in names}
+    rest = {name: entry for name, entry in header.items() if name not in quantized}
+    total = sum(_bytes(entry) for entry in header.values())
+    quantized_bytes = sum(layer.bytes for layer in layers)
+    warnings = plan.warnings()
+    if not measured:
+        warnings.append(PREDICTION)
+    if config.format == "latent":
+        warnings.append(f"the format is latent, for training: packed, the layers take {plan.bpw:.4g} bits per weight.")
+    return SizeReport(
+        architecture=(model.config.architectures or [type(model).__name__])[0],
+        format=config.format,
+        measured=measured,
+        bpw_asked=float(config.bpw or 0),
+        bpw=8 * quantized_bytes / plan.numel,
+        replaced_weights=plan.numel,
+        quantized_bytes=quantized_bytes,
+        dense_bytes=total - quantized_bytes,
+        total_bytes=total,
+        file_bytes=file_bytes,
+        original_bytes=DENSE_BYTES * (plan.numel + sum(math.prod(shape) for _, shape, _ in rest.values())),
+        dense_parts=_dense_parts(model, rest),
+        kv_factor=max((weight.options.factor for weight in plan.weights if weight.options.factor != 1), default=1.0),
+        layers=layers,
+        kept=[
+            {"reason": reason, "modules": [name for name, _ in kept], "weights": sum(numel for _, numel in kept)}
+            for reason, kept in plan.dense.items()
+        ],
+        warnings=warnings,
+    )
+
+
+def _layer(weight: WeightPlan, config: LittleBitConfig, header: Header) -> LayerSize:
+    """One layer's row, measured on its parts in `header`.
+
+    Raises:
+        ValueError: if a part is missing or has another size than the plan says.
+    """
+    total = 0
+    for name, (shape, dtype) in part_shapes(weight, config).items():
+        if name not in header:
+            raise ValueError(
+                f"{name} is missing; the checkpoint is incomplete, or it is of another model than its config.json"
+            )
+        if _bytes(header[name]) != math.prod(shape) * dtype.itemsize:
+            kind, found, file = header[name]
+            raise ValueError(
+                f"{name} is {kind} {list(found)} in {file}, but the config (bpw {config.bpw:g}, format "
+                f"{config.format!r}) implies {dtype} {list(shape)}; the file is damaged or its config.json was changed"
+            )
+        total += _bytes(header[name])
+    size = (weight.out_features, weight.in_features, weight.count)
+    bpw = 8 * total / weight.numel
+    return LayerSize(
+        weight.module, weight.weight, *size, weight.ranks, weight.options.bpw, bpw, total, weight.options.init
+    )
+
+
+def _bytes(entry: tuple[str, tuple[int, ...], str]) -> int:
+    return ELEMENT_BYTES[entry[0]] * math.prod(entry[1])
+
+
+def _dense_parts(model: Any, rest: Header) -> dict[str, int]:
+    """Bytes of what is not replaced, by its part in the model; parts without any are left out."""
+    parts = {"embeddings": 0, "output head": 0, "norms, biases and other vectors": 0, "other layers": 0}
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, entry in rest.items():
+        owner = modules.get(name.rpartition(".")[0])
+        if isinstance(owner, nn.Embedding):
+            part = "embeddings"
+        elif owner is not None and owner is head:
+            part = "output head"
+        else:
+            part = "other layers" if len(entry[1]) > 1 else "norms, biases and other vectors"
+        parts[part] += _bytes(entry)
+    return {part: size for part, size in parts.items() if size}
+
+
+def _layer_rows(layers: Iterable[LayerSize], each: bool) -> list[list[str]]:
+    """Table rows for the layers: one each, or one for all that differ only in the numbers in their names."""
+    groups: dict[Any, list[LayerSize]] = {}
+    for layer in layers:
+        name = layer.module if layer.weight == "weight" else f"{layer.module}.{layer.weight}"
+        name = name if each else INDEX.sub(".*", name)
+        alike = (name, layer.out_features, layer.in_features, layer.count, layer.ranks, layer.bpw_asked, layer.init)
+        groups.setdefault(alike, []).append(layer)
+    rows = []
+    for (name, out_features, in_features, count, ranks, asked, init), members in groups.items():
+        shape = f"{out_features}x{in_features}" + (f" x{count}" if count > 1 else "")
+        total = format_bytes(sum(layer.bytes for layer in members))
+        text = "+".join(map(str, ranks))
+        rows.append([name, str(len(members)), shape, text, f"{asked:g}", f"{members[0].bpw:.4g}", total, init])
+    return rows

@@ -1,0 +1,254 @@
+"""Training text: any documents cut into blocks of equal length, or text that the teacher writes itself.
+
+Documents are joined, each after the tokenizer's start or end-of-text token, and the stream is cut into blocks of `length`
+tokens; the incomplete last one is dropped. Every token is a label: padding would waste the arithmetic.
+
+Data-free distillation (LLM-QAT, arXiv 2305.17888): the teacher samples its own text, and the student learns on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..compat import next_logits
+
+__all__ = ["TokenBlocks", "read_texts", "sample_blocks", "text_blocks"]
+
+TEXT_FILES = (".txt", ".md", ".rst", ".py", ".json", ".jsonl")
+TOKENIZED_AT_A_TIME = 64  # documents
+
+
+class TokenBlocks(Dataset[dict[str, Tensor]]):
+    """Rows of `tokens` [rows, length] (any integer dtype), as the input and the labels of a causal language model."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        tokens = self.tokens[row].long()
+        return {"input_ids": tokens, "labels": tokens}
+
+    def split(self, held_out: int) -> tuple[TokenBlocks, TokenBlocks]:
+        """(the first blocks, the last `held_out`): neighbours in the text stay on one side.
+
+        Raises:
+            ValueError: if nothing would be left to train on.
+        """
+        if not 0 < held_out < len(self):
+            raise ValueError(f"{held_out} of {len(self)} blocks cannot be held out; give more text or shorter blocks")
+        return TokenBlocks(self.tokens[:-held_out]), TokenBlocks(self.tokens[-held_out:])
+
+
+def text_blocks(
+    texts: Iterable[str | dict[str, Any]],
+    tokenizer: Any,
+    length: int,
+    column: str = "text",
+    max_blocks: int | None = None,
+) -> TokenBlocks:
+    """Pack documents into blocks of `length` tokens.
+
+    Args:
+        texts: documents: strings, or the rows of a Hugging Face dataset, streamed or not, with their text in `column`.
+        max_blocks: stop reading after so many.
+
+    Raises:
+        ValueError: for a length below 2, rows without the column, or less text than one block.
+    """
+    if length < 2:
+        raise ValueError(f"length is {length}; a block needs at least 2 tokens")
+    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    pieces: list[Tensor] = []
+    count = 0
+    stream = iter(texts)
+    while documents := list(islice(stream, TOKENIZED_AT_A_TIME)):
+        for ids in tokenizer([_text(d, column) for d in documents], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]:
+            if separator is not None and ids[:1] != [separator]:
+                ids = [separator, *ids]
+            pieces.append(torch.tensor(ids, dtype=torch.int32))
+            count += len(ids)
+        if max_blocks is not None and count >= max_blocks * length:
+            break
+    rows = count // length if max_blocks is None else min(count // length, max_blocks)
+    if rows == 0:
+        raise ValueError(
+            f"the text has {count} tokens, fewer than one block of {length}; give more text or less length"
+        )
+    return TokenBlocks(torch.cat(pieces)[: rows * length].view(rows, length))
+
+
+def _text(document: str | dict[str, Any], column: str, where: str = "a row of the data") -> str:
+    if isinstance(document, str):
+        return document
+    if column not in document:
+        raise ValueError(f"{where} has no column {column!r}; its columns are {', '.join(document)}")
+    if not isinstance(document[column], str):
+        raise ValueError(f"{where} has {document[column]!r:.60} in column {column!r}; it must be text")
+    return document[column]
+
+
+def read_texts(names: Sequence[str | os.PathLike[str]], column: str = "text") -> Iterator[str]:
+    """The documents that `names` stand for, one after the other.
+
+    A name is a text file (one document), a .json or .jsonl file (one object with `column` a line), a folder (all such files
+    in it, in order of their paths), or a dataset on the Hub as org/name[:config][@split], which needs `datasets`.
+
+    Raises:
+        ValueError: for a name that is none of these, and files that are not UTF-8.
+    """
+    for entry in names:
+        name = os.fspath(entry)
+        if os.path.isdir(name):
+            files = [os.path.join(folder, file) for folder, _, files in os.walk(name) for file in files]
+            found = sorted(file for file in files if file.endswith(TEXT_FILES))
+            if not found:
+                raise ValueError(f"{name} holds no text files ({', '.join(TEXT_FILES)})")
+            for file in found:
+                yield from _read_file(file, column)
+        elif os.path.exists(name):
+            yield from _read_file(name, column)
+        elif "/" in name and not name.startswith((".", "/", "~")) and not name.endswith(TEXT_FILES):
+            yield from _read_hub(name, column)
+        else:
+            raise ValueError(
+                f"{name} does not exist; give text files, folders, or a dataset on the Hub such as org/name"
+            )
+
+
+def _read_file(name: str, column: str) -> Iterator[str]:
+    try:
+        with open(name, encoding="utf-8") as file:
+            if name.endswith((".json", ".jsonl")):
+                for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"{name}, line {number} is no JSON object: {error}") from error
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{name}, line {number} is no JSON object, but {row!r:.60}")
+                    yield _text(row, column, f"{name}, line {number}")
+            else:
+                yield file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
+
+
+def _read_hub(name: str, column: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(
+            f"{name} is no file here; to read it from the Hub: pip install 'hf-littlebit[train]', which brings datasets"
+        ) from None
+    path, _, split = name.partition("@")
+    path, _, config = path.partition(":")
+    for row in load_dataset(path, config or None, split=split or "train", streaming=True):
+        yield _text(row, column)
+
+
+def sample_blocks(
+    teacher: Any,
+    tokenizer: Any,
+    rows: int,
+    length: int,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    batch_size: int = 16,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> TokenBlocks:
+    """Text that `teacher` writes: `rows` blocks of `length` tokens, sampled from its own distribution.
+
+    Each starts with the start token, or where there is none with a random one. An end-of-text token does not end a block:
+    the teacher goes on with another document, as in packed text.
+
+    Args:
+        seed: of the samples; the same seed, batch size, device and teacher give the same text.
+        temperature: of the sampling; 1 is the teacher's own distribution.
+        cache: folder that keeps the result under a name made of all of this, and is looked into first.
+
+    Raises:
+        ValueError: for impossible numbers.
+    """
+    if rows < 1 or length < 2 or batch_size < 1 or not temperature > 0:
+        raise ValueError(
+            f"rows {rows}, length {length}, batch_size {batch_size}, temperature {temperature}: at least 1 row of 2 tokens, "
+            "1 row at a time, and a temperature above 0 are needed"
+        )
+    file = None
+    if cache is not None:
+        key = _fingerprint(teacher, tokenizer, rows, length, seed, temperature, batch_size)
+        file = os.path.join(os.fspath(cache), f"self-{key}.safetensors")
+        if os.path.isfile(file):
+            with safe_open(file, framework="pt") as stored:
+                return TokenBlocks(stored.get_tensor("tokens"))
+    training = teacher.training
+    teacher.eval()
+    device = teacher.get_input_embeddings().weight.device
+    tokens = torch.empty(rows, length, dtype=torch.int32)
+    try:
+        with torch.no_grad(), tqdm(total=rows, desc="teacher writes", unit="block", disable=not progress) as bar:
+            for at in range(0, rows, batch_size):
+                size = min(batch_size, rows - at)
+                generator = torch.Generator(device).manual_seed(seed * 2**20 + at)
+                tokens[at : at + size] = _sample(
+                    teacher, _first(teacher, tokenizer, size, generator), length, temperature, generator
+                )
+                bar.update(size)
+    finally:
+        teacher.train(training)
+    if file is not None:
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        # Renamed when complete, so that an interrupted run leaves no half of a file.
+        save_file({"tokens": tokens}, file + ".part")
+        os.replace(file + ".part", file)
+    return TokenBlocks(tokens)
+
+
+def _first(teacher: Any, tokenizer: Any, size: int, generator: torch.Generator) -> Tensor:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        known = min(len(tokenizer), teacher.get_input_embeddings().num_embeddings)
+        return torch.randint(known, (size, 1), generator=generator, device=generator.device)
+    return torch.full((size, 1), start, device=generator.device)
+
+
+def _sample(teacher: Any, tokens: Tensor, length: int, temperature: float, generator: torch.Generator) -> Tensor:
+    """Continue `tokens` [rows, 1] to [rows, length], one token at a time with the teacher's cache."""
+    past: dict[str, Any] = {}
+    while tokens.shape[1] < length:
+        logits, past = next_logits(teacher, tokens, past)
+        probabilities = (logits.float() / temperature).softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+    return tokens.to("cpu", torch.int32)
+
+
+def _fingerprint(teacher: Any, *options: Any) -> str:
+    """A name for what `sample_blocks` depends on; the teacher by its config and a slice of every parameter."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(teacher.config.to_json_string().encode())
+    for value in teacher.parameters():
+        digest.update(value.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    tokenizer, *numbers = options
+    digest.update(repr((len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, *numbers)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,311 @@
+"""Distillation: the loss of quantization-aware training, from a teacher that runs beside the model.
+
+    loss = 1/N * sum_t [ KL(teacher_t || student_t) + hidden_weight * sum_layers mean_h (s_tlh - d_tlh)^2 ]
+
+t runs over the tokens that count: a label other than -100 and no padding. N is Trainer's `num_items_in_batch`, the number
+of labels other than -100 in the whole optimizer step, over all its micro-batches and devices, so that neither changes the
+gradient; without it, N is the number of tokens that count in this batch. s and d are the hidden states of student and
+teacher, embeddings included.
+
+Source: LittleBit (arXiv 2506.13771, section 3.3), which sums the KL over a sequence's 2,048 tokens and weighs the hidden
+states by 10; per token that is `hidden_weight` = 10 / 2048.
+
+Memory: logits stay in the dtype that the models compute in, and are upcast CHUNK elements at a time. The gradient of the
+KL is written over the teacher's logits. Hidden states of both models are kept until the backward, without copies.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from ..layers.output_head import CHUNK
+from .distributed import is_partitioned, run_partitioned
+from .topk import TopK, TopKTeacher
+
+__all__ = ["HIDDEN_WEIGHT", "Distillation", "hidden_error", "kl_divergence", "token_mask"]
+
+logger = logging.getLogger("hf_littlebit")
+HIDDEN_WEIGHT = 10 / 2048
+IGNORED = -100  # the label of a token that does not count, everywhere in transformers
+
+
+class _KLDivergence(torch.autograd.Function):
+    """The sum over tokens, with its gradient computed chunk by chunk in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor | TopK, mask: Tensor) -> Tensor:
+        rows, vocabulary = student.reshape(-1, student.shape[-1]), student.shape[-1]
+        keep = mask.reshape(-1, 1).to(rows.device)
+        needs = ctx.needs_input_grad[0]
+        grad = None
+        if needs:
+            # The teacher's logits are read once, so their memory can take the gradient where it fits.
+            fits = isinstance(teacher, Tensor) and teacher.dtype == student.dtype and teacher.device == student.device
+            grad = teacher.view(-1, vocabulary) if fits and teacher.is_contiguous() else torch.empty_like(rows)  # type: ignore[union-attr]
+        total = rows.new_zeros((), dtype=torch.float32)
+        size = max(1, CHUNK // vocabulary)
+        for at in range(0, len(rows), size):
+            part = slice(at, at + size)
+            log_q = rows[part].float().log_softmax(-1)
+            if isinstance(teacher, TopK):
+                loss, target = teacher.kl(part, log_q)
+            else:
+                log_p = teacher.reshape(-1, vocabulary)[part].to(rows.device).float().log_softmax(-1)
+                target = log_p.exp()
+                # p = 0 contributes nothing, also where a model masks tokens with -inf: 0 * inf would be NaN.
+                loss = torch.where(target > 0, target * (log_p - log_q), 0.0).sum(-1, keepdim=True)
+            total += torch.where(keep[part], loss, 0.0).sum()
+            if grad is not None:
+                grad[part] = torch.where(keep[part], log_q.exp() - target, 0.0).to(grad.dtype)
+        ctx.shape = student.shape
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        # In place, for memory; autograd itself refuses a second backward through a saved tensor that was changed.
+        (grad,) = ctx.saved_tensors
+        return grad.mul_(outer.to(grad.dtype)).view(ctx.shape), None, None
+
+
+def kl_divergence(student: Tensor, teacher: Tensor | TopK, mask: Tensor) -> Tensor:
+    """sum over the tokens of `mask` of KL(softmax(teacher) || softmax(student)), fp32 scalar, in nats.
+
+    student, teacher: logits [..., vocabulary], any float dtypes; a tensor `teacher` is overwritten. mask: bool [...].
+    """
+    return _KLDivergence.apply(student, teacher, mask)
+
+
+class _HiddenError(torch.autograd.Function):
+    """Keeps both states as they are and takes the difference again in the backward: no fp32 copy per layer is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher, mask)
+        return ((student.float() - teacher.float()).square().mean(-1) * mask).sum()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        student, teacher, mask = ctx.saved_tensors
+        grad = (student.float() - teacher.float()) * (mask.unsqueeze(-1) * (2 / student.shape[-1] * outer))
+        return grad.to(student.dtype), None, None
+
+
+def hidden_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """sum over the tokens of `mask` of the mean squared difference of two states [..., hidden]; fp32 scalar."""
+    return _HiddenError.apply(student, teacher.to(student.device), mask.to(student.device))
+
+
+def token_mask(labels: Tensor, attention_mask: Tensor | None, shifted: bool) -> Tensor:
+    """The positions whose output is compared, bool [batch, seq].
+
+    With `shifted`, position t predicts labels[t + 1], as in causal models; the last one predicts nothing. Positions that
+    are padding, or whose label is, never count.
+    """
+    real = None
+    if attention_mask is not None and attention_mask.shape == labels.shape:
+        real = attention_mask.to(labels.device).bool()
+        labels = labels.masked_fill(~real, IGNORED)
+    if shifted:
+        labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    mask = labels != IGNORED
+    return mask if real is None else mask & real
+
+
+class Distillation:
+    """Puts a teacher's loss in place of a model's own, in training mode only.
+
+    `attach` wraps the model's forward, below autocast and distributed wrappers, because a TrainerCallback sees neither
+    inputs nor loss. In training its output has the loss and no logits; in evaluation mode it is left as it is.
+
+    Args:
+        teacher: a model (any device, quantized or offloaded as it likes) that is only read, or a TopKTeacher.
+        hidden_weight: of the hidden-state error, per token; 0 switches it off. See the module's text.
+    """
+
+    def __init__(self, teacher: nn.Module | TopKTeacher, hidden_weight: float = HIDDEN_WEIGHT):
+        if hidden_weight < 0:
+            raise ValueError(f"hidden_weight is {hidden_weight}; it must be 0 (off) or more")
+        # In a list: a Module as an attribute of something that a model holds could end up in its state dict.
+        self._teacher: list[Any] = [teacher]
+        self.hidden_weight = 0.0 if isinstance(teacher, TopKTeacher) else hidden_weight
+        self.active = False
+        self.calls = 0
+        self._sums: Tensor | None = None  # of KL, hidden error and tokens since they were last taken
+
+    @property
+    def teacher(self) -> Any:
+        return self._teacher[0]
+
+    def attach(self, model: Any) -> None:
+        """Wrap `model.forward`; nothing changes until `active` is set.
+
+        Raises:
+            ValueError: for an encoder-decoder model, whose two stacks are not compared here.
+        """
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder model, which distillation does not cover; "
+                "train it without a teacher"
+            )
+        # As a plain function, so that a deep copy of the model calls its own layers.
+        original = getattr(model.forward, "__func__", None) or functools.partial(_call, model.forward)
+        self._shifted = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
+
+        @functools.wraps(getattr(model.forward, "__func__", model.forward))
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if not (self.active and module.training):
+                return original(module, *args, **kwargs)
+            return self._forward(module, original, args, kwargs)
+
+        model.forward = types.MethodType(forward, model)
+
+    def detach(self, model: Any) -> None:
+        """Leave `model` with its own loss."""
+        self.active = False
+        self._teacher = [None]
+        # Under autocast another wrapper lies on top of ours, which then only passes through.
+        if getattr(model.__dict__.get("forward"), "__wrapped__", None) is type(model).forward:
+            del model.forward
+
+    def place(self, device: torch.device) -> None:
+        """Move the teacher to `device`, unless it has its own places, and make it ready."""
+        teacher = self.teacher
+        if isinstance(teacher, TopKTeacher):
+            return
+        teacher.eval()
+        if is_partitioned(teacher.parameters()):
+            self._teacher = [teacher, run_partitioned(teacher)]
+            return
+        fixed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
+        if not fixed and not any(value.is_meta for value in teacher.parameters()):
+            teacher.to(device)
+
+    def take(self) -> Tensor | None:
+        """Sums since the last call [3]: KL, hidden error, tokens; None if there was no step."""
+        sums, self._sums = self._sums, None
+        return sums
+
+    def _forward(self, module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = dict(kwargs)
+        if args:
+            inputs |= inspect.signature(type(module).forward).bind_partial(module, *args).arguments
+            inputs.pop("self")
+        labels, shifted = inputs.pop("labels", None), self._shifted
+        if inputs.get("shift_labels") is not None:
+            labels, shifted = inputs.pop("shift_labels"), False
+        if labels is None:
+            raise ValueError(
+                "a training batch reached the model without labels, so there is nothing to distil on. Give labels "
+                "(DataCollatorForLanguageModeling(mlm=False) makes them), and leave out label_smoothing_factor and "
+                "compute_loss_func, which take the labels away"
+            )
+        count = inputs.pop("num_items_in_batch", None)
+        keep_states = inputs.pop("output_hidden_states", None)
+        inputs["return_dict"] = True
+        student = original(module, **inputs, output_hidden_states=bool(keep_states or self.hidden_weight))
+        loss = self._loss(module, student, inputs, labels, shifted, count)
+        # A mixture of experts that was asked for its router's own loss keeps it.
+        if student.get("aux_loss") is not None:
+            loss = loss + module.config.router_aux_loss_coef * student.aux_loss.to(loss.device)
+        # Mixed precision turns whatever is returned into fp32: not the logits, which Trainer does not use in training.
+        dropped = ("logits",) if keep_states else ("logits", "hidden_states")
+        kept = {key: value for key, value in student.items() if key not in dropped}
+        return type(student)(**{**kept, "loss": loss})
+
+    # The teacher is no part of what is compiled: it may be offloaded, quantized, or a file.
+    @torch.compiler.disable
+    def _loss(
+        self, module: Any, student: Any, inputs: dict[str, Any], labels: Tensor, shifted: bool, count: Any
+    ) -> Any:
+        if student.logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"the logits are {list(student.logits.shape)} and the labels {list(labels.shape)}; distillation compares "
+                "token by token. Train this kind of model without a teacher"
+            )
+        if not self.calls:
+            _warn_of_labelled_padding(labels, inputs.get("attention_mask"))
+        mask = token_mask(labels, inputs.get("attention_mask"), shifted)
+        logits, states = self._ask(inputs, student.logits)
+        total = kl_divergence(student.logits, logits, mask)
+        hidden = total.new_zeros(())
+        if self.hidden_weight:
+            shapes = [[list(state.shape) for state in each] for each in (student.hidden_states, states)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"the model has {len(shapes[0])} hidden states of {shapes[0][0]}, the teacher {len(shapes[1])} of "
+                    f"{shapes[1][0]}; with a teacher of another size set hidden_weight=0"
+                )
+            for mine, other in zip(student.hidden_states, states, strict=True):
+                hidden = hidden + hidden_error(mine, other, mask).to(total.device)
+        tokens = mask.sum().to(total.device)
+        sums = torch.stack([total.detach(), hidden.detach(), tokens.float()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.calls += 1
+        if count is None:
+            count = tokens.clamp_min(1)
+        elif torch.is_tensor(count):
+            count = count.to(total.device)
+        return (total + self.hidden_weight * hidden) / count
+
+    def _ask(self, inputs: dict[str, Any], logits: Tensor) -> tuple[Any, Any]:
+        """The teacher's logits and hidden states for a batch."""
+        teacher = self.teacher
+        if isinstance(teacher, TopKTeacher):
+            return teacher(inputs["input_ids"], inputs.get("attention_mask"), logits), None
+        known = inspect.signature(teacher.forward).parameters
+        free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        device = _input_device(teacher, logits.device)
+        given = {
+            key: value.to(device) if torch.is_tensor(value) else value
+            for key, value in {**inputs, "use_cache": False, "output_hidden_states": bool(self.hidden_weight)}.items()
+            if free or key in known
+        }
+        with torch.no_grad():
+            out = teacher(**given)
+        if out.logits.shape != logits.shape:
+            raise ValueError(
+                f"the teacher's logits are {list(out.logits.shape)} and the model's {list(logits.shape)}; "
+                "both need the same tokenizer and vocabulary size"
+            )
+        return out.logits, out.get("hidden_states")
+
+
+def _warn_of_labelled_padding(labels: Tensor, attention_mask: Tensor | None) -> None:
+    if attention_mask is None or attention_mask.shape != labels.shape:
+        return
+    padding = int(((attention_mask == 0) & (labels != IGNORED)).sum())
+    if padding:
+        logger.warning(
+            "%d padding tokens of the first batch have labels. They are left out of the loss, but Trainer counts them, so the "
+            "loss shrinks with the padding; set their labels to %d, as DataCollatorForLanguageModeling does.",
+            padding,
+            IGNORED,
+        )
+
+
+def _call(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+    """A forward that was put on the instance and does not take it as an argument."""
+    return forward(*args, **kwargs)
+
+
+def _input_device(teacher: Any, default: torch.device) -> torch.device:
+    """Where the teacher takes its tokens; an offloaded embedding computes elsewhere than it is kept."""
+    embeddings = teacher.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    if place is not None:
+        return torch.device(place)
+    weight = next(embeddings.parameters(), None)
+    return default if weight is None or weight.is_meta else weight.device

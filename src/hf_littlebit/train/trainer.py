@@ -1,0 +1,149 @@
+"""LittleBitTrainer: for those who want more than the callback in an ordinary Trainer.
+
+Its learning rates are the ones that trained best in `examples/experiments/recipe.py`: latents and scales move by multiples
+of `args.learning_rate`, which the dense rest (embeddings, norms, biases, head) has.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from ..config import LittleBitConfig
+from ..load.convert import factor_modules, is_latent, latents_and_scales, unpack_model, unwrapped
+from .callback import REBUILT, LittleBitCallback
+from .distributed import gather
+from .resume import last_checkpoint
+from .topk import TopKTeacher
+
+__all__ = ["CALIBRATION", "LATENT_FACTOR", "LEARNING_RATE", "SCALE_FACTOR", "LittleBitTrainer"]
+
+LEARNING_RATE = 2e-4  # of the dense rest; what `littlebit train` uses
+LATENT_FACTOR = 2.5
+SCALE_FACTOR = 15.0
+CALIBRATION = 32  # examples
+
+
+class LittleBitTrainer(Trainer):
+    """A Trainer with a LittleBitCallback of its own, a learning rate each for latents and scales, no weight decay on them,
+    and a packed model as a starting point.
+
+    Args:
+        config, teacher: as for LittleBitCallback, which may be given among `callbacks` instead.
+        latent_learning_rate, scale_learning_rate: of U and V, and of h, l and g; LATENT_FACTOR and SCALE_FACTOR times
+            `args.learning_rate` if None. All follow the same schedule.
+        calibration: examples from all over `train_dataset` that a dense model is calibrated on before it is factorized
+            (calibration.py). 0, a dataset without a length, or batches given to the callback: none of them.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
+        config: LittleBitConfig | None = None,
+        teacher: nn.Module | TopKTeacher | str | None = None,
+        latent_learning_rate: float | None = None,
+        scale_learning_rate: float | None = None,
+        calibration: int = CALIBRATION,
+        callbacks: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ):
+        if model is None or kwargs.get("model_init") is not None:
+            raise ValueError(REBUILT if kwargs.get("model_init") is not None else "give the model to train")
+        for name, rate in (("latent", latent_learning_rate), ("scale", scale_learning_rate)):
+            if rate is not None and not rate >= 0:
+                raise ValueError(f"{name}_learning_rate is {rate}; it must be 0 or more")
+        if calibration < 0:
+            raise ValueError(f"calibration is {calibration} examples; it must be 0 (off) or more")
+        callbacks = list(callbacks or [])
+        if not any(isinstance(callback, LittleBitCallback) for callback in callbacks):
+            callbacks.append(LittleBitCallback(config, teacher))
+        elif config is not None or teacher is not None:
+            raise ValueError(
+                "config and teacher are given both to the Trainer and in its LittleBitCallback; give them once"
+            )
+        self.latent_learning_rate, self.scale_learning_rate = latent_learning_rate, scale_learning_rate
+        modules = factor_modules(model).values()
+        if modules and not any(is_latent(module) for module in modules):
+            unpack_model(model)
+        listed = all(hasattr(kwargs.get("train_dataset"), method) for method in ("__len__", "__getitem__"))
+        for callback in callbacks:
+            if isinstance(callback, LittleBitCallback) and callback.calibration is None and calibration and listed:
+                callback.calibration = self._calibration_batches(calibration)
+        super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
+
+    def _calibration_batches(self, examples: int) -> Iterator[dict[str, Any]]:
+        """Batches of the training set, in the same order on every process; read once Trainer has its collator."""
+        rows: Any = self.train_dataset
+        known = inspect.signature(unwrapped(self.model).forward).parameters
+        chosen = range(0, len(rows), max(1, len(rows) // examples))[:examples]
+        size = self.args.per_device_train_batch_size
+        for at in range(0, len(chosen), size):
+            batch = [rows[index] for index in chosen[at : at + size]]
+            if self.args.remove_unused_columns and all(isinstance(row, Mapping) for row in batch):
+                batch = [{key: value for key, value in row.items() if key in known or "label" in key} for row in batch]
+            yield dict(self.data_collator(batch))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of `args.optim`, with groups for latents, scales, and the rest with and without weight decay."""
+        if type(self.optimizer).__name__ == "DummyOptim":
+            raise ValueError(
+                "the DeepSpeed config has an optimizer of its own, which gives latents, scales and the rest one learning rate; "
+                "take `optimizer` out of it, so that args.optim is used"
+            )
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        if {"params", "model", "optimizer_dict"} & set(options):
+            raise ValueError(
+                f"optim {self.args.optim!s} makes its own parameter groups; use adamw_torch or another plain one"
+            )
+        latents, scales = latents_and_scales(model)
+        known = {id(value) for value in (*latents, *scales)}
+        decayed = set(self.get_decay_parameter_names(model))
+        rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+        groups = [
+            {"params": latents, "lr": self._rate(self.latent_learning_rate, LATENT_FACTOR), "weight_decay": 0.0},
+            {"params": scales, "lr": self._rate(self.scale_learning_rate, SCALE_FACTOR), "weight_decay": 0.0},
+            {"params": [p for n, p in rest if n in decayed], "weight_decay": self.args.weight_decay},
+            {"params": [p for n, p in rest if n not in decayed], "weight_decay": 0.0},
+        ]
+        self.optimizer = kind([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; after a sharded training that was to be packed, it packs what it gathers from all processes."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LittleBitCallback) and callback.finished and callback.pack and callback.sharded:
+                state = gather(unwrapped(self.model))
+                if self.args.should_save:
+                    self._save(output_dir, state_dict=state)
+                if self.args.push_to_hub and not _internal_call:
+                    self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+                return
+        super().save_model(output_dir, _internal_call)
+
+    def _rate(self, rate: float | None, factor: float) -> float:
+        return factor * self.args.learning_rate if rate is None else rate
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end, and a model that
+        was packed by an earlier call is refused before a checkpoint is read into it."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LittleBitCallback) and callback.finished:
+                callback.on_train_begin(self.args, self.state, self.control, model=self.model)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no complete checkpoint to resume from; call train() without "
+                    "resume_from_checkpoint"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
