@@ -176,10 +176,12 @@ def test_the_pinned_versions_cover_what_is_declared():
     assert tuple(numbers(newest["transformers"])[:2]) == compat.TESTED[1]
 
 
-def test_the_readme_says_what_is_pinned():
+def test_the_documents_say_what_is_pinned():
     row = re.compile(r"^\| ([\w, ]+) \| ([\d., ]+)(?: \(CPU\))? \| ([\d., ]+)(?: \(CPU\))? \|$", re.MULTILINE)
-    rows = row.findall((ROOT / "README.md").read_text())
+    rows = row.findall((ROOT / "docs" / "coverage.md").read_text())
     said = {names.replace("_", "-"): versions for names, *versions in rows}
     for names in ("transformers", "torch", "huggingface-hub, accelerate, safetensors"):
         for file, versions in zip(("constraints-oldest.txt", "constraints.txt"), said[names], strict=True):
             assert versions == ", ".join(pins(file)[name] for name in names.split(", "))
+    (low, high), torch_versions = said["transformers"], dict.fromkeys(said["torch"])
+    assert f"transformers {low} to {high} and torch {' to '.join(torch_versions)} (" in (ROOT / "README.md").read_text()
