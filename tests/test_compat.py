@@ -161,7 +161,7 @@ def numbers(version):
 def test_the_pinned_versions_cover_what_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["dev"], *extras["optimum"], *extras["train"]]
+    declared = [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["optimum"], *extras["train"]]
     newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
     for requirement in declared:
         name, _, bound = requirement.partition(">=")

@@ -1,9 +1,14 @@
-"""The README and docs/: short enough to read, and no link leads nowhere."""
+"""The README, docs/ and the API reference: short enough to read, no link leads nowhere, every public name is explained."""
 
 import re
+import runpy
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from extras import needs
+
+import hf_littlebit
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,3 +38,39 @@ def test_links_lead_somewhere(page):
 def test_the_readme_names_every_page():
     links = set(LINK.findall((ROOT / "README.md").read_text()))
     assert {f"docs/{page.name}" for page in PAGES[1:]} <= {link.partition("#")[0] for link in links}
+
+
+@pytest.fixture
+def reference():
+    """What .ci/reference.py defines."""
+    return runpy.run_path(str(ROOT / ".ci" / "reference.py"))
+
+
+def test_every_public_name_has_a_docstring(reference):
+    assert reference["faults"](hf_littlebit) == []
+    named = [name for name, _ in reference["public"](hf_littlebit)]
+    assert set(hf_littlebit.__all__) < set(named) and "LittleBitLinear.dense" in named
+
+
+def test_a_name_without_a_docstring_is_found(reference):
+    module = ModuleType("example")
+    exec(
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Pair:\n    left: int\n    @property\n    def right(self): pass\n    def _own(self): pass\n"
+        "def good(x, y):\n    '''Say something.\n\n    Args:\n        x, y: numbers.\n    '''\n"
+        "def bad(x):\n    '''Say something.\n\n    Args:\n        x: a number.\n        z: another.\n    '''\n",
+        vars(module),
+    )
+    module.__all__ = ["Pair", "good", "bad"]
+    assert reference["faults"](module) == [
+        "Pair has no docstring.",
+        "Pair.right has no docstring.",
+        "bad has no argument 'z', which its docstring explains.",
+    ]
+
+
+@needs("pdoc")
+def test_the_reference_is_built_without_a_warning(reference, tmp_path):
+    reference["build"](tmp_path)
+    page = (tmp_path / "hf_littlebit.html").read_text()
+    assert all(f'id="{name}"' in page for name in hf_littlebit.__all__)
