@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
 CHECK := $(filter-out %/binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp))
 
-.PHONY: demo test test-newest test-oldest constraints lint docs asan valgrind neon bench-cpu bench-gpu check-gpu clean
+.PHONY: demo test test-fast test-newest test-oldest constraints lint docs asan valgrind neon bench-cpu bench-gpu check-gpu clean
 
 # $(call install,FOLDER,CONSTRAINTS): the package and its tools in a virtual environment. torch comes first and alone, since
 # its index may hold nothing else; afterwards its line is left out, so that no other torch replaces the one asked for.
@@ -56,6 +56,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.triton
 	$(call suite,$(VENV))
+
+# What can be tested in two minutes on two cores: nothing slow, no process beside this one, no GPU.
+test-fast: $(VENV)/.triton
+	$(call suite,$(VENV)) -m "not slow and not subprocess and not gpu"
 
 # Installed anew on every run: what is newest changes.
 test-newest:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import config, load
+from families import config, load
 
 from hf_littlebit import compat
 from hf_littlebit.data import sample_blocks
@@ -126,6 +126,8 @@ def test_a_missing_method_is_an_error_with_a_remedy(unchecked, stories, monkeypa
         load(stories, quantization_config=config())
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("module", "name"),
     [
