@@ -7,6 +7,7 @@ import pytest
 # What to install for a package that is not installed by its own name.
 INSTALL = {
     "deepspeed": "hf-littlebit[deepspeed]",
+    "pdoc": "hf-littlebit[docs]",
     "matplotlib": "hf-littlebit[plot]",
     "optimum": "hf-littlebit[optimum]",
     "uvicorn": "transformers[serving]",

@@ -6,12 +6,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from extras import needs
 
 import hf_littlebit
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -25,7 +27,7 @@ def test_the_readme_is_read_in_one_sitting():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in LINK.findall(page.read_text()):
         if not link.startswith(("https://", "http://")):
@@ -38,6 +40,16 @@ def test_links_lead_somewhere(page):
 def test_the_readme_names_every_page():
     links = set(LINK.findall((ROOT / "README.md").read_text()))
     assert {f"docs/{page.name}" for page in PAGES[1:]} <= {link.partition("#")[0] for link in links}
+
+
+def test_the_workflows_call_targets_that_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for file in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(file.read_text())["jobs"]
+        steps = [step for job in jobs.values() for step in job["steps"]]
+        called = {word for step in steps for word in re.findall(r"^make ([\w-]+)", step.get("run", ""), re.MULTILINE)}
+        rows = [row for job in jobs.values() for row in job.get("strategy", {}).get("matrix", {}).get("include", [])]
+        assert called | {row["target"] for row in rows} <= targets, file.name
 
 
 @pytest.fixture

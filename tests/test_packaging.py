@@ -61,10 +61,13 @@ def test_wheel_works_away_from_the_source(wheel, stories, tmp_path):
     assert done.stdout.count(str(tmp_path / "site")) == 2
 
 
-def test_version_is_one():
+@pytest.mark.subprocess
+def test_version_is_one(wheel):
     import hf_littlebit
 
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == hf_littlebit.__version__
+    assert "version" not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert wheel.name.split("-")[1] == hf_littlebit.__version__
+    assert f"## [{hf_littlebit.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.slow

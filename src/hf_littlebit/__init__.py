@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .training import LittleBitCallback
     from .twins import latent_model, pack_model, unpack_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LatentLittleBitLinear",
     "LittleBitCallback",
