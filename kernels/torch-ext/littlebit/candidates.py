@@ -56,8 +56,9 @@ _TILES = {
     16: ((64, 16, 4, 3), (64, 16, 4, 4), (128, 16, 8, 3)),
     32: ((64, 32, 4, 3), (64, 32, 4, 4), (128, 32, 8, 3)),
     64: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3)),
-    128: ((128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (128, 256, 8, 3)),
+    128: ((128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (128, 256, 8, 3), (128, 128, 4, 3), (64, 256, 4, 3)),
 }
+_SCRATCH = (64, 256)  # MiB of unpacked signs
 
 
 def cases(
@@ -138,8 +139,12 @@ def _of_few(case: Case, turn: int) -> List[Dict[str, int]]:
 
 def _of_tiles(config: Tiles, case: Case, turn: int) -> List[Dict[str, int]]:
     if turn == 3:
-        dense = [{"unpacked": 1}] if case.tokens > 128 and config.terms == 1 and case.dtype == torch.bfloat16 else []
-        return [{"words": 4}, *dense]
+        dense = (
+            [{"unpacked": size} for size in _SCRATCH]
+            if case.tokens > 128 and config.terms == 1 and case.dtype == torch.bfloat16
+            else []
+        )
+        return [{"words": 4}, {"words": 1}, *dense]
     if turn not in (1, 2):
         return []
     side, made = ("one", "ranks") if turn == 1 else ("two", "outputs")

@@ -43,7 +43,8 @@ __all__ = [
 CONFIGS = Path(__file__).with_name("configs")
 LARGEST = 4096  # tokens of the last bucket
 MOST_PATHS = 4  # that decode.py gives warps of their own
-FEW = 64  # tokens up to which a second term costs nothing: the matrix units wait for memory
+FEW = 64  # tokens up to which tiles are small: the matrix units wait for memory
+SCRATCH = 64  # MiB of unpacked signs: more was a few percent faster on an H100
 
 
 class Decode(NamedTuple):
@@ -72,7 +73,7 @@ class Few(NamedTuple):
 class Tiles(NamedTuple):
     """gemm.py: ranks, tokens, warps, stages and splits of the sum, of expand (one) and contract (two); words of a step.
 
-    terms: bf16 numbers that an fp32 one is cut into. unpacked: 1 for dense products of unpacked signs, in unpacked.py.
+    terms: bf16 numbers that an fp32 one is cut into. unpacked: MiB for unpacked signs in unpacked.py's dense products, or 0.
     """
 
     ranks: int
@@ -202,14 +203,14 @@ def _way(transposed: bool) -> str:
 
 @functools.lru_cache(maxsize=None)
 def terms(device: torch.device, dtype: torch.dtype, tokens: int) -> int:
-    """bf16 terms of an fp32 factor (gemm.py): as exact as the result's dtype shows, where that costs no time."""
+    """bf16 terms of an fp32 factor (gemm.py): as exact as the result's dtype shows."""
     # AMD's matrix units that triton compiles for have bf16.
     capability = _capability(device)
     if capability and capability < (8, 0):
         return 0
     if dtype == torch.float32:
         return 3
-    return 1 if dtype == torch.bfloat16 and tokens > FEW else 2
+    return 1 if dtype == torch.bfloat16 else 2
 
 
 def _power(value: float) -> int:
@@ -322,26 +323,42 @@ def _tiles_rule(
         splits = min(32, _power(max(1.0, 2 * cores / blocks)), _power(max(1.0, summed / 256)))
         return Tiles(64, height, 4, 3, splits, 32, height, 4, 3, 1, 1, count)
     large = tokens > FEW
-    widest = 64 if not large else 256 if tokens > 1024 and count == 1 and memory >= 99 << 10 else 128
-    # Stages of the other operand's terms, and 4 KiB for words.
-    across, stages = next(
-        (width, depth)
-        for width in (widest, widest // 2, widest // 4, 16)
-        for depth in (3, 2)
-        if width == 16 or depth * width * count * 128 <= memory - 4096
+    # Ranks are fewer than outputs: their tiles are narrower, so that there are as many.
+    (ranked, widest_one, warps_one), (made_by, widest_two, warps_two) = (
+        ((64, 256, 4), (128, 128, 8))
+        if large and count == 1
+        else ((128, 128, 8),) * 2
+        if large
+        else ((64, 32, 4), (64, 64, 4))
     )
-    across = min(tokens, across)
-    side, warps = (128, 8) if large else (64, 4)
-    columns = -(-tokens // across)
+    across_one, stages_one = _across(min(tokens, widest_one), count, memory)
+    across_two, stages_two = _across(min(tokens, widest_two), count, memory)
     # Large tiles have a core to themselves or share it in turns; of the small ones, several wait for memory side by side.
-    places, step = (cores, 0.0036 * across) if large else (3 * cores, 0.25)
+    places = cores if large else 6 * cores
     counts = []
-    for blocks, total, wide in (
-        (sum(-(-rank // side) for rank in ranks), summed, sum(ranks)),
-        (-(-made // side), sum(ranks), made),
+    for side, across, blocks, total, wide in (
+        (ranked, across_one, sum(-(-rank // ranked) for rank in ranks), summed, sum(ranks)),
+        (made_by, across_two, -(-made // made_by), sum(ranks), made),
     ):
-        counts.append(_splits(places, columns * blocks, -(-total // 64), step, 8e-6 / 2.5 * tokens * wide))
-    return Tiles(side, across, warps, stages, counts[0], side, across, warps, stages, counts[1], 2, count)
+        step = 2.8e-5 * side * across if large else 0.25
+        counts.append(_splits(places, -(-tokens // across) * blocks, -(-total // 64), step, 3.2e-6 * tokens * wide))
+    words = 4 if summed >= 8192 and not large else 2
+    scratch = SCRATCH if tokens > 1024 and count == 1 else 0
+    return Tiles(
+        *(ranked, across_one, warps_one, stages_one, counts[0]),
+        *(made_by, across_two, warps_two, stages_two, counts[1]),
+        *(words, count, scratch),
+    )
+
+
+def _across(widest: int, count: int, memory: int) -> Tuple[int, int]:
+    """(tokens of a tile, stages): the most whose terms fit, beside 4 KiB for words."""
+    return next(
+        (width, depth)
+        for width in (widest, widest // 2, widest // 4, widest // 8, 16)
+        for depth in (3, 2)
+        if width <= 16 or depth * width * count * 128 <= memory - 4096
+    )
 
 
 def _splits(places: int, blocks: int, steps: int, step: float, write: float) -> int:

@@ -17,7 +17,7 @@ from .signs import across_words, along_words, padded, pair_of, sign_tile, tail_w
 
 __all__ = ["SLAB", "launches"]
 
-SLAB = 1 << 25  # signs of a slab: 64 MiB in bf16
+SLAB = 1 << 19  # signs of one MiB of scratch
 _LEAST = 256  # outputs of a slab, or a multiple
 _STEP = 64
 _ROWS = 64  # of a program, and what paths' slots are a multiple of
@@ -78,9 +78,9 @@ def _unpack(
     tl.store(slab + place, signs, mask=(slots < width)[None, :])
 
 
-def _slabs(made: int, width: int) -> Iterator[Tuple[int, int]]:
-    """(first, last + 1) of the outputs whose signs are unpacked together."""
-    rows = max(_LEAST, SLAB // width // _LEAST * _LEAST)
+def _slabs(made: int, width: int, size: int) -> Iterator[Tuple[int, int]]:
+    """(first, last + 1) of the outputs whose signs are unpacked together, into `size` MiB."""
+    rows = max(_LEAST, size * SLAB // width // _LEAST * _LEAST)
     for first in range(0, made, rows):
         yield first, min(first + rows, made)
 
@@ -108,8 +108,11 @@ def launches(
     terms = torch.empty(len(ranks), tokens, width, dtype=torch.bfloat16, device=device)
     latent = torch.empty(tokens, sum(slots), dtype=torch.bfloat16, device=device)
     largest = max(
-        [(last - first) * width for count in slots for first, last in _slabs(count, width)]
-        + [-(-(last - first) // _ROWS) * _ROWS * sum(slots) for first, last in _slabs(made, sum(slots))]
+        [(last - first) * width for count in slots for first, last in _slabs(count, width, config.unpacked)]
+        + [
+            -(-(last - first) // _ROWS) * _ROWS * sum(slots)
+            for first, last in _slabs(made, sum(slots), config.unpacked)
+        ]
     )
     scratch = torch.empty(largest, dtype=torch.bfloat16, device=device)
     options = {"BLOCK": _ROWS, "BLOCK_K": _STEP, "TRANSPOSED": transposed, "num_warps": 4}
@@ -129,7 +132,7 @@ def launches(
         one, two = (inner, outer) if transposed else (outer, inner)
         sides.append((two, scale_last[path], rank, slot))
         gain = scale_rank[ranked]
-        for first, last in _slabs(count, width):
+        for first, last in _slabs(count, width, config.unpacked):
             slab = scratch[: (last - first) * width].view(last - first, width)
             yield (
                 _unpack,
@@ -139,7 +142,7 @@ def launches(
             )
             torch.mm(terms[path], slab.T, out=latent[:, slot + first : slot + last])
         before, words, tails, slot = before + rank, words + rows, tails + bytes_of, slot + count
-    for first, last in _slabs(made, slot):
+    for first, last in _slabs(made, slot, config.unpacked):
         rows = -(-(last - first) // _ROWS)
         slab = scratch[: rows * _ROWS * slot].view(rows * _ROWS, slot)
         for (packed, tail), gain, rank, offset in sides:
