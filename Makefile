@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
 CHECK := $(filter-out %/binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp))
 
-.PHONY: demo test test-newest test-oldest constraints lint asan valgrind neon bench-cpu bench-gpu check-gpu clean
+.PHONY: demo test test-fast test-newest test-oldest constraints lint docs asan valgrind neon bench-cpu bench-gpu check-gpu clean
 
 # $(call install,FOLDER,CONSTRAINTS): the package and its tools in a virtual environment. torch comes first and alone, since
 # its index may hold nothing else; afterwards its line is left out, so that no other torch replaces the one asked for.
@@ -25,7 +25,7 @@ define install
 	sed '/^torch==/d' $(2) > $(1)/constraints.txt
 	$(1)/bin/python -m pip install --quiet --upgrade pip setuptools --constraint $(1)/constraints.txt
 	$(1)/bin/python -m pip install --quiet $(or $(TORCH),$$(grep '^torch==' $(2) || echo torch))
-	$(1)/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,optimum]' --constraint $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,docs,optimum]' --constraint $(1)/constraints.txt
 endef
 
 # $(call triton,FOLDER,VERSION): Triton's interpreter tests the GPU kernels on a CPU. A torch for GPUs has brought its own;
@@ -57,6 +57,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.triton
 	$(call suite,$(VENV))
 
+# What can be tested in two minutes on two cores: nothing slow, no process beside this one, no GPU.
+test-fast: $(VENV)/.triton
+	$(call suite,$(VENV)) -m "not slow and not subprocess and not gpu"
+
 # Installed anew on every run: what is newest changes.
 test-newest:
 	rm -rf $(NEWEST)
@@ -80,6 +84,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The API reference from the docstrings, in build/docs. A warning, or a public name without a docstring, is an error.
+docs: $(VENV)/.installed
+	$(RUN) .ci/reference.py --out build/docs
 
 # The CPU kernel without torch, over odd shapes in buffers of exactly their size. The loops of the sanitizers are slow.
 asan:

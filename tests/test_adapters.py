@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import config, load, logits
+from families import config, load, logits
 
 
 def test_adapters_by_peft(family_dir, tmp_path):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, build, config, load
+from families import SMALL, build, config, load
 from torch import nn
 from transformers import CompileConfig
 
@@ -202,6 +202,7 @@ def test_time_goes_to_the_innermost_part(monkeypatch):
     assert not inner._forward_hooks and not outer._forward_pre_hooks
 
 
+@pytest.mark.subprocess
 def test_memory_that_work_takes_is_seen():
     """In a process of its own: after other tests, freed memory that is still resident serves again without growth."""
     code = (

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 ROOT = Path(__file__).parent.parent
 LIBRARY = "hf_littlebit/kernels/liblittlebit_cpu.so"
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import build
+from families import build
 from test_training import CONFIG, Rows, arguments, equal
 from torch.utils.data import IterableDataset
 from transformers import Trainer

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from families import ROOT
 from transformers import AutoModelForCausalLM
 
 from hf_littlebit import LittleBitConfig, size_report
@@ -306,6 +306,7 @@ def test_interrupt_and_unforeseen_errors(monkeypatch, stories, capfd):
     assert code == 1 and line == "KeyError: 'what' (--debug shows where)"
 
 
+@pytest.mark.subprocess
 def test_reader_that_leaves(stories):
     read, write = os.pipe()
     os.close(read)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import config, load
+from families import config, load
 
 from hf_littlebit import compat
 from hf_littlebit.train.data import sample_blocks
@@ -126,6 +126,8 @@ def test_a_missing_method_is_an_error_with_a_remedy(unchecked, stories, monkeypa
         load(stories, quantization_config=config())
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("module", "name"),
     [
@@ -161,7 +163,7 @@ def numbers(version):
 def test_the_pinned_versions_cover_what_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["dev"], *extras["optimum"], *extras["train"]]
+    declared = [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["optimum"], *extras["train"]]
     newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
     for requirement in declared:
         name, _, bound = requirement.partition(">=")
@@ -176,10 +178,12 @@ def test_the_pinned_versions_cover_what_is_declared():
     assert tuple(numbers(newest["transformers"])[:2]) == compat.TESTED[1]
 
 
-def test_the_readme_says_what_is_pinned():
+def test_the_documents_say_what_is_pinned():
     row = re.compile(r"^\| ([\w, ]+) \| ([\d., ]+)(?: \(CPU\))? \| ([\d., ]+)(?: \(CPU\))? \|$", re.MULTILINE)
-    rows = row.findall((ROOT / "README.md").read_text())
+    rows = row.findall((ROOT / "docs" / "coverage.md").read_text())
     said = {names.replace("_", "-"): versions for names, *versions in rows}
     for names in ("transformers", "torch", "huggingface-hub, accelerate, safetensors"):
         for file, versions in zip(("constraints-oldest.txt", "constraints.txt"), said[names], strict=True):
             assert versions == ", ".join(pins(file)[name] for name in names.split(", "))
+    (low, high), torch_versions = said["transformers"], dict.fromkeys(said["torch"])
+    assert f"transformers {low} to {high} and torch {' to '.join(torch_versions)} (" in (ROOT / "README.md").read_text()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import load, logits
+from families import load, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import load
+from families import load
 from transformers import AutoTokenizer
 
 from hf_littlebit.train.data import TokenBlocks, read_texts, sample_blocks, text_blocks

@@ -15,7 +15,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, SMALL, config, load
+from families import FAMILIES, SMALL, config, load
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import CompileConfig, DynamicCache, StaticCache
@@ -30,7 +30,7 @@ from hf_littlebit.load.convert import latent_model, pack_model
 ATEN = torch.ops.aten
 GPU = torch.cuda.is_available()
 no_gpu = pytest.mark.skipif(not GPU, reason="no CUDA GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=no_gpu)]
+DEVICES = ["cpu", pytest.param("cuda", marks=[no_gpu, pytest.mark.gpu])]
 WINDOW = {"sliding_window": 8}
 MODELS = {
     "llama": ("llama", {}),
@@ -654,6 +654,7 @@ def test_a_dense_model_can_have_it_too():
     assert torch.equal(generate(model, inputs), expected) and recorder.replays
 
 
+@pytest.mark.gpu
 @no_gpu
 def test_a_packed_model_on_a_gpu(tmp_path):
     dense("llama").save_pretrained(tmp_path)
@@ -665,6 +666,7 @@ def test_a_packed_model_on_a_gpu(tmp_path):
     assert recorder.recordings == 1 and recorder.replays == 37
 
 
+@pytest.mark.gpu
 @no_gpu
 def test_cuda_itself_refuses_and_the_next_recording_works(caplog):
     """What no operator shows: the forward waits for its stream, and CUDA spoils the recording."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import build
+from families import build
 
 from hf_littlebit.compat import CACHE_NAMES
 from hf_littlebit.train import distill

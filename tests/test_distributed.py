@@ -1,6 +1,5 @@
 """Two processes over gloo give what one gives, resume exactly, and leave what can be packed: DDP, FSDP2, ZeRO-2 and -3."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import equal_states, load, logits
+from extras import needs
+from families import equal_states, load, logits
 
 from hf_littlebit.command.cli import main
 from hf_littlebit.load.convert import pack_model
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 SCRIPT = Path(__file__).with_name("two_processes.py")
-DEEPSPEED = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install 'hf-littlebit[deepspeed]'"
-)
+DEEPSPEED = needs("deepspeed")
 
 
 def start(out, *options, processes=1):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT, build, load
+from families import ROOT, build, load
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_littlebit import LittleBitConfig, perplexity, size_report

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import equal_states, load
+from families import equal_states, load
 from test_distributed import DEEPSPEED
 from test_training import CONFIG, Rows, arguments, build
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -97,6 +97,7 @@ def test_the_compiled_library_computes_what_torch_does(monkeypatch):
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * two.float().abs().max().item())
 
 
+@pytest.mark.subprocess
 def test_reference_keeps_to_plain_torch():
     code = (
         "import torch; from hf_littlebit.layers import latent_matmul; from hf_littlebit.kernels import cpu\n"

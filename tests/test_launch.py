@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, load
+from extras import needs
+from families import ROOT, load
 from test_distributed import DEEPSPEED
 
 CONFIGS = ROOT / "examples" / "configs" / "accelerate"
@@ -56,6 +57,9 @@ def check(report, reference):
         assert one == pytest.approx(two, rel=1e-3), key
 
 
+@needs("matplotlib")
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_ddp_and_resume(ddp, stories):
     out, whole = ddp
     dense = launch("ddp", stories, out)
@@ -66,6 +70,9 @@ def test_ddp_and_resume(ddp, stories):
     check(report_of(launch("ddp", stories, out, "--resume"), out), whole)
 
 
+@needs("matplotlib")
+@pytest.mark.slow
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     "config", ["fsdp2", pytest.param("zero2", marks=DEEPSPEED), pytest.param("zero3", marks=DEEPSPEED)]
 )

@@ -143,6 +143,8 @@ def test_outputs_can_be_changed_in_place(shape):
             torch.testing.assert_close(packed.bias.grad, ones.reshape(-1, 33).sum(0))
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_the_fall_back_passes_the_tests_of_the_operator():
     tests = "in_place or contract or compile or gradient_of_x"
     done = subprocess.run(

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import config, load, logits
+from families import config, load, logits
 from torch import nn
 
 from hf_littlebit.layers.output_head import OutputHead, attach_head

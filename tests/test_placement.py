@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import build, config, equal_states, load, logits
+from families import build, config, equal_states, load, logits
 from torch import nn
 
 from hf_littlebit import LittleBitLinear
@@ -107,6 +107,7 @@ def test_no_dense_weights_are_made_on_reload(family_dir, tmp_path, monkeypatch):
     assert not sizes and largest < 96 * 64 * 2  # the smallest bf16 dense matrix of the mlp
 
 
+@pytest.mark.slow
 def test_memory_grows_by_one_layer_at_a_time(tmp_path):
     """While a model is read, no more than one dense weight of it is alive beside the packed parts."""
     dense = build("llama")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import SMALL, config, equal_states, load
+from families import SMALL, config, equal_states, load
 from torch import nn
 
 from hf_littlebit import LittleBitConfig, LittleBitLinear

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, build, config, equal_states, load, logits
+from families import FAMILIES, build, config, equal_states, load, logits
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -89,6 +89,7 @@ def test_real_model_keeps_most_of_its_knowledge(stories):
     assert out.shape[1] > 8 and tokenizer.decode(out[0], skip_special_tokens=True).startswith("Once upon")
 
 
+@pytest.mark.slow
 def test_generate_compiles_one_graph_for_every_length(family_dir):
     """With a static cache, as transformers compiles on a GPU: no graph break, no new graph as the sequence grows."""
     model = load(family_dir("llama"), quantization_config=config())

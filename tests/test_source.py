@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from conftest import load
+from families import load
 
 from hf_littlebit import LittleBitConfig, size_report
 from hf_littlebit.load.source import find_source

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import load
+from extras import needs
+from families import load
 from safetensors import safe_open
 
 from hf_littlebit import LittleBitConfig, LittleBitLinear
@@ -24,6 +25,7 @@ def run(*words):
     return main(["train", *map(str, words)])
 
 
+@needs("matplotlib")
 def test_from_text_to_packed(tmp_path, capsys, stories, text):
     out = tmp_path / "out"
     words = [stories, "--bpw", 2, "--init", "dual_svid", "--data", text, "--out", out, "--length", 32, "--cpu"]

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from conftest import build, load, logits
+from families import build, load, logits
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -170,6 +170,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama_tied", "mixtral"])
 def test_resume_after_a_kill_is_exact(tmp_path, family):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "warmup_steps": 1}
@@ -254,6 +255,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
     assert equal(plain, checkpointed)
 
 
+@pytest.mark.slow
 def test_compiled_training(tmp_path):
     plain = trained(tmp_path, pack=False)
     compiled = trained(tmp_path, torch_compile=True, torch_compile_backend="aot_eager", pack=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import load
+from families import load
 from test_card import stub_hub
 
 from hf_littlebit import LittleBitConfig, size_report
@@ -221,6 +221,7 @@ class HubStub(BaseHTTPRequestHandler):
         return self.answer({}, 200)
 
 
+@pytest.mark.subprocess
 def test_push_and_info_through_the_protocol(folder, tmp_path):
     packed = str(folder)
     (folder / "notes.txt").write_text("mine")

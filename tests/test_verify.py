@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import config, equal_states, load, logits
+from families import config, equal_states, load, logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -230,6 +230,7 @@ def test_a_missing_shard(packed, tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.subprocess
 def test_without_the_plugin_transformers_refuses(packed):
     """In a fresh interpreter that never imports hf_littlebit."""
     code = (

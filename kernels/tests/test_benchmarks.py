@@ -101,6 +101,7 @@ def test_rows_of_layers(load, monkeypatch):
     assert "the product is wrong by" in record.failures[0]["error"]
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(has_gpu, reason="there is a GPU")
 @pytest.mark.parametrize(
     "name, arguments", [("check_gpu.py", ()), ("bench_gpu.py", ()), ("models_gpu.py", ("llama2-7b",))], ids=str
@@ -115,6 +116,8 @@ def test_without_a_gpu_a_sentence_says_so(name, arguments):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @pytest.mark.skipif(not has_triton or os.environ.get("TRITON_INTERPRET") == "1", reason="kernels cannot be compiled")
 def test_host_time_against_a_driver_that_does_nothing(tmp_path):
     done = script("host_time.py", "--idle", "--tokens", 1, "--blocks", 2, "--calls", 5, "--out", tmp_path / "host.json")
@@ -300,6 +303,7 @@ def test_every_part_has_its_processes(load, tmp_path):
             assert len(named) == 1 and Path(named[0]).is_file()
 
 
+@pytest.mark.subprocess
 def test_a_share_of_the_tests(tmp_path):
     (tmp_path / "test_four.py").write_text(
         "import pytest\n@pytest.mark.parametrize('n', range(5))\ndef test_n(n):\n"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 SOURCE = Path(__file__).parents[1] / "littlebit_cpu"
 SOURCES = [str(path) for path in SOURCE.glob("*.cpp") if path.name != "binding.cpp"]
 

@@ -243,6 +243,7 @@ def test_threads_of_python_may_call_at_once(threads):
         assert all(pool.map(work, range(4)))
 
 
+@pytest.mark.subprocess
 @built
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_child_computes_with_one_thread():

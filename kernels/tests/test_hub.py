@@ -47,6 +47,7 @@ def test_the_description_parses():
     ]
 
 
+@pytest.mark.subprocess
 @needs_kernels
 @pytest.mark.parametrize("plugin", [False, True])
 def test_it_loads_as_a_local_kernel(plugin):

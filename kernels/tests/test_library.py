@@ -35,6 +35,8 @@ with warnings.catch_warnings(record=True) as seen:
 ABSENT = str(cpu.LIBRARY.with_name("absent.so"))
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_without_the_library_one_warning_and_the_reference():
     done = python(PRODUCT.format(library=ABSENT), LITTLEBIT_BACKEND="")
     assert done.stdout.startswith("[1.0, 1.0]"), done.stderr
@@ -62,6 +64,8 @@ def test_without_the_library_one_warning_and_the_reference():
         assert "RuntimeError: there is no compiled CPU kernel" in done.stderr and "compiler" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @built
 def test_the_backend_is_chosen_once():
     code = PRODUCT.format(library=str(cpu.LIBRARY))
@@ -72,6 +76,7 @@ def test_the_backend_is_chosen_once():
         assert module.__name__ in done.stdout.splitlines()[-1], done.stdout + done.stderr
 
 
+@pytest.mark.subprocess
 @built
 def test_a_second_copy_of_the_package_shares_the_operators(tmp_path):
     """Defining the operators again would end the process."""
@@ -86,6 +91,7 @@ def test_a_second_copy_of_the_package_shares_the_operators(tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[1].startswith("True True "), done.stdout + done.stderr
 
 
+@pytest.mark.subprocess
 def test_a_library_that_does_not_load_is_named(tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
@@ -93,6 +99,8 @@ def test_a_library_that_does_not_load_is_named(tmp_path):
     assert f"{broken} does not load" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @built
 def test_it_is_loaded_at_the_first_product_and_then_called_by_the_dispatcher():
     done = python(PRODUCT.format(library=str(cpu.LIBRARY)), LITTLEBIT_BACKEND="")
@@ -108,6 +116,7 @@ def test_it_is_loaded_at_the_first_product_and_then_called_by_the_dispatcher():
     assert done.stdout.split("\n")[:3] == ["False", "True", "(3, 33)"], done.stdout + done.stderr
 
 
+@pytest.mark.subprocess
 @built
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
 def test_the_library_needs_no_python():
@@ -120,6 +129,7 @@ def test_the_library_needs_no_python():
     ]
 
 
+@pytest.mark.subprocess
 @compiler
 def test_torch_is_declared_as_its_own_headers_do(tmp_path):
     """C functions that are declared twice with different types do not compile."""

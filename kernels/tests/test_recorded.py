@@ -15,6 +15,8 @@ found = importlib.util.find_spec("triton") is not None
 recent = found and tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 7)
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @pytest.mark.skipif(not recent, reason="triton is not installed, or is older than 3.7")
 def test_the_cases_against_a_driver_that_does_nothing():
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}

@@ -49,11 +49,15 @@ def run_cases(**variables):
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @interprets
 def test_the_cases_in_the_interpreter():
     run_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
+@pytest.mark.gpu
+@pytest.mark.subprocess
 @needs_triton
 @pytest.mark.skipif(not has_gpu, reason="no GPU")
 def test_the_cases_on_the_gpu():
@@ -186,6 +190,7 @@ def advice(compiled, folder):
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
+@pytest.mark.slow
 @needs_triton
 @compiles
 @pytest.mark.parametrize(
@@ -230,6 +235,7 @@ def reductions(compiled):
     return [re.sub(r"#\w+", lambda name: named.get(name[0], name[0]), layout) for layout in found]
 
 
+@pytest.mark.slow
 @needs_triton
 @compiles
 @pytest.mark.parametrize(
@@ -269,6 +275,8 @@ print([str(w.message) for w in seen])
 WITHOUT = "import sys; sys.modules['triton'] = None\n"
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_an_accelerator_without_kernels_says_so_once():
     done = python("-c", WITHOUT + DISPATCH.format(kinds=["cuda", "mps", "meta"]), LITTLEBIT_BACKEND="")
     lines = done.stdout.splitlines()
@@ -281,6 +289,8 @@ def test_an_accelerator_without_kernels_says_so_once():
     assert "RuntimeError: LITTLEBIT_BACKEND=triton, but triton is not installed" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @needs_triton
 def test_triton_is_chosen_for_gpus():
     for name in ("", "cpu", "triton"):
@@ -296,6 +306,8 @@ print({call}(one, *parts, None, [1]).item())
 """
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @interprets
 def test_cpu_tensors_need_the_interpreter():
     done = python("-c", PRODUCT.format(call="k.littlebit_linear"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="1")

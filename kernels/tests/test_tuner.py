@@ -254,6 +254,8 @@ def work(job):
         time.sleep(100)
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_processes_that_die_or_hang_are_replaced():
     with Workers(work, 2, limit=8.0) as pool:
         jobs = ["fine", "raise", "die", "fine", "hang", "fine", "die", "fine"]
@@ -266,6 +268,8 @@ def test_processes_that_die_or_hang_are_replaced():
     assert not any(process.is_alive() for process in processes)
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_processes_that_never_live_are_an_error():
     with Workers(work, 1) as pool, pytest.raises(RuntimeError, match="end before they have tried one"):
         pool.run(["die"] * 10, time.monotonic() + 100)

@@ -247,6 +247,7 @@ def test_the_operator_and_its_gradient():
         assert worst(x.grad.cpu(), grad.cpu(), dense, size) < 1e-6
 
 
+@pytest.mark.gpu
 @on_a_gpu
 @pytest.mark.parametrize("bpw", [0.1, 0.55, 1.0])
 @pytest.mark.parametrize(
@@ -293,6 +294,7 @@ def test_the_tuner_sees_what_is_right_and_wrong(monkeypatch, outs, ranks, tokens
     assert 0.01 < found.error(start) < 0.05
 
 
+@pytest.mark.gpu
 @on_a_gpu
 def test_nothing_is_compiled_again_as_tokens_grow():
     import triton
@@ -314,6 +316,7 @@ def test_nothing_is_compiled_again_as_tokens_grow():
     assert not seen
 
 
+@pytest.mark.gpu
 @on_a_gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_modules(mode):

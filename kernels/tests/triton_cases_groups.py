@@ -64,6 +64,7 @@ def test_a_wrong_part_of_one_layer_is_an_error():
         gpu.littlebit_linears(x, [*layers[:2], (*layers[2][:7], x.new_ones(40), layers[2][8])])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA GPU")
 @pytest.mark.parametrize("sizes", [[(129, (40, 8))], *GROUPS], ids=str)
 @pytest.mark.parametrize("tokens", [1, 16, 512])

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .train.topk import TopKTeacher, save_topk
     from .train.trainer import LittleBitTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LatentLittleBitLinear",
     "LittleBitCallback",

@@ -168,7 +168,7 @@ def _share_leftover(plan: Plan) -> None:
     """Raise the ranks of keys and values by the bits that rounding all ranks down has left over.
 
     They are the layers that need them most where queries are grouped: an eighth of the weights there, and ranks of a few
-    tens or less (README, table of the training).
+    tens or less (docs/training.md).
     """
     budget = sum(weight.options.bpw * weight.numel for weight in plan.weights)
     if not any(weight.options.leftover for weight in plan.weights):

@@ -128,6 +128,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         return super().param_element_size(model, param_name, param)
 
     def get_quantize_ops(self) -> LittleBitConversion:
+        """The conversion that transformers applies to each dense weight while it loads a model."""
         assert self._conversion is not None
         return self._conversion
 
@@ -202,10 +203,12 @@ class LittleBitHfQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        """Every quantized model can be saved, so save_pretrained does not refuse it."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Training is possible: of adapters on a packed model, and of all parameters of a latent one."""
         return True
 
     @property
