@@ -257,7 +257,7 @@ def work(job):
 @pytest.mark.slow
 @pytest.mark.subprocess
 def test_processes_that_die_or_hang_are_replaced():
-    with Workers(work, 2, limit=8.0) as pool:
+    with Workers(work, 2, limit=25.0) as pool:  # a busy machine starts a process in many seconds
         jobs = ["fine", "raise", "die", "fine", "hang", "fine", "die", "fine"]
         assert pool.run(jobs, time.monotonic() + 100) == [True, False, False, True, False, True, False, True]
         assert "ValueError: does not fit" in pool.failures and any("ended with 3" in text for text in pool.failures)
