@@ -27,8 +27,8 @@ class SignFlips:
         self._last = list(self._start)
         self._ones: Tensor | None = None  # set bits of every byte
 
-    def follow(self, latents: Iterable[Tensor]) -> None:
-        """Go on with `latents`, which are the first ones in the same order: loaded from a checkpoint, or sharded since.
+    def rebase(self, latents: Iterable[Tensor]) -> None:
+        """Compare `latents` from now on, which are the first ones in the same order: loaded from a checkpoint, or sharded since.
 
         The signs as they are now become those of the last log. Where the start's cannot be cut as the latents are, they
         become the start's too.
