@@ -203,7 +203,7 @@ class Distillation:
             del model.forward
 
     def place(self, device: torch.device) -> None:
-        """Move the teacher to `device`, unless it has its own places, and make it ready."""
+        """Make the teacher ready to run, and move it to `device`, unless it is e.g. offloaded and has places of its own."""
         teacher = self.teacher
         if isinstance(teacher, TopKTeacher):
             return
@@ -216,7 +216,7 @@ class Distillation:
             teacher.to(device)
 
     def take(self) -> Tensor | None:
-        """Sums since the last call [3]: KL, hidden error, tokens; None if there was no step."""
+        """The sums of KL, hidden error and tokens since the last call, fp32 [3], to divide for a log; None without a step."""
         sums, self._sums = self._sums, None
         return sums
 
@@ -256,6 +256,7 @@ class Distillation:
     def _loss(
         self, student: Any, inputs: dict[str, Any], labels: Tensor, shifted: bool, count: Tensor | int | None
     ) -> Tensor:
+        """The loss of one batch from the `student`'s output, divided by `count`; its parts are added to what `take` returns."""
         if student.logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"the logits are {list(student.logits.shape)} and the labels {list(labels.shape)}; distillation compares "
@@ -328,8 +329,8 @@ def _call(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -
     return forward(*args, **kwargs)
 
 
-def _input_device(teacher: PreTrainedModel, default: torch.device) -> torch.device:
-    """The device on which `teacher` takes its tokens, e.g. the GPU that an embedding kept on the CPU computes on."""
+def _input_device(teacher: Any, default: torch.device) -> torch.device:
+    """Where the teacher takes its tokens; an offloaded embedding computes elsewhere than it is kept."""
     embeddings = teacher.get_input_embeddings()
     hook = getattr(embeddings, "_hf_hook", None)
     place = getattr(hook, "execution_device", None)

@@ -65,7 +65,7 @@ def local_part(value: Any) -> tuple[Tensor, int | None]:
     return value.detach().flatten(), 0
 
 
-def check_weights(model: nn.Module, teacher: Any) -> None:
+def check_weights(model: nn.Module, teacher: object) -> None:
     """Refuse a model whose weights an engine took away while it was loaded, and a teacher that has none.
 
     Raises:

@@ -145,17 +145,22 @@ def _read_shards(folder: str) -> dict[str, Tensor]:
     """The model's state dict from the files of torch.distributed.checkpoint in `folder`, by its public calls."""
     import torch.distributed.checkpoint as dcp
 
+    reader = dcp.FileSystemReader(folder)
     with _one_line(folder):
-        reader = dcp.FileSystemReader(folder)
         entries = reader.read_metadata().state_dict_metadata
-        whole: dict[str, Any] = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
-            if isinstance(entry, dcp.metadata.TensorStorageMetadata)
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that this is one process, as is meant here
+    whole: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+    with _one_line(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this is one process, as is meant here
+        try:
             dcp.load(whole, storage_reader=reader, no_dist=True)
+        except (
+            dcp.CheckpointException
+        ) as error:  # no Exception, but a BaseException, which holds what happened in each process
+            raise next(iter(error.failures.values()))[0] from error
     return {name.removeprefix("model."): value for name, value in whole.items()}
 
 
@@ -186,7 +191,10 @@ def _read_zero(folder: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _one_line(path: str) -> Iterator[None]:
-    """What any reader says of damaged or missing files, as one ValueError."""
+    """Turn whatever a reader of torch or DeepSpeed says of damaged or missing files into one ValueError.
+
+    They raise errors of many classes. Only a call of theirs goes inside, so that no mistake of ours is taken for a bad file.
+    """
     try:
         yield
     except Exception as error:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..config import LittleBitConfig
 from ..initialize.calibration import calibrate
@@ -83,8 +83,12 @@ class TrainingSession:
             raise ValueError(f"alpha is {alpha}; it must be above 0 (the paper's is {ALPHA:g})")
         self.config = config
         self.teacher: nn.Module | TopKTeacher | str | None = teacher
-        self.hidden_weight, self.sign_gradient, self.alpha, self.pack = hidden_weight, sign_gradient, alpha, pack
-        self.dtype, self.calibration = dtype, calibration
+        self.hidden_weight = hidden_weight
+        self.sign_gradient = sign_gradient
+        self.alpha = alpha
+        self.pack = pack
+        self.dtype = dtype
+        self.calibration = calibration
         self.distillation: Distillation | None = None
         self.flips: SignFlips | None = None
         self.sharded = False  # each process holds only a part of the model
@@ -175,7 +179,7 @@ class TrainingSession:
         """A packed model on the CPU from the whole latent `state` dict of a sharded one, gathered from its processes."""
         return packed_model(self.saved_config(), state, self.dtype, getattr(self.model, "generation_config", None))
 
-    def saved_config(self) -> Any:
+    def saved_config(self) -> PreTrainedConfig:
         """The model's config as save_pretrained writes it, also where an engine has put another class in the model's place."""
         assert self._model_class is not None
         return saved_config(self.model, self._model_class)
@@ -309,6 +313,7 @@ class TrainingSession:
         return copy.deepcopy(model, {id(value): value for value in leaving})
 
     def _factorize(self, model: PreTrainedModel, device: torch.device, progress: bool) -> None:
+        """Factorize the dense `model` in place, on `device` if that is no CPU, for the calibration's errors if there is one."""
         if self.config is None:
             raise ValueError(DENSE)
         accelerator = None if device.type == "cpu" else device

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import ModelOutput
 
 from ..config import LittleBitConfig
@@ -103,8 +104,8 @@ class LittleBitTrainer(Trainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """In training the teacher's loss, if there is a teacher; else, and in evaluation, the model's own."""
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The teacher's loss in training, if there is a teacher; in evaluation, and without a teacher, the model's own."""
         distillation = self.session.distillation
         if distillation is None or not (distillation.active and unwrapped(model).training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -154,7 +155,8 @@ class LittleBitTrainer(Trainer):
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's; after a sharded training that was to be packed, it packs what it gathers from all processes."""
+        """Save the model like Trainer.save_model. After a sharded training that was to be packed, gather the latents of all
+        processes first, and save a packed model of them."""
         if not self.session.packs_what_is_saved:
             super().save_model(output_dir, _internal_call)
             return
@@ -170,11 +172,15 @@ class LittleBitTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _rate(self, rate: float | None, factor: float) -> float:
+        """The learning rate that the user gave, or `factor` times that of the dense rest."""
         return factor * self.args.learning_rate if rate is None else rate
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end, and a model that
-        was packed by an earlier call is refused before a checkpoint is read into it."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train like Trainer.train, but from a checkpoint that a kill has not cut short.
+
+        `resume_from_checkpoint=True` takes the last checkpoint that was written to its end. A model that an earlier call has
+        packed is refused before a checkpoint is read into it.
+        """
         self.session.refuse_second_training()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
