@@ -588,7 +588,7 @@ def test_in_place_conversions_refuse_what_they_cannot_do():
 
 def test_a_model_in_memory_is_converted_whole(family_dir):
     """Whatever class its checkpoint had: in memory there is no telling what is new, and all of it may be trained by now."""
-    kind = transformers.AutoModelForSequenceClassification
-    model = latent_model(kind.from_pretrained(family_dir("bert"), num_labels=3), CONFIG, progress=False)
+    model_class = transformers.AutoModelForSequenceClassification
+    model = latent_model(model_class.from_pretrained(family_dir("bert"), num_labels=3), CONFIG, progress=False)
     assert isinstance(model.bert.pooler.dense, LatentLittleBitLinear)
     assert model.hf_quantizer.quantization_config is model.config.quantization_config

@@ -45,7 +45,7 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
     def split(self, held_out: int) -> tuple[TokenBlocks, TokenBlocks]:
-        """(the first blocks, the last `held_out`): neighbours in the text stay on one side.
+        """Cut the blocks in two, (the first ones, the last `held_out`), unshuffled, so that neighbours stay on one side.
 
         Raises:
             ValueError: if nothing would be left to train on.
