@@ -104,7 +104,7 @@ def attached(hidden_weight=HIDDEN_WEIGHT, family="llama", teacher=None):
         with torch.no_grad():
             for value in teacher.parameters():
                 value.add_(0.02 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
-    distillation = Distillation(teacher, hidden_weight)
+    distillation = Distillation(teacher, model, hidden_weight)
     distillation.attach(model)
     distillation.place(torch.device("cpu"))
     distillation.active = True
@@ -226,7 +226,7 @@ def test_errors():
     model, _ = attached(0.0, teacher=smaller)
     assert model(**batch()).loss.isfinite()
     with pytest.raises(ValueError, match="hidden_weight is -1"):
-        Distillation(teacher, -1)
+        Distillation(teacher, model, -1)
 
 
 def test_topk_is_exact_with_all_but_one_token():

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from families import equal_states, load
 from test_distributed import DEEPSPEED
 from test_training import CONFIG, Rows, arguments, build
@@ -118,6 +119,20 @@ def test_refusals(tmp_path, trained, stories, capsys):
     refused(tmp_path, "describes no model")
     assert pack(checkpoint, "--out", checkpoint, "--overwrite") == 2
     assert "is the checkpoint itself" in capsys.readouterr().err
+
+
+def test_shards_without_a_file(tmp_path, trained, capsys):
+    """As a copy from one of two machines leaves them; torch reports it by an error that is no Exception."""
+    shards = tmp_path / "pytorch_model_fsdp_0"
+    shutil.copy(trained[0] / "config.json", tmp_path)
+    state = {f"model.{name}": value for name, value in load(str(trained[0])).state_dict().items()}
+    torch.distributed.checkpoint.save(state, checkpoint_id=shards, no_dist=True)
+    assert pack(tmp_path, "--out", tmp_path / "whole") == 0
+    equal_states(load(str(tmp_path / "whole")), load(str(trained[1])))
+    next(shards.glob("*.distcp")).unlink()
+    assert pack(tmp_path, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "FileNotFoundError" in error and "files of some processes may be missing" in error
 
 
 @DEEPSPEED

@@ -84,12 +84,12 @@ def test_other_engines(tmp_path, ddp, stories, config):
 
 
 @pytest.mark.parametrize(
-    ("config", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")]
+    ("config", "engine"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")]
 )
-def test_accelerate_reads_the_configs(config, kind):
+def test_accelerate_reads_the_configs(config, engine):
     """Its parser refuses keys that it does not know; those within a section, only the engines' own would."""
     read = load_config_from_file(str(CONFIGS / f"{config}.yaml"))
-    assert read.distributed_type == kind and read.num_processes == 2 and not read.use_cpu
+    assert read.distributed_type == engine and read.num_processes == 2 and not read.use_cpu
     sections = {"fsdp2": read.fsdp_config, "zero2": read.deepspeed_config, "zero3": read.deepspeed_config}
     for key, value in sections.get(config, {}).items():
         assert value is not None and key.startswith(("fsdp_", "zero", "gradient_", "offload_"))

@@ -40,8 +40,8 @@ def test_from_text_to_packed(tmp_path, capsys, stories, text):
     model = load(str(out))
     assert any(isinstance(module, LittleBitLinear) for module in model.modules()) and model.config.use_cache
     with safe_open(out / "model.safetensors", "pt") as file:  # as in the dense model, not as in the training
-        kinds = {file.get_slice(name).get_dtype() for name in file.keys() if "embed" in name or "norm" in name}  # noqa: SIM118
-    assert kinds == {"BF16"}
+        dtypes = {file.get_slice(name).get_dtype() for name in file.keys() if "embed" in name or "norm" in name}  # noqa: SIM118
+    assert dtypes == {"BF16"}
     assert size_report(str(out)).total_bytes == size_report(stories, LittleBitConfig(2.0, "dual_svid")).total_bytes
     printed = capsys.readouterr().out
     assert "dense" in printed and "before training" in printed and f"saved to {out}" in printed

@@ -30,6 +30,7 @@ from hf_littlebit.train.topk import save_topk
 from hf_littlebit.train.trainer import LittleBitTrainer
 
 CONFIG = LittleBitConfig(bpw=3.0, init="dual_svid", residual=False)
+FIGURES = {"loss", "kd_loss", "hidden_loss", "flipped_since_start", "flipped_since_log"}
 
 
 class Rows(Dataset):
@@ -299,7 +300,8 @@ def test_a_teacher_on_disk(tmp_path):
     assert distance(live, trainer.model) > 0
 
 
-def test_reporters_see_the_figures(tmp_path, monkeypatch):
+@pytest.mark.parametrize("trainer_class", [Trainer, LittleBitTrainer])
+def test_reporters_see_the_figures(tmp_path, monkeypatch, trainer_class):
     seen = []
 
     class Reporter(TrainerCallback):
@@ -307,7 +309,7 @@ def test_reporters_see_the_figures(tmp_path, monkeypatch):
             seen.append(dict(logs))
 
     monkeypatch.setattr(transformers.trainer, "get_reporting_integration_callbacks", lambda names: [Reporter])
-    trainer = make(tmp_path)
+    trainer = own(tmp_path, train=False) if trainer_class is LittleBitTrainer else make(tmp_path)
     trainer.train()
     assert {"kd_loss", "hidden_loss", "flipped_since_start", "flipped_since_log"} <= seen[0].keys()
     assert "kd_loss" not in seen[-1]  # the summary at the end
@@ -332,8 +334,80 @@ def test_sign_flips():
     values[1][3] = -5.0
     assert fractions() == (1 / 17, 1 / 17)
     assert fractions() == (1 / 17, 0.0)
-    flips.follow([-values[0], values[1]])  # as a checkpoint would have loaded them
+    flips.rebase([-values[0], values[1]])  # as a checkpoint would have loaded them
     assert fractions() == (4 / 17, 0.0)
+
+
+def own(folder, train=True, **options):
+    """A LittleBitTrainer with the learning rates of a plain one."""
+    args = arguments(folder, **options)
+    rates = {"latent_learning_rate": args.learning_rate, "scale_learning_rate": args.learning_rate}
+    callback = LittleBitCallback(CONFIG, "self", pack=False)
+    trainer = LittleBitTrainer(
+        build("llama"), args, callbacks=[callback], calibration=0, train_dataset=Rows(), eval_dataset=Rows(4), **rates
+    )
+    if train:
+        trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2},
+        {"bf16": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=["accumulated", "bf16", "compiled"],
+)
+def test_both_trainers_train_the_same(tmp_path, options):
+    plain = make(tmp_path, pack=False, **{key: value for key, value in options.items() if "eval" not in key})
+    plain.train()
+    other = own(tmp_path, **options)
+    assert distance(plain.model, other.model) == 0
+    figures = [
+        [{key: entry[key] for key in entry if key in FIGURES} for entry in each.state.log_history if "loss" in entry]
+        for each in (plain, other)
+    ]
+    assert figures[0] == figures[1] and figures[0][0].keys() == FIGURES
+
+
+def test_littlebit_trainer_attaches_nothing(tmp_path):
+    defaults = list(transformers.trainer.DEFAULT_CALLBACKS)
+    trainer = own(tmp_path, train=False)
+    assert not {"forward", "save_pretrained"} & vars(trainer.model).keys()
+    assert [type(callback) for callback in trainer.callback_handler.callbacks][: len(defaults)] == defaults
+    trainer.train()
+    assert not {"forward", "save_pretrained"} & vars(trainer.model).keys()
+    make(tmp_path)
+    assert defaults == transformers.trainer.DEFAULT_CALLBACKS
+
+
+def test_a_session_without_a_trainer(tmp_path):
+    """Its steps are all that a training loop of one's own needs."""
+    model, args = build("llama"), arguments(tmp_path)
+    session = LittleBitCallback(CONFIG, "self").session
+    with pytest.raises(ValueError, match="too late to convert"):
+        session.begin(model, None, args.device)
+    session.prepare(model, args)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    session.begin(model, optimizer, args.device)
+    with pytest.raises(ValueError, match="no distillation"):
+        session.refuse_step_without_teacher()
+    batch = {key: torch.stack([Rows()[row][key] for row in (0, 1)]) for key in ("input_ids", "labels")}
+    losses = []
+    for _ in range(3):
+        loss = session.distillation.outputs(model, batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    session.refuse_step_without_teacher()
+    assert losses[-1] < losses[0] and session.figures().keys() == FIGURES - {"loss"}
+    session.end()
+    assert all(isinstance(module, LittleBitLinear) for module in factor_modules(model).values())
+    with pytest.raises(ValueError, match="to the end already"):
+        session.begin(model, optimizer, args.device)
 
 
 def test_littlebit_trainer_groups(tmp_path):
@@ -516,7 +590,7 @@ def test_in_place_conversions_refuse_what_they_cannot_do():
 
 def test_a_model_in_memory_is_converted_whole(family_dir):
     """Whatever class its checkpoint had: in memory there is no telling what is new, and all of it may be trained by now."""
-    kind = transformers.AutoModelForSequenceClassification
-    model = latent_model(kind.from_pretrained(family_dir("bert"), num_labels=3), CONFIG, progress=False)
+    model_class = transformers.AutoModelForSequenceClassification
+    model = latent_model(model_class.from_pretrained(family_dir("bert"), num_labels=3), CONFIG, progress=False)
     assert isinstance(model.bert.pooler.dense, LatentLittleBitLinear)
     assert model.hf_quantizer.quantization_config is model.config.quantization_config

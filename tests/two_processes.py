@@ -64,9 +64,13 @@ def resume_on_cpu() -> None:
 def options(engine: str, gathered: bool) -> dict[str, Any]:
     """What TrainingArguments gets for `engine`; `gathered`: sharded weights are put together before they are saved."""
     if engine == "fsdp":
-        kind = "FULL_STATE_DICT" if gathered else "SHARDED_STATE_DICT"
+        state_dict_type = "FULL_STATE_DICT" if gathered else "SHARDED_STATE_DICT"
         layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        return {"use_cpu": True, "fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind, **layers}}
+        return {
+            "use_cpu": True,
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "state_dict_type": state_dict_type, **layers},
+        }
     if engine in ("zero2", "zero3"):
         zero: dict[str, Any] = {"stage": int(engine[4])}
         if engine == "zero3":

@@ -206,7 +206,7 @@ class Results:
             )
             started = time.perf_counter()
             _change(model, arm, setting.seed)
-            callback.flips = SignFlips(latents_and_scales(model)[0])
+            callback.session.flips = SignFlips(latents_and_scales(model)[0])
             before = trainer.evaluate()["eval_loss"]
             start = time.perf_counter()
             trainer.train()

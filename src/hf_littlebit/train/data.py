@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import next_logits
 
@@ -44,7 +45,7 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
     def split(self, held_out: int) -> tuple[TokenBlocks, TokenBlocks]:
-        """(the first blocks, the last `held_out`): neighbours in the text stay on one side.
+        """Cut the blocks in two, (the first ones, the last `held_out`), unshuffled, so that neighbours stay on one side.
 
         Raises:
             ValueError: if nothing would be left to train on.
@@ -56,7 +57,7 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
 
 def text_blocks(
     texts: Iterable[str | dict[str, Any]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     length: int,
     column: str = "text",
     max_blocks: int | None = None,
@@ -72,14 +73,13 @@ def text_blocks(
     """
     if length < 2:
         raise ValueError(f"length is {length}; a block needs at least 2 tokens")
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    separator = _separator(tokenizer)
     pieces: list[Tensor] = []
     count = 0
     stream = iter(texts)
     while documents := list(islice(stream, TOKENIZED_AT_A_TIME)):
-        for ids in tokenizer([_text(d, column) for d in documents], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]:
+        tokenized = tokenizer([_text(d, column) for d in documents], add_special_tokens=False, verbose=False)
+        for ids in tokenized["input_ids"]:
             if separator is not None and ids[:1] != [separator]:
                 ids = [separator, *ids]
             pieces.append(torch.tensor(ids, dtype=torch.int32))
@@ -94,7 +94,15 @@ def text_blocks(
     return TokenBlocks(torch.cat(pieces)[: rows * length].view(rows, length))
 
 
+def _separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token before each document: start of text, else end of text; None for a tokenizer that has neither."""
+    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    assert token is None or isinstance(token, int)
+    return token
+
+
 def _text(document: str | dict[str, Any], column: str, where: str = "a row of the data") -> str:
+    """The text of a document: itself, or what it has in `column`; `where` says in an error which document it is."""
     if isinstance(document, str):
         return document
     if column not in document:
@@ -133,6 +141,7 @@ def read_texts(names: Sequence[str | os.PathLike[str]], column: str = "text") ->
 
 
 def _read_file(name: str, column: str) -> Iterator[str]:
+    """The documents of one file: a text file is one, and of a .json or .jsonl file each line is one."""
     try:
         with open(name, encoding="utf-8") as file:
             if name.endswith((".json", ".jsonl")):
@@ -153,6 +162,7 @@ def _read_file(name: str, column: str) -> Iterator[str]:
 
 
 def _read_hub(name: str, column: str) -> Iterator[str]:
+    """The documents of a dataset on the Hub, streamed, e.g. roneneldan/TinyStories@validation."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -166,8 +176,8 @@ def _read_hub(name: str, column: str) -> Iterator[str]:
 
 
 def sample_blocks(
-    teacher: Any,
-    tokenizer: Any,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: int,
     length: int,
     *,
@@ -204,7 +214,7 @@ def sample_blocks(
                 return TokenBlocks(stored.get_tensor("tokens"))
     training = teacher.training
     teacher.eval()
-    device = teacher.get_input_embeddings().weight.device
+    device: Any = teacher.get_input_embeddings().weight.device
     tokens = torch.empty(rows, length, dtype=torch.int32)
     try:
         with torch.no_grad(), tqdm(total=rows, desc="teacher writes", unit="block", disable=not progress) as bar:
@@ -225,15 +235,21 @@ def sample_blocks(
     return TokenBlocks(tokens)
 
 
-def _first(teacher: Any, tokenizer: Any, size: int, generator: torch.Generator) -> Tensor:
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+def _first(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int, generator: torch.Generator
+) -> Tensor:
+    """The first token of `size` blocks [size, 1]: the one that starts a document, or a random one where there is none."""
+    start = _separator(tokenizer)
     if start is None:
-        known = min(len(tokenizer), teacher.get_input_embeddings().num_embeddings)
+        embeddings: Any = teacher.get_input_embeddings()
+        known = min(len(tokenizer), embeddings.num_embeddings)
         return torch.randint(known, (size, 1), generator=generator, device=generator.device)
     return torch.full((size, 1), start, device=generator.device)
 
 
-def _sample(teacher: Any, tokens: Tensor, length: int, temperature: float, generator: torch.Generator) -> Tensor:
+def _sample(
+    teacher: PreTrainedModel, tokens: Tensor, length: int, temperature: float, generator: torch.Generator
+) -> Tensor:
     """Continue `tokens` [rows, 1] to [rows, length], one token at a time with the teacher's cache."""
     past: dict[str, Any] = {}
     while tokens.shape[1] < length:
@@ -243,12 +259,12 @@ def _sample(teacher: Any, tokens: Tensor, length: int, temperature: float, gener
     return tokens.to("cpu", torch.int32)
 
 
-def _fingerprint(teacher: Any, *options: Any) -> str:
-    """A name for what `sample_blocks` depends on; the teacher by its config and a slice of every parameter."""
+def _fingerprint(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *numbers: float) -> str:
+    """A short name of what the text of `sample_blocks` depends on: of the teacher its config and a slice of every parameter,
+    of the tokenizer its size and the tokens that separate documents, and the `numbers` among the arguments."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(teacher.config.to_json_string().encode())
     for value in teacher.parameters():
         digest.update(value.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    tokenizer, *numbers = options
     digest.update(repr((len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, *numbers)).encode())
     return digest.hexdigest()

@@ -10,8 +10,8 @@ teacher, embeddings included.
 Source: LittleBit (arXiv 2506.13771, section 3.3), which sums the KL over a sequence's 2,048 tokens and weighs the hidden
 states by 10; per token that is `hidden_weight` = 10 / 2048.
 
-Memory: logits stay in the dtype that the models compute in, and are upcast CHUNK elements at a time. The gradient of the
-KL is written over the teacher's logits. Hidden states of both models are kept until the backward, without copies.
+Memory: logits are upcast to fp32 CHUNK elements at a time. The gradient of the KL is written over the teacher's logits, in
+the dtype that the models compute in. Hidden states of both models are kept until the backward, without copies.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import inspect
 import logging
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.utils import ModelOutput
 
 from ..layers.output_head import CHUNK
 from .distributed import is_partitioned, run_partitioned
@@ -49,9 +51,7 @@ class _KLDivergence(torch.autograd.Function):
         needs = ctx.needs_input_grad[0]
         grad = None
         if needs:
-            # The teacher's logits are read once, so their memory can take the gradient where it fits.
-            fits = isinstance(teacher, Tensor) and teacher.dtype == student.dtype and teacher.device == student.device
-            grad = teacher.view(-1, vocabulary) if fits and teacher.is_contiguous() else torch.empty_like(rows)  # type: ignore[union-attr]
+            grad = _gradient_memory(rows, teacher)
         total = rows.new_zeros((), dtype=torch.float32)
         size = max(1, CHUNK // vocabulary)
         for at in range(0, len(rows), size):
@@ -77,6 +77,20 @@ class _KLDivergence(torch.autograd.Function):
         # In place, for memory; autograd itself refuses a second backward through a saved tensor that was changed.
         (grad,) = ctx.saved_tensors
         return grad.mul_(outer.to(grad.dtype)).view(ctx.shape), None, None
+
+
+def _gradient_memory(rows: Tensor, teacher: Tensor | TopK) -> Tensor:
+    """Memory for the gradient with respect to the student's logits `rows` [positions, vocabulary].
+
+    Every teacher's logit is read once, right before the gradient at its place is known, so the gradient is written over
+    the teacher's logits where it fits there. Under autocast the output head computes in 16 bits, and so is its gradient,
+    even if accelerate has turned the logits into fp32 since; elsewhere the gradient has the logits' own dtype.
+    """
+    device = rows.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else rows.dtype
+    if isinstance(teacher, Tensor) and teacher.is_contiguous() and (teacher.dtype, teacher.device) == (dtype, device):
+        return teacher.view(rows.shape)
+    return torch.empty_like(rows)
 
 
 def kl_divergence(student: Tensor, teacher: Tensor | TopK, mask: Tensor) -> Tensor:
@@ -124,21 +138,35 @@ def token_mask(labels: Tensor, attention_mask: Tensor | None, shifted: bool) -> 
 
 
 class Distillation:
-    """Puts a teacher's loss in place of a model's own, in training mode only.
+    """A teacher's loss in place of a model's own, in training mode only.
 
-    `attach` wraps the model's forward, below autocast and distributed wrappers, because a TrainerCallback sees neither
-    inputs nor loss. In training its output has the loss and no logits; in evaluation mode it is left as it is.
+    LittleBitTrainer asks for it in its compute_loss. A plain Trainer has no such place, because a callback sees neither
+    inputs nor loss; there `attach` wraps the model's forward, below autocast and distributed wrappers. The output of a
+    training step has the loss and no logits; in evaluation mode a model's output is left as it is.
 
     Args:
         teacher: a model (any device, quantized or offloaded as it likes) that is only read, or a TopKTeacher.
-        hidden_weight: of the hidden-state error, per token; 0 switches it off. See the module's text.
+        model: the one that learns from it.
+        hidden_weight: of the hidden-state error, per token; 0 switches it off. The formula above says what it weighs.
+
+    Raises:
+        ValueError: for a weight below 0, and for an encoder-decoder model, whose two stacks are not compared here.
     """
 
-    def __init__(self, teacher: nn.Module | TopKTeacher, hidden_weight: float = HIDDEN_WEIGHT):
+    def __init__(
+        self, teacher: nn.Module | TopKTeacher, model: PreTrainedModel, hidden_weight: float = HIDDEN_WEIGHT
+    ) -> None:
         if hidden_weight < 0:
             raise ValueError(f"hidden_weight is {hidden_weight}; it must be 0 (off) or more")
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder model, which distillation does not cover; "
+                "train it without a teacher"
+            )
         # In a list: a Module as an attribute of something that a model holds could end up in its state dict.
         self._teacher: list[Any] = [teacher]
+        self._config = model.config
+        self._shifted = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
         self.hidden_weight = 0.0 if isinstance(teacher, TopKTeacher) else hidden_weight
         self.active = False
         self.calls = 0
@@ -146,33 +174,28 @@ class Distillation:
 
     @property
     def teacher(self) -> Any:
+        """The teacher: a model, a TopKTeacher, or None once the training is over."""
         return self._teacher[0]
 
-    def attach(self, model: Any) -> None:
-        """Wrap `model.forward`; nothing changes until `active` is set.
-
-        Raises:
-            ValueError: for an encoder-decoder model, whose two stacks are not compared here.
-        """
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder model, which distillation does not cover; "
-                "train it without a teacher"
-            )
+    def attach(self, model: PreTrainedModel) -> None:
+        """Wrap `model.forward` so that it returns this loss in training; nothing changes until `active` is set."""
         # As a plain function, so that a deep copy of the model calls its own layers.
         original = getattr(model.forward, "__func__", None) or functools.partial(_call, model.forward)
-        self._shifted = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
 
         @functools.wraps(getattr(model.forward, "__func__", model.forward))
-        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(module: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             if not (self.active and module.training):
                 return original(module, *args, **kwargs)
-            return self._forward(module, original, args, kwargs)
+            if args:
+                named = inspect.signature(type(module).forward).bind_partial(module, *args).arguments
+                named.pop("self")
+                kwargs |= named
+            return self.outputs(functools.partial(original, module), kwargs)
 
         model.forward = types.MethodType(forward, model)
 
-    def detach(self, model: Any) -> None:
-        """Leave `model` with its own loss."""
+    def detach(self, model: PreTrainedModel) -> None:
+        """Leave `model` with its own loss, and forget the teacher."""
         self.active = False
         self._teacher = [None]
         # Under autocast another wrapper lies on top of ours, which then only passes through.
@@ -180,7 +203,7 @@ class Distillation:
             del model.forward
 
     def place(self, device: torch.device) -> None:
-        """Move the teacher to `device`, unless it has its own places, and make it ready."""
+        """Make the teacher ready to run, and move it to `device`, unless it is e.g. offloaded and has places of its own."""
         teacher = self.teacher
         if isinstance(teacher, TopKTeacher):
             return
@@ -193,15 +216,19 @@ class Distillation:
             teacher.to(device)
 
     def take(self) -> Tensor | None:
-        """Sums since the last call [3]: KL, hidden error, tokens; None if there was no step."""
+        """The sums of KL, hidden error and tokens since the last call, fp32 [3], to divide for a log; None without a step."""
         sums, self._sums = self._sums, None
         return sums
 
-    def _forward(self, module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = dict(kwargs)
-        if args:
-            inputs |= inspect.signature(type(module).forward).bind_partial(module, *args).arguments
-            inputs.pop("self")
+    def outputs(self, student: Callable[..., Any], inputs: dict[str, Any]) -> ModelOutput:
+        """The output of `student(**inputs)`, a training step's forward, with the distillation's loss and without logits.
+
+        `inputs` may hold Trainer's `num_items_in_batch`, the N of the formula above.
+
+        Raises:
+            ValueError: for inputs without labels, and for models whose outputs cannot be compared.
+        """
+        inputs = dict(inputs)
         labels, shifted = inputs.pop("labels", None), self._shifted
         if inputs.get("shift_labels") is not None:
             labels, shifted = inputs.pop("shift_labels"), False
@@ -214,21 +241,22 @@ class Distillation:
         count = inputs.pop("num_items_in_batch", None)
         keep_states = inputs.pop("output_hidden_states", None)
         inputs["return_dict"] = True
-        student = original(module, **inputs, output_hidden_states=bool(keep_states or self.hidden_weight))
-        loss = self._loss(module, student, inputs, labels, shifted, count)
+        out = student(**inputs, output_hidden_states=bool(keep_states or self.hidden_weight))
+        loss = self._loss(out, inputs, labels, shifted, count)
         # A mixture of experts that was asked for its router's own loss keeps it.
-        if student.get("aux_loss") is not None:
-            loss = loss + module.config.router_aux_loss_coef * student.aux_loss.to(loss.device)
+        if out.get("aux_loss") is not None:
+            loss = loss + self._config.router_aux_loss_coef * out.aux_loss.to(loss.device)
         # Mixed precision turns whatever is returned into fp32: not the logits, which Trainer does not use in training.
         dropped = ("logits",) if keep_states else ("logits", "hidden_states")
-        kept = {key: value for key, value in student.items() if key not in dropped}
-        return type(student)(**{**kept, "loss": loss})
+        kept = {key: value for key, value in out.items() if key not in dropped}
+        return cast(ModelOutput, type(out)(**{**kept, "loss": loss}))
 
     # The teacher is no part of what is compiled: it may be offloaded, quantized, or a file.
     @torch.compiler.disable
     def _loss(
-        self, module: Any, student: Any, inputs: dict[str, Any], labels: Tensor, shifted: bool, count: Any
-    ) -> Any:
+        self, student: Any, inputs: dict[str, Any], labels: Tensor, shifted: bool, count: Tensor | int | None
+    ) -> Tensor:
+        """The loss of one batch from the `student`'s output, divided by `count`; its parts are added to what `take` returns."""
         if student.logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"the logits are {list(student.logits.shape)} and the labels {list(labels.shape)}; distillation compares "
@@ -259,8 +287,8 @@ class Distillation:
             count = count.to(total.device)
         return (total + self.hidden_weight * hidden) / count
 
-    def _ask(self, inputs: dict[str, Any], logits: Tensor) -> tuple[Any, Any]:
-        """The teacher's logits and hidden states for a batch."""
+    def _ask(self, inputs: dict[str, Any], logits: Tensor) -> tuple[Tensor | TopK, Any]:
+        """The teacher's logits, and its hidden states if it has any, for the batch that gave the student's `logits`."""
         teacher = self.teacher
         if isinstance(teacher, TopKTeacher):
             return teacher(inputs["input_ids"], inputs.get("attention_mask"), logits), None
@@ -283,6 +311,7 @@ class Distillation:
 
 
 def _warn_of_labelled_padding(labels: Tensor, attention_mask: Tensor | None) -> None:
+    """Warn of a batch whose padding has labels: Trainer's N then counts tokens that the loss leaves out."""
     if attention_mask is None or attention_mask.shape != labels.shape:
         return
     padding = int(((attention_mask == 0) & (labels != IGNORED)).sum())
@@ -296,7 +325,7 @@ def _warn_of_labelled_padding(labels: Tensor, attention_mask: Tensor | None) -> 
 
 
 def _call(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
-    """A forward that was put on the instance and does not take it as an argument."""
+    """Call a `forward` that was put on the instance `module`, and therefore does not take it as an argument."""
     return forward(*args, **kwargs)
 
 

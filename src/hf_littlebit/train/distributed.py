@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "agree",
+    "broadcast_from_rank0",
     "check_optimizer",
     "check_weights",
     "gather",
@@ -65,7 +65,7 @@ def local_part(value: Any) -> tuple[Tensor, int | None]:
     return value.detach().flatten(), 0
 
 
-def check_weights(model: nn.Module, teacher: Any) -> None:
+def check_weights(model: nn.Module, teacher: object) -> None:
     """Refuse a model whose weights an engine took away while it was loaded, and a teacher that has none.
 
     Raises:
@@ -87,8 +87,8 @@ def check_weights(model: nn.Module, teacher: Any) -> None:
             )
 
 
-def agree(values: Iterable[Tensor], device: torch.device) -> None:
-    """Give every process the `values` of process 0, in place, by way of `device`.
+def broadcast_from_rank0(values: Iterable[Tensor], device: torch.device) -> None:
+    """Overwrite the `values` of every process with those of process 0, sent by way of `device`.
 
     All processes factorize the same weights, but not to the last bit, and a factorization that differs a little may have
     other signs. FSDP2 would join parts of both.
@@ -197,9 +197,9 @@ def run_partitioned(model: nn.Module) -> Any:
         for key, value in options.get("zero_optimization", {}).items()
         if value != "auto" and not key.startswith("offload_optimizer")
     }
-    kinds = {str(value.dtype) for value in model.parameters() if value.is_floating_point()}
+    dtypes = {value.dtype for value in model.parameters() if value.is_floating_point()}
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {**zero, "stage": 3}}
-    for key, kind in (("bf16", "torch.bfloat16"), ("fp16", "torch.float16")):
-        if kinds == {kind}:
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if dtypes == {dtype}:
             config[key] = {"enabled": True}
     return deepspeed.initialize(model=model, config=config)[0]

@@ -18,26 +18,26 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..load.convert import pack_model
 from ..load.meta_model import model_class, whole_models
 from ..load.source import UNFIT, quantization_of
 
-__all__ = ["latent_checkpoint", "packed_model", "save_packed", "saved_config"]
+__all__ = ["latent_checkpoint", "pack_what_is_saved", "packed_model", "saved_config"]
 
 SHARDS = "pytorch_model_fsdp_0"
 WHOLE = "pytorch_model_fsdp.bin"
 PLAIN = ("model.safetensors", "model.safetensors.index.json")
 
 
-def latent_checkpoint(folder: str, dtype: Any = "auto") -> Any:
+def latent_checkpoint(folder: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The latent model, on the CPU, of a checkpoint that a training left in `folder`, whatever engine wrote it.
 
     Args:
@@ -48,9 +48,9 @@ def latent_checkpoint(folder: str, dtype: Any = "auto") -> Any:
         ImportError: if its format needs DeepSpeed, which is not installed.
     """
     config = _config(folder)
-    kind = model_class(config)
+    trained_class = model_class(config)
     if any(os.path.isfile(os.path.join(folder, name)) for name in PLAIN):
-        return kind.from_pretrained(folder, dtype=dtype)
+        return trained_class.from_pretrained(folder, dtype=dtype)
     if os.path.isdir(os.path.join(folder, SHARDS)):
         state = _read_shards(os.path.join(folder, SHARDS))
     elif os.path.isfile(os.path.join(folder, WHOLE)):
@@ -63,46 +63,58 @@ def latent_checkpoint(folder: str, dtype: Any = "auto") -> Any:
             f"{folder} holds a config.json but no weights ({PLAIN[0]}, {SHARDS}/, {WHOLE}, or latest of DeepSpeed); give a "
             "checkpoint-* folder of a training"
         )
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return trained_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
-def packed_model(config: Any, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> Any:
-    """A packed model on the CPU from the `state` dict of a latent one, gathered from its shards, and its config; `dtype`
-    as for pack_model."""
+def packed_model(
+    config: PreTrainedConfig,
+    state: dict[str, Tensor],
+    dtype: torch.dtype | None = None,
+    generation_config: GenerationConfig | None = None,
+) -> PreTrainedModel:
+    """A packed model on the CPU from a latent one's whole `state` dict, e.g. gathered from its shards, and its saved config.
+
+    Args:
+        dtype: of what stays dense, as for pack_model.
+        generation_config: of the latent model; None for the one that its config gives.
+    """
     with whole_models():
         model = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype="auto")
-    return pack_model(model, dtype)
+    packed: PreTrainedModel = pack_model(model, dtype)
+    if generation_config is not None:
+        packed.generation_config = generation_config
+    return packed
 
 
-def saved_config(model: Any, kind: type) -> Any:
-    """A copy of `model`'s config that names `kind` as its class, as save_pretrained writes it."""
+def saved_config(model: PreTrainedModel, trained_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """A copy of `model`'s config that names `trained_class` as its class, as save_pretrained writes it."""
     config = copy.deepcopy(model.config)
-    config.architectures = [kind.__name__]
+    config.architectures = [trained_class.__name__]
     config.quantization_config = config.quantization_config.to_dict()  # as from_pretrained expects it
     return config
 
 
-def save_packed(model: Any, kind: type, dtype: torch.dtype | None = None) -> None:
-    """Let `model.save_pretrained` pack the whole latent state that it is given; `kind` is the class of the whole model and
-    `dtype` as for pack_model.
+def pack_what_is_saved(model: PreTrainedModel, pack: Callable[[dict[str, Tensor]], PreTrainedModel]) -> None:
+    """Let `model.save_pretrained` pack the whole latent state that it is given, and save that; the model stays as it is.
 
-    Trainer gathers the state of a sharded model and passes it so; the model itself stays as it is.
+    A plain Trainer gathers the state of a sharded model and passes it so. `pack` makes a packed model of such a state.
     """
     plain = model.save_pretrained
 
-    def save_pretrained(self: Any, folder: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self: PreTrainedModel, folder: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
         if not state_dict:
-            plain(folder, *args, state_dict=state_dict, **kwargs)
+            kwargs["state_dict"] = state_dict
+            plain(folder, *args, **kwargs)
         elif kwargs.get("is_main_process", True):
-            packed = packed_model(saved_config(self, kind), state_dict, dtype)
-            if getattr(self, "generation_config", None) is not None:
-                packed.generation_config = self.generation_config
-            packed.save_pretrained(folder, *args, **kwargs)
+            pack(state_dict).save_pretrained(folder, *args, **kwargs)
 
-    model.save_pretrained = types.MethodType(save_pretrained, model)
+    model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[method-assign]
 
 
-def _config(folder: str) -> Any:
+def _config(folder: str) -> PreTrainedConfig:
+    """The config of the latent checkpoint in `folder`; a ValueError says what else the folder holds."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is no folder here; give a checkpoint-* folder of a training")
     names = os.listdir(folder)
@@ -133,17 +145,22 @@ def _read_shards(folder: str) -> dict[str, Tensor]:
     """The model's state dict from the files of torch.distributed.checkpoint in `folder`, by its public calls."""
     import torch.distributed.checkpoint as dcp
 
+    reader = dcp.FileSystemReader(folder)
     with _one_line(folder):
-        reader = dcp.FileSystemReader(folder)
         entries = reader.read_metadata().state_dict_metadata
-        whole: dict[str, Any] = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
-            if isinstance(entry, dcp.metadata.TensorStorageMetadata)
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that this is one process, as is meant here
+    whole: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+    with _one_line(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this is one process, as is meant here
+        try:
             dcp.load(whole, storage_reader=reader, no_dist=True)
+        except (
+            dcp.CheckpointException
+        ) as error:  # no Exception, but a BaseException, which holds what happened in each process
+            raise next(iter(error.failures.values()))[0] from error
     return {name.removeprefix("model."): value for name, value in whole.items()}
 
 
@@ -174,7 +191,10 @@ def _read_zero(folder: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _one_line(path: str) -> Iterator[None]:
-    """What any reader says of damaged or missing files, as one ValueError."""
+    """Turn whatever a reader of torch or DeepSpeed says of damaged or missing files into one ValueError.
+
+    They raise errors of many classes. Only a call of theirs goes inside, so that no mistake of ours is taken for a bad file.
+    """
     try:
         yield
     except Exception as error:

@@ -27,8 +27,8 @@ class SignFlips:
         self._last = list(self._start)
         self._ones: Tensor | None = None  # set bits of every byte
 
-    def follow(self, latents: Iterable[Tensor]) -> None:
-        """Go on with `latents`, which are the first ones in the same order: loaded from a checkpoint, or sharded since.
+    def rebase(self, latents: Iterable[Tensor]) -> None:
+        """Compare `latents` from now on, which are the first ones in the same order: loaded from a checkpoint, or sharded since.
 
         The signs as they are now become those of the last log. Where the start's cannot be cut as the latents are, they
         become the start's too.
@@ -53,6 +53,7 @@ class SignFlips:
         return {"flipped_since_start": start / total, "flipped_since_log": last / total} if total else {}
 
     def _count(self, now: list[Tensor], then: list[Tensor]) -> int:
+        """How many bits of `now` differ from those of `then`, over all latents."""
         count = 0
         for a, b in zip(now, then, strict=True):
             if self._ones is None or self._ones.device != a.device:
@@ -63,6 +64,7 @@ class SignFlips:
 
 
 def _local(latent: Tensor) -> Tensor:
+    """What this process holds of a latent, flat."""
     return local_part(latent)[0]
 
 
@@ -82,6 +84,7 @@ def _bits(latent: Tensor) -> Tensor:
 
 
 def _packed(negative: Tensor) -> Tensor:
+    """Bools [n], eight in a byte from the lowest bit on, the last byte filled with zeros: uint8 [ceil(n / 8)]."""
     negative = torch.nn.functional.pad(negative, (0, -len(negative) % 8)).view(-1, 8)
     place = 2 ** torch.arange(8, device=negative.device)
     return (negative * place.to(torch.uint8)).sum(-1, dtype=torch.uint8)

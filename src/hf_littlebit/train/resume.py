@@ -36,6 +36,7 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _is_complete(checkpoint: str) -> bool:
+    """True if the last file that Trainer writes can be read, and no file is empty, as a kill or a full disk leaves one."""
     try:
         with open(os.path.join(checkpoint, STATE), encoding="utf-8") as file:
             json.load(file)

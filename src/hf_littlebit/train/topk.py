@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 __all__ = ["TopK", "TopKTeacher", "save_topk"]
 
@@ -95,7 +96,7 @@ class TopKTeacher:
 
 
 def save_topk(
-    teacher: Any, batches: Iterable[dict[str, Tensor]], folder: str | os.PathLike[str], k: int = 64
+    teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]], folder: str | os.PathLike[str], k: int = 64
 ) -> TopKTeacher:
     """Run `teacher` over `batches` (input_ids [batch, seq], attention_mask if any; one seq for all) and save its top k.
 
@@ -109,7 +110,7 @@ def save_topk(
     tokens: list[np.ndarray[Any, Any]] = []
     logprobs: list[np.ndarray[Any, Any]] = []
     vocabulary = length = 0
-    device = teacher.get_input_embeddings().weight.device
+    device: Any = teacher.get_input_embeddings().weight.device
     teacher.eval()
     for batch in tqdm(batches, desc="teacher logits", unit="batch"):
         given = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if batch.get(key) is not None}
@@ -137,7 +138,7 @@ def save_topk(
 
 
 def _keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
-    """A 64-bit key of each row: of its tokens, and of where its padding is if there is any."""
+    """A 64-bit key of each row, which stands for its tokens, and for where its padding is if it has any."""
     keys = []
     for row, ids in enumerate(input_ids.cpu()):
         text = ids.to(torch.int64).numpy().tobytes()

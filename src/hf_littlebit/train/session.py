@@ -1,0 +1,333 @@
+"""A training from its start to its end, as steps that a Trainer's events, or anything else, can take.
+
+    dense -> latent      prepare    factorize, and take the teacher in; before Trainer builds the optimizer, wraps the model and
+                                    reads a checkpoint, so that all three see the latents
+    latent -> training   begin      check what is about to be trained, and switch distillation on
+    training             figures    what a step's log gets besides the loss
+    training -> packed   end        let the teacher go, and pack the model in place; a sharded one stays latent in memory
+
+What a session cannot train right is refused by the methods `refuse_...`, each of which says what to do instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from ..config import LittleBitConfig
+from ..initialize.calibration import calibrate
+from ..layers.sign import ALPHA, SIGN_GRADIENTS
+from ..load.convert import (
+    balance_scales,
+    factor_modules,
+    is_latent,
+    latent_model,
+    latents_and_scales,
+    pack_model,
+    refuse_latents,
+    unwrapped,
+    weight_ranks,
+)
+from ..plan import plan_model
+from .distill import Distillation
+from .distributed import broadcast_from_rank0, check_optimizer, check_weights, is_sharded
+from .export import packed_model, saved_config
+from .flips import SignFlips
+from .topk import TopKTeacher
+
+__all__ = ["REBUILT", "TrainingSession"]
+
+logger = logging.getLogger("hf_littlebit")
+# By the model; weak on both sides, because a session holds its model, which would live as long as this module.
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[TrainingSession]] = weakref.WeakKeyDictionary()
+
+REBUILT = (
+    "the model to train is not the one that LittleBitCallback converted: model_init (and hyperparameter search) makes a new "
+    "one in train(). Give `model=`, or convert inside model_init with latent_model(model, config) and leave the callback out"
+)
+DENSE = "the model is dense; say how to factorize it: LittleBitCallback(LittleBitConfig(bpw=...))"
+
+
+class TrainingSession:
+    """One training of one model. LittleBitCallback, which makes it, says what its arguments are.
+
+    Raises:
+        ValueError: for a teacher, a gradient of the sign or a steepness that there is not.
+    """
+
+    def __init__(
+        self,
+        config: LittleBitConfig | None,
+        teacher: nn.Module | TopKTeacher | str | None,
+        *,
+        hidden_weight: float,
+        sign_gradient: str,
+        alpha: float,
+        pack: bool,
+        dtype: torch.dtype | None,
+        calibration: Iterable[Mapping[str, Any]] | None,
+    ) -> None:
+        if isinstance(teacher, str) and teacher != "self":
+            raise ValueError(f"teacher is {teacher!r}; give a loaded model, a TopKTeacher, 'self' or None")
+        if sign_gradient not in SIGN_GRADIENTS:
+            raise ValueError(f"sign_gradient is {sign_gradient!r}; choose one of {', '.join(SIGN_GRADIENTS)}")
+        if not alpha > 0:
+            raise ValueError(f"alpha is {alpha}; it must be above 0 (the paper's is {ALPHA:g})")
+        self.config = config
+        self.teacher: nn.Module | TopKTeacher | str | None = teacher
+        self.hidden_weight = hidden_weight
+        self.sign_gradient = sign_gradient
+        self.alpha = alpha
+        self.pack = pack
+        self.dtype = dtype
+        self.calibration = calibration
+        self.distillation: Distillation | None = None
+        self.flips: SignFlips | None = None
+        self.sharded = False  # each process holds only a part of the model
+        self.ended = False
+        self._model: PreTrainedModel | None = None
+        self._model_class: type[PreTrainedModel] | None = (
+            None  # kept, because FSDP2 puts a class of its own in its place
+        )
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, once it is prepared."""
+        assert self._model is not None
+        return self._model
+
+    def prepare(self, model: PreTrainedModel | None, args: TrainingArguments, progress: bool = False) -> None:
+        """Dense to latent: factorize `model` in place, unless it is latent already, and take the teacher in.
+
+        Args:
+            progress: show a bar while layers are factorized.
+        """
+        self.refuse_second_trainer()
+        if model is None:
+            raise ValueError("the Trainer has no model to convert")
+        self.refuse_second_session(model)
+        check_weights(model, self.teacher)
+        self.refuse_arguments(args)
+        self.refuse_adapters(model)
+        modules = factor_modules(model)
+        if self.teacher is not None:
+            self.distillation = Distillation(self._ready_teacher(model), model, self.hidden_weight)
+        if modules:
+            self.refuse_packed(modules)
+            self.refuse_other_ranks(model, modules)
+        else:
+            self._factorize(model, args.device, progress)
+        broadcast_from_rank0([p for module in factor_modules(model).values() for p in module.parameters()], args.device)
+        balance_scales(model)
+        for module in factor_modules(model).values():
+            module.sign_gradient, module.alpha = self.sign_gradient, self.alpha
+        _warn_of_narrow_parameters(model)
+        self._model, self._model_class = model, type(model)
+        _SESSIONS[model] = weakref.ref(self)
+        self.flips = SignFlips(latents_and_scales(model)[0])
+
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device) -> None:
+        """Latent to training: check what Trainer is about to train, and let the teacher's loss take the place of the model's.
+
+        Args:
+            model: what the Trainer trains, in the wrappers of its engine.
+            device: where the teacher goes, if it has no place of its own.
+        """
+        trained = unwrapped(model)
+        self.refuse_late_start()
+        self.refuse_second_training()
+        if not isinstance(trained, type(self.model)) or not factor_modules(trained):
+            raise ValueError(REBUILT)
+        latents, scales = latents_and_scales(trained)
+        self.sharded = is_sharded(latents)
+        if self.sharded:
+            # Trainer gathers a sharded model's state and hands it to save_pretrained, which drops it for quantized models.
+            trained.hf_quantizer = None  # type: ignore[assignment]
+        elif trained is not self._model:
+            raise ValueError(REBUILT)
+        check_optimizer(optimizer, latents, scales)
+        if self.flips is not None:
+            self.flips.rebase(latents)
+        if self.distillation is not None:
+            self.distillation.place(device)
+            self.distillation.active = True
+
+    def end(self) -> None:
+        """Training to packed: let the teacher go, and pack the model in place, unless it is to stay latent or is sharded."""
+        self.ended = True
+        self.teacher = self.flips = None  # their memory is wanted elsewhere
+        if self.distillation is not None:
+            self.distillation.detach(self.model)
+        if self.pack and not self.sharded:
+            pack_model(self.model, self.dtype)
+            self.model.register_load_state_dict_pre_hook(refuse_latents)
+
+    @property
+    def packs_what_is_saved(self) -> bool:
+        """True after a sharded training that was to be packed: its model stays latent, and what is saved of it is packed."""
+        return self.ended and self.pack and self.sharded
+
+    def packed(self, state: dict[str, Tensor]) -> PreTrainedModel:
+        """A packed model on the CPU from the whole latent `state` dict of a sharded one, gathered from its processes."""
+        return packed_model(self.saved_config(), state, self.dtype, getattr(self.model, "generation_config", None))
+
+    def saved_config(self) -> PreTrainedConfig:
+        """The model's config as save_pretrained writes it, also where an engine has put another class in the model's place."""
+        assert self._model_class is not None
+        return saved_config(self.model, self._model_class)
+
+    def figures(self) -> dict[str, float]:
+        """Means over the tokens since the last call, `kd_loss` and `hidden_loss` (unweighted), and the shares of flipped signs,
+        `flipped_since_start` and `flipped_since_log`. Every process of a distributed training must call it."""
+        values: dict[str, float] = {}
+        sums = None if self.distillation is None else self.distillation.take()
+        if self.distillation is not None and sums is not None:
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(sums)
+            total, hidden, tokens = sums.tolist()
+            values["kd_loss"] = total / max(tokens, 1.0)
+            if self.distillation.hidden_weight:
+                values["hidden_loss"] = hidden / max(tokens, 1.0)
+        if self.flips is not None:
+            values |= self.flips.fractions()
+        return values
+
+    def refuse_second_trainer(self) -> None:
+        """A session has one Trainer, because it holds the state of one training."""
+        if self._model is not None:
+            raise ValueError("this LittleBitCallback belongs to another Trainer already; make a new one for each")
+
+    def refuse_second_session(self, model: PreTrainedModel) -> None:
+        """A model has one session until that has ended, because two would each distil, and pack what the other trains."""
+        known = _SESSIONS.get(model)
+        other = None if known is None else known()
+        if other is not None and not other.ended:
+            raise ValueError(
+                "the model is prepared by another LittleBitCallback already; give a Trainer one of them, and a second Trainer "
+                "a model of its own"
+            )
+
+    def refuse_arguments(self, args: TrainingArguments) -> None:
+        """Some of Trainer's arguments would copy the model in every step, or lead around distillation without a word."""
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would train by DataParallel, which copies the model in every step; "
+                "start with `torchrun --nproc_per_node=N` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
+            )
+        if self.teacher is not None and args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}: Trainer would take the labels from the model and "
+                "no distillation would happen. Set it to 0; the teacher's distribution is the smooth target"
+            )
+        if self.teacher is not None and args.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel replaces the model's forward when training starts, and distillation with it; leave it out"
+            )
+
+    def refuse_adapters(self, model: PreTrainedModel) -> None:
+        """PEFT freezes the model below its adapters, so there would be no bits to train."""
+        if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "the model has PEFT adapters, which train without LittleBitCallback; the callback trains the bits themselves"
+            )
+
+    def refuse_shared_parameters(self, model: PreTrainedModel, teacher: nn.Module | TopKTeacher) -> None:
+        """A teacher that holds parameters of the model would change with it, and teach what it is taught."""
+        mine = {id(value) for value in model.parameters()}
+        if isinstance(teacher, nn.Module) and any(id(value) in mine for value in teacher.parameters()):
+            raise ValueError(
+                "teacher and model share parameters, so the teacher would change with the model; load the teacher on "
+                "its own, or say teacher='self'"
+            )
+
+    def refuse_packed(self, modules: Mapping[str, Any]) -> None:
+        """Packed layers hold signs without magnitudes, which no gradient can move."""
+        packed = [name for name, module in modules.items() if not is_latent(module)]
+        if packed:
+            raise ValueError(f"{packed[0]} is packed, so its bits cannot be trained; call unpack_model(model) first")
+
+    def refuse_other_ranks(self, model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
+        """A latent model has its ranks, so a config that asks for others would silently have no effect."""
+        if self.config is None:
+            return
+        planned = {weight.name: list(weight.ranks) for weight in plan_model(model, self.config).weights}
+        actual = {
+            f"{name}.{weight}": list(ranks)
+            for name, module in modules.items()
+            for weight, ranks in weight_ranks(module).items()
+        }
+        for name in sorted(planned.keys() | actual.keys()):
+            if planned.get(name) != actual.get(name):
+                raise ValueError(
+                    f"the model is factorized already, and {name} has ranks {actual.get(name)}, but the config of the "
+                    f"callback (bpw {self.config.bpw:g}) asks for {planned.get(name)}; leave the callback's config out"
+                )
+
+    def refuse_late_start(self) -> None:
+        """A training that starts without `prepare` has an optimizer of dense weights."""
+        if self._model is None:
+            raise ValueError(
+                "this LittleBitCallback was added to a Trainer that existed already, too late to convert its model; give it "
+                "as Trainer(..., callbacks=[LittleBitCallback(...)])"
+            )
+
+    def refuse_second_training(self) -> None:
+        """After its end a session has no teacher, and its model is packed, so that only what is dense would train on."""
+        if self.ended:
+            start = "unpack_model(model)" if self.pack else "the model"
+            raise ValueError(
+                "this Trainer has trained its model to the end already. To go on, make a new Trainer with a new "
+                f"LittleBitCallback: from {start}, or from a latent checkpoint"
+            )
+
+    def refuse_step_without_teacher(self) -> None:
+        """A Trainer whose own compute_loss goes around the model's forward would train without distillation, unnoticed."""
+        if self.distillation is not None and not self.distillation.calls:
+            raise ValueError(
+                "a training step was made without the model's own forward, so there was no distillation; a Trainer whose "
+                "compute_loss does not call model(**inputs) cannot use LittleBitCallback"
+            )
+
+    def _ready_teacher(self, model: PreTrainedModel) -> nn.Module | TopKTeacher:
+        """The teacher that was given, or a copy of the dense `model` for "self".
+
+        The weights that are about to leave the model are handed over to its copy, not copied.
+        """
+        if not isinstance(self.teacher, str):
+            assert self.teacher is not None
+            self.refuse_shared_parameters(model, self.teacher)
+            return self.teacher
+        if factor_modules(model):
+            raise ValueError("teacher is 'self', but the model is no longer dense; load the dense model as a teacher")
+        if self.config is None:
+            raise ValueError(DENSE)
+        leaving = [model.get_parameter(weight.name) for weight in plan_model(model, self.config).weights]
+        return copy.deepcopy(model, {id(value): value for value in leaving})
+
+    def _factorize(self, model: PreTrainedModel, device: torch.device, progress: bool) -> None:
+        """Factorize the dense `model` in place, on `device` if that is no CPU, for the calibration's errors if there is one."""
+        if self.config is None:
+            raise ValueError(DENSE)
+        accelerator = None if device.type == "cpu" else device
+        importance = None if self.calibration is None else calibrate(model, self.calibration)
+        latent_model(model, self.config, accelerator, progress=progress, importance=importance)
+
+
+def _warn_of_narrow_parameters(model: PreTrainedModel) -> None:
+    """Warn of trainable parameters in 16 bits, e.g. the embeddings of a model that was loaded in bfloat16."""
+    narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.element_size() < 4]
+    if narrow:
+        logger.warning(
+            "%d parameters besides latents and scales are 16-bit, e.g. %s: most of their small updates are rounded away. "
+            "Load the model with dtype=torch.float32 (and train with bf16=True), or freeze them.",
+            len(narrow),
+            narrow[0],
+        )
