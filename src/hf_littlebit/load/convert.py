@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +20,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import LittleBitConfig
-from ..generate.generation import fast_generate, plain_generate
 from ..initialize.calibration import Importance
 from ..layers.experts import LittleBitExperts
 from ..layers.linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
-from ..layers.shared_input import share_as_asked
 from ..plan import Plan, fp32_modules, needs_fp32, plan_model
 from .conversion import factor_weight
-from .quantizer import LittleBitHfQuantizer, replace_modules
-from .source import HUB_ID, quantization_of
+from .form import factor_modules, finish, record, replace_modules
+from .quantizer import LittleBitHfQuantizer
+from .source import quantization_of
 
 __all__ = [
     "balance_scales",
@@ -46,11 +43,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("hf_littlebit")
-
-
-def factor_modules(model: nn.Module) -> dict[str, Any]:
-    """{name: module} of all LittleBit layers, latent or packed."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FactorModule)}
 
 
 def is_latent(module: FactorModule) -> bool:
@@ -81,11 +73,8 @@ def latent_model(
         raise ValueError("the model has LittleBit layers already; only a dense model can be factorized")
     config = _with_format(config, "latent")
     config.svd_device = config.svd_device or (None if device is None else str(device))
-    source = getattr(model.config, "name_or_path", "") or ""
-    if config.base_model is None and HUB_ID.fullmatch(source) and not os.path.isdir(source):
-        config.base_model = source
     plan, known = plan_model(model, config), dict(importance or {})
-    plan.settle(config)
+    record(config, plan, model)
     _check_in_memory(model, plan)
     for message in plan.warnings():
         logger.warning("%s", message)
@@ -103,7 +92,7 @@ def latent_model(
             for weight in weights:
                 latent.fill(weight.weight, _of(weight, parts))
             del dense
-    _mark(model, config)
+    finish(model, LittleBitHfQuantizer(config))
     return model
 
 
@@ -128,7 +117,7 @@ def pack_model(model: Any, dtype: torch.dtype | None = None) -> Any:
             model.set_submodule(name, twin)
         if dtype is not None:
             _cast_dense(model, dtype)
-    _mark(model, _with_format(config, "packed"))
+    finish(model, LittleBitHfQuantizer(_with_format(config, "packed")))
     return model
 
 
@@ -147,7 +136,7 @@ def unpack_model(model: Any) -> Any:
     with torch.no_grad():
         for name, module in modules.items():
             model.set_submodule(name, module.unpack())
-    _mark(model, _with_format(config, "latent"))
+    finish(model, LittleBitHfQuantizer(_with_format(config, "latent")))
     return model
 
 
@@ -237,23 +226,6 @@ def _with_format(config: LittleBitConfig, format: str) -> LittleBitConfig:
     config = copy.deepcopy(config)
     config.format = format
     return config
-
-
-def _mark(model: Any, config: LittleBitConfig) -> None:
-    """Make `model` one that `from_pretrained` could have returned: saved, shared and checked as such."""
-    model.hf_quantizer = LittleBitHfQuantizer(config, pre_quantized=True)
-    model.hf_quantizer.plan = plan_model(model, config, stored=model.state_dict().keys())
-    model.config.quantization_config = model.hf_quantizer.quantization_config
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    # Saved under the names they have; see quantizer.py.
-    model._weight_conversions = []
-    model._upload_modified_files = partial(model.hf_quantizer.upload_files, model)
-    if config.format == "packed":
-        fast_generate(model)
-        share_as_asked(model, config.share_inputs)
-    else:
-        plain_generate(model)
 
 
 def _check_in_memory(model: nn.Module, plan: Plan) -> None:

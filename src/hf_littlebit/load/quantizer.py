@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -22,47 +21,16 @@ from transformers.quantizers.base import HfQuantizer
 
 from .. import compat
 from ..config import FORMAT_VERSION, LittleBitConfig
-from ..generate.generation import fast_generate, plain_generate
 from ..kernels.packing import factor_shape
-from ..layers.experts import LittleBitExperts
-from ..layers.linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
-from ..layers.output_head import attach_head, detach_head
-from ..layers.shared_input import share_as_asked
 from ..plan import Plan, WeightPlan, plan_model
 from .conversion import LittleBitConversion, part_shapes
+from .form import factor_modules, finish, make_dense, record, replace_modules
 from .meta_model import saved_names
-from .source import HUB_ID
 from .verify import read_headers, refuse_missing, refuse_quantized, verify, verify_dense
 
-__all__ = ["LittleBitHfQuantizer", "replace_modules"]
+__all__ = ["LittleBitHfQuantizer"]
 
 logger = logging.getLogger("hf_littlebit")
-
-
-def replace_modules(model: nn.Module, plan: Plan, config: LittleBitConfig, placeholders: bool) -> None:
-    """Swap the planned modules of `model` for empty LittleBit ones on meta.
-
-    With `placeholders` each keeps its dense weight on meta under the name of U, so that a dense checkpoint finds it.
-    """
-    latent = config.format == "latent"
-    scale_dtype = getattr(torch, config.scale_dtype)
-    for name, weights in plan.by_module().items():
-        old = model.get_submodule(name)
-        new: FactorModule
-        if isinstance(old, nn.Linear):
-            bias_dtype = None if old.bias is None else old.bias.dtype
-            kind = LatentLittleBitLinear if latent else LittleBitLinear
-            bias = old.bias is not None
-            new = kind(old.in_features, old.out_features, weights[0].ranks, bias, "meta", bias_dtype, scale_dtype)
-        else:
-            new = LittleBitExperts(
-                old, {weight.weight: weight.ranks for weight in weights}, latent, "meta", scale_dtype
-            )
-        if placeholders:
-            for weight in weights:
-                dense = getattr(old, weight.weight).detach().to("meta")
-                new.register_parameter(weight.weight, nn.Parameter(dense, requires_grad=False))
-        model.set_submodule(name, new.train(old.training))
 
 
 class LittleBitHfQuantizer(HfQuantizer):
@@ -146,7 +114,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         header = read_headers([file for file in files if str(file).endswith(".safetensors")])
         refuse_quantized(header)
         self.plan = plan_model(model, config, saved=saved_names(model))
-        self.plan.settle(config)
+        record(config, self.plan, model)
         self._pending = {weight.name: weight for weight in self.plan.weights}
         if header:
             verify_dense(model, header, self._pending)
@@ -155,10 +123,6 @@ class LittleBitHfQuantizer(HfQuantizer):
             logger.warning("%s", message)
         self._conversion = LittleBitConversion(self._pending, config)
         self._conversion.place(kwargs.get("device_map"))
-        source = model.config.name_or_path
-        # Without a name, as from a state dict, it says "None".
-        if config.base_model is None and HUB_ID.fullmatch(source) and source != "None" and not os.path.isdir(source):
-            config.base_model = source
 
     def _refuse_missing(self, model: Any, loading_info: Any) -> None:
         """In place of the first thing that transformers does with the missing keys; random numbers come next."""
@@ -179,26 +143,13 @@ class LittleBitHfQuantizer(HfQuantizer):
             self._conversion.finish(model)
             self._conversion = None
             self._pending = {}
-            self.pre_quantized = True
         _check_scales(model)
         _own_dtype(model)
         _own_storage(model)
         if self.quantization_config.dequantize:
             self._dequantize(model, dtype=model.dtype)
             return model
-        if self.quantization_config.format == "packed":
-            for module in _factor_modules(model).values():
-                for name, parameter in module.named_parameters(recurse=False):
-                    parameter.requires_grad_(name == "bias")
-            wanted = self.quantization_config.share_inputs
-            if not share_as_asked(model, wanted) and wanted:
-                logger.warning("share_inputs: no packed layers of this model are called like layers with one input")
-            fast_generate(model)
-        attach_head(model)
-        # Saved under the names they have: the file's names would be turned back to an older layout otherwise, and a
-        # trainer that restores a checkpoint by name would miss them.
-        model._weight_conversions = []
-        model._upload_modified_files = partial(self.upload_files, model)
+        finish(model, self)
         return model
 
     def is_serializable(self) -> bool:
@@ -221,48 +172,13 @@ class LittleBitHfQuantizer(HfQuantizer):
         return None, {"quant_method": "littlebit", "format_version": str(FORMAT_VERSION)}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        dtype, modules = compat.resolve_dtype(dtype), _factor_modules(model)
-        parts = {id(value) for module in modules.values() for value in module.parameters(recurse=False)}
-        others = [value.dtype for value in model.parameters() if id(value) not in parts and value.is_floating_point()]
-        former = next(iter(others), dtype)
-        for name, module in modules.items():
-            if any(value.is_meta for value in module.parameters(recurse=False)):
-                raise ValueError(
-                    f"{name} is offloaded, so the model cannot be dequantized in place; load it with device_map='cpu'"
-                )
-        for name, module in modules.items():
-            model.set_submodule(name, _dense_module(module, dtype))
-        # Parameters that a model keeps in another dtype than its own (fp32 norms, say) stay there.
-        for parameter in model.parameters():
-            if parameter.dtype == former:
-                parameter.data = parameter.data.to(dtype)
-        model.config.dtype = dtype
-        detach_head(model)
-        plain_generate(model)
-        # Back to an ordinary model: saved and shared as its own class does.
-        for attribute in ("_weight_conversions", "_upload_modified_files"):
-            model.__dict__.pop(attribute, None)
+        make_dense(model, compat.resolve_dtype(dtype))
         return model
-
-
-def _factor_modules(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FactorModule)}
-
-
-def _dense_module(module: Any, dtype: torch.dtype) -> nn.Module:
-    if isinstance(module, LittleBitExperts):
-        return module.dense_module(dtype)
-    with torch.device("meta"):
-        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
-    dense.weight = nn.Parameter(module.dense(dtype))
-    if module.bias is not None:
-        dense.bias = nn.Parameter(module.bias.detach().to(dtype))
-    return dense.train(module.training)
 
 
 def _check_scales(model: nn.Module) -> None:
     """A damaged file can hold anything: a scale that is no number is reported here rather than found in the output."""
-    for name, module in _factor_modules(model).items():
+    for name, module in factor_modules(model).items():
         for part, value in module.named_parameters(recurse=False):
             if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
                 raise ValueError(
@@ -272,7 +188,7 @@ def _check_scales(model: nn.Module) -> None:
 
 def _own_dtype(model: nn.Module) -> None:
     """Latents and scales that were saved in fewer bits than they are trained in (verify.py)."""
-    for module in _factor_modules(model).values():
+    for module in factor_modules(model).values():
         for name, dtype in module.part_dtypes.items():
             value = getattr(module, name)
             if value.is_floating_point() and value.dtype != dtype and not value.is_meta:
@@ -281,7 +197,7 @@ def _own_dtype(model: nn.Module) -> None:
 
 def _own_storage(model: nn.Module) -> None:
     """Parts without rows share the address of their neighbour in the file, which `torch.save` takes for one tensor."""
-    for module in _factor_modules(model).values():
+    for module in factor_modules(model).values():
         for value in module.parameters(recurse=False):
             if value.numel() == 0 and not value.is_meta:
                 value.data = torch.empty_like(value)

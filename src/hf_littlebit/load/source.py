@@ -22,12 +22,12 @@ from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingE
 from transformers import AutoConfig, PretrainedConfig
 
 from ..config import LittleBitConfig
+from .form import HUB_ID
 from .meta_model import class_names
 from .verify import Header, read_headers
 
 __all__ = ["HUB_ID", "Source", "find_source", "quantization_of"]
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # org/name, or the name alone of the Hub's oldest models
 WEIGHTS = "model.safetensors"
 # The groups are the variant of a file and of an index.
 WEIGHT_NAME = re.compile(r"model(?:\.([^.]+))?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json")
