@@ -87,7 +87,7 @@ class Plan:
     def keep(self, reason: str, module: str, numel: int) -> None:
         self.dense.setdefault(reason, []).append((module, numel))
 
-    def settle(self, config: LittleBitConfig) -> None:
+    def record_kv_factor(self, config: LittleBitConfig) -> None:
         """Write into `config`, which is to be saved, what this plan found for an automatic kv_factor."""
         if config.kv_factor is None:
             config.kv_factor = self.kv_factor
@@ -153,7 +153,7 @@ def plan_model(
             f"Excluded by name: {', '.join(config.modules_to_not_convert or ()) or 'none'}"
         )
     plan.unused = walk.unused()
-    _share_leftover(plan)
+    _share_leftover_bits(plan)
     return plan
 
 
@@ -164,17 +164,17 @@ def aliases(name: str, prefix: str) -> tuple[str, ...]:
     return (name, name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
 
 
-def _share_leftover(plan: Plan) -> None:
+def _share_leftover_bits(plan: Plan) -> None:
     """Raise the ranks of keys and values by the bits that rounding all ranks down has left over.
 
     They are the layers that need them most where queries are grouped: an eighth of the weights there, and ranks of a few
     tens or less (README, table of the training).
     """
     budget = sum(weight.options.bpw * weight.numel for weight in plan.weights)
-    if not any(weight.options.leftover for weight in plan.weights):
+    if not any(weight.options.auto_kv_factor for weight in plan.weights):
         return
     for factor in KV_FACTORS:
-        weights = [_with_factor(weight, factor) if weight.options.leftover else weight for weight in plan.weights]
+        weights = [_with_factor(weight, factor) if weight.options.auto_kv_factor else weight for weight in plan.weights]
         if sum(weight.bits for weight in weights) <= budget:
             plan.weights, plan.kv_factor = weights, factor
             return

@@ -97,7 +97,7 @@ def record(config: LittleBitConfig, plan: Plan, model: PreTrainedModel) -> None:
 
     That is the kv_factor, where it was automatic, and the base model, where the user named none.
     """
-    plan.settle(config)
+    plan.record_kv_factor(config)
     if config.base_model is None:
         config.base_model = base_model(model.config)
 

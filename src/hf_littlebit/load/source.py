@@ -20,6 +20,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError, StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..config import LittleBitConfig
 from .form import HUB_ID
@@ -28,7 +29,6 @@ from .verify import Header, read_headers
 
 __all__ = ["HUB_ID", "Source", "find_source", "quantization_of"]
 
-WEIGHTS = "model.safetensors"
 # The groups are the variant of a file and of an index.
 WEIGHT_NAME = re.compile(r"model(?:\.([^.]+))?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json")
 SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
@@ -139,10 +139,13 @@ def _weights(folder: str) -> tuple[list[str], str | None, str | None]:
         if match and not SHARD.fullmatch(name):
             variants.setdefault(match[1] or match[2], os.path.join(folder, name))
     if not variants:
-        raise ValueError(f"{folder} holds no {WEIGHTS}; the checkpoint is incomplete: download or save it again")
+        raise ValueError(
+            f"{folder} holds no {SAFE_WEIGHTS_NAME}; the checkpoint is incomplete: download or save it again"
+        )
     if None not in variants and len(variants) > 1:
         raise ValueError(
-            f"{folder} holds the variants {', '.join(map(str, variants))} and no {WEIGHTS}; leave one of them in the folder"
+            f"{folder} holds the variants {', '.join(map(str, variants))} and no {SAFE_WEIGHTS_NAME}; leave one of "
+            "them in the folder"
         )
     variant = None if None in variants else next(iter(variants))
     path = variants[variant]
@@ -167,8 +170,8 @@ def _read_hub(source: Source) -> None:
         metadata = api.get_safetensors_metadata(source.name)
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise ValueError(
-            f"{source.name} has no readable {WEIGHTS} on the Hub ({error}); for a variant or another layout, download the "
-            "repository and give the folder"
+            f"{source.name} has no readable {SAFE_WEIGHTS_NAME} on the Hub ({error}); for a variant or another layout, "
+            "download the repository and give the folder"
         ) from error
     source.header = {
         tensor: (info.dtype, tuple(info.shape), file)

@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers.modeling_utils import str_to_torch_dtype
 
 from ..config import LittleBitConfig
 from ..layers.linear import FactorModule
@@ -22,14 +24,9 @@ from .meta_model import saved_class, saved_names
 __all__ = ["Header", "read_headers", "refuse_missing", "refuse_quantized", "required", "verify", "verify_dense"]
 
 Header = dict[str, tuple[str, tuple[int, ...], str]]  # tensor -> (safetensors dtype, shape, file name)
-INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
-DTYPES = {
-    "torch.int32": "I32",
-    "torch.uint8": "U8",
-    "torch.bfloat16": "BF16",
-    "torch.float16": "F16",
-    "torch.float32": "F32",
-}
+# transformers' own table, e.g. "BF16" -> torch.bfloat16.
+INTEGERS = {name for name, dtype in str_to_torch_dtype.items() if not dtype.is_floating_point}
+NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 
 
 def read_headers(files: Sequence[str]) -> Header:
@@ -65,13 +62,12 @@ def verify(model: Any, plan: Plan, config: LittleBitConfig, header: Header) -> N
     expected = {name: entry for weight in plan.weights for name, entry in part_shapes(weight, config).items()}
     for name, (shape, dtype) in expected.items():
         entry = _find(header, name, prefix)
-        kind = DTYPES[str(dtype)]
         # DeepSpeed saves latents in the 16 bits that it computes in.
-        kinds = {kind, "BF16", "F16"} if kind == "F32" else {kind}
-        if entry is not None and (entry[0] not in kinds or entry[1] != shape):
+        allowed = {NAMES[dtype], "BF16", "F16"} if dtype == torch.float32 else {NAMES[dtype]}
+        if entry is not None and (entry[0] not in allowed or entry[1] != shape):
             raise ValueError(
                 f"{name} is {entry[0]} {list(entry[1])} in {entry[2]}, but the config (bpw {config.bpw:g}, format "
-                f"{config.format!r}) implies {kind} {list(shape)}; the file is damaged or its config.json was changed"
+                f"{config.format!r}) implies {NAMES[dtype]} {list(shape)}; the file is damaged or its config.json was changed"
             )
     for name, parameter in model.named_parameters():
         entry = None if name in expected else _find(header, name, prefix)
