@@ -11,9 +11,7 @@ file format: a checkpoint holds no ranks, they follow from its config. Change it
 
 from __future__ import annotations
 
-import fnmatch
 import math
-import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .initialize.factorize import INITS
 from .kernels.packing import FORMAT_VERSION, stored_bits
+from .module_names import check_pattern, matches
 
 __all__ = [
     "FORMATS",
@@ -33,7 +32,6 @@ __all__ = [
     "bpw_of",
     "exact_rank",
     "layer_ranks",
-    "matches",
 ]
 
 FORMATS = ("packed", "latent")
@@ -204,6 +202,7 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,  # so that a file's option "self" is an unknown one, too
         bpw: float | None = None,
         init: str = "admm",
         residual: bool | None = None,
@@ -284,7 +283,7 @@ class LittleBitConfig(QuantizationConfigMixin):
             )
         if self.modules_to_not_convert is not None:
             for name in self.modules_to_not_convert:
-                _check_name("modules_to_not_convert", name)
+                check_pattern("modules_to_not_convert", name)
             self.modules_to_not_convert = list(self.modules_to_not_convert)
         for pattern, options in (self.module_config or {}).items():
             if not isinstance(pattern, str) or not pattern or not isinstance(options, dict) or not options:
@@ -337,26 +336,3 @@ class LittleBitConfig(QuantizationConfigMixin):
         default = LittleBitConfig(bpw=MAX_BPW).to_dict()
         always = ("quant_method", "bpw", "format_version")
         return {k: v for k, v in self.to_dict().items() if k in always or v != default.get(k)}
-
-
-def matches(pattern: str, name: str) -> bool:
-    """True if a `module_config` pattern is for the module called `name`."""
-    if any(sign in pattern for sign in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return name == pattern or name.endswith("." + pattern)
-
-
-def _check_name(option: str, name: Any) -> None:
-    """Refuse what transformers cannot match with module names: it puts each entry into a regular expression."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(
-            f"{option} holds {reprlib.repr(name)}; every entry must be a module's name, such as 'down_proj'"
-        )
-    try:
-        re.compile(name)
-        re.compile(f"(?:{name})")  # as should_convert_module puts it: a flag such as (?i) is valid alone only
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{option} holds {reprlib.repr(name)}, which is no valid regular expression ({error}); write '.*' where any "
-            "text may stand, and a backslash before a sign that is meant literally"
-        ) from None

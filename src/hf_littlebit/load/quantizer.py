@@ -1,4 +1,4 @@
-"""The quantizer that transformers calls while it loads a model: it swaps modules, and everything else is elsewhere.
+"""The quantizer that transformers calls while it loads a model. It only says what happens when; what happens is elsewhere.
 
     dense checkpoint    linear layers become empty LittleBit layers on meta, each weight is factorized as it is read
                         (conversion.py), and the model that comes back is packed, or latent with format="latent"
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from .. import compat
@@ -34,17 +35,21 @@ logger = logging.getLogger("hf_littlebit")
 
 
 class LittleBitHfQuantizer(HfQuantizer):
-    """See the module's text. One instance serves one `from_pretrained` and stays with its model."""
+    """LittleBit's implementation of transformers' HfQuantizer; one instance serves one `from_pretrained` and stays with its model.
+
+    Args:
+        quantization_config: as the user or the saved model gives it; it is copied.
+    """
 
     quantization_config: LittleBitConfig
     requires_calibration = False
-    # What `push_to_hub` calls in place of transformers' `_upload_modified_files(model, folder, repo_id, ...)`. It writes a model
-    # card, and cards are reports, which use this wing and not the other way: so the package's __init__.py sets it.
+    # `push_to_hub` calls this in place of transformers' `_upload_modified_files(model, folder, repo_id, ...)`. It writes a model
+    # card. Cards are reports, which import this wing, so this wing cannot import them: the package's __init__.py sets it.
     upload_files: ClassVar[Callable[..., Any]]
 
     def __init__(self, quantization_config: LittleBitConfig, **kwargs: Any):
         compat.check_transformers()
-        # A copy: the model keeps it and completes it (base_model), and the user may load another model with theirs.
+        # The model keeps the config and completes it (base_model), while the user may load another model with theirs.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.plan: Plan | None = None
         self._pending: dict[str, WeightPlan] = {}
@@ -53,7 +58,11 @@ class LittleBitHfQuantizer(HfQuantizer):
     # -- before loading ---------------------------------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what would fail only after work was done."""
+        """Refuse what would fail only after work was done.
+
+        Raises:
+            ValueError: for options that do not fit each other, the checkpoint or the machine.
+        """
         config = self.quantization_config
         if config.dequantize and not self.pre_quantized:
             raise ValueError(
@@ -83,10 +92,11 @@ class LittleBitHfQuantizer(HfQuantizer):
             return max_memory
         return {key: int(value * 0.9) if isinstance(value, int | float) else value for key, value in max_memory.items()}
 
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """True for the name of a dense weight that is to be factorized when it is read."""
         return param_name in self._pending
 
-    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes per element, for the device map: a dense placeholder counts as the packed U that takes its place."""
         if param_name in self._pending:
             plan = self._pending[param_name]
@@ -96,14 +106,17 @@ class LittleBitHfQuantizer(HfQuantizer):
         return super().param_element_size(model, param_name, param)
 
     def get_quantize_ops(self) -> LittleBitConversion:
+        """The operation that factorizes; transformers asks for it once for every weight of param_needs_quantization."""
         assert self._conversion is not None
         return self._conversion
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         files = kwargs.get("checkpoint_files") or ()
-        # Missing tensors would be drawn at random; the files' headers say it first, this hook for any other source.
-        model.mark_tied_weights_as_initialized = partial(self._refuse_missing, model)
+        # from_pretrained calls mark_tied_weights_as_initialized right before it fills missing tensors at random. It is replaced
+        # on this instance to refuse first; the files' headers, if there are files, say earlier what is missing.
+        instance: Any = model
+        instance.mark_tied_weights_as_initialized = partial(self._refuse_missing, model)
         if self.pre_quantized:
             header = read_headers(files) if files else None
             self.plan = plan_model(model, config, header)
@@ -124,13 +137,13 @@ class LittleBitHfQuantizer(HfQuantizer):
         self._conversion = LittleBitConversion(self._pending, config)
         self._conversion.place(kwargs.get("device_map"))
 
-    def _refuse_missing(self, model: Any, loading_info: Any) -> None:
-        """In place of the first thing that transformers does with the missing keys; random numbers come next."""
+    def _refuse_missing(self, model: PreTrainedModel, loading_info: Any) -> None:
+        """Do what `model.mark_tied_weights_as_initialized` does, in its place, and refuse tensors that are still missing."""
         del model.mark_tied_weights_as_initialized
         model.mark_tied_weights_as_initialized(loading_info)
         if self._conversion is not None:
             self._conversion.wait()
-        # What was to be converted and was not, the conversion itself reports.
+        # LittleBitConversion.finish reports the weights that were to be factorized and are missing.
         config, pending = self.quantization_config, self._pending.values()
         refuse_missing(
             model, loading_info.missing_keys, {part for plan in pending for part in part_shapes(plan, config)}
@@ -138,7 +151,7 @@ class LittleBitHfQuantizer(HfQuantizer):
 
     # -- after loading ----------------------------------------------------------------------------------------------------
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._conversion is not None:
             self._conversion.finish(model)
             self._conversion = None
@@ -153,14 +166,17 @@ class LittleBitHfQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        """True: `save_pretrained` works."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """True: adapters train on a packed model, and Trainer accepts it with them."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
+        """True for a latent model: Trainer accepts it without adapters."""
         return self.quantization_config.format == "latent"
 
     @property
@@ -168,16 +184,21 @@ class LittleBitHfQuantizer(HfQuantizer):
         """False for mixtures of experts: which experts run depends on the data, so `generate` must not compile them."""
         return self.plan is None or all(weight.weight == "weight" for weight in self.plan.weights)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """No state dict, so that the model's own is saved, and what the header of its safetensors files says of the format."""
         return None, {"quant_method": "littlebit", "format_version": str(FORMAT_VERSION)}
 
-    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         make_dense(model, compat.resolve_dtype(dtype))
         return model
 
 
 def _check_scales(model: nn.Module) -> None:
-    """A damaged file can hold anything: a scale that is no number is reported here rather than found in the output."""
+    """Refuse scales and latents that are no numbers, which a damaged file may hold, before they are found in the output.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
     for name, module in factor_modules(model).items():
         for part, value in module.named_parameters(recurse=False):
             if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
@@ -187,7 +208,7 @@ def _check_scales(model: nn.Module) -> None:
 
 
 def _own_dtype(model: nn.Module) -> None:
-    """Latents and scales that were saved in fewer bits than they are trained in (verify.py)."""
+    """Give latents and scales the dtype that they are trained in: some engines save them in 16 bits (verify.py)."""
     for module in factor_modules(model).values():
         for name, dtype in module.part_dtypes.items():
             value = getattr(module, name)
@@ -196,7 +217,10 @@ def _own_dtype(model: nn.Module) -> None:
 
 
 def _own_storage(model: nn.Module) -> None:
-    """Parts without rows share the address of their neighbour in the file, which `torch.save` takes for one tensor."""
+    """Give parts without rows an address of their own.
+
+    Read from a file, they have that of their neighbour in the file, and `torch.save` takes the two for one tensor.
+    """
     for module in factor_modules(model).values():
         for value in module.parameters(recurse=False):
             if value.numel() == 0 and not value.is_meta:

@@ -14,6 +14,8 @@ import json
 import os
 import re
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,23 +66,15 @@ def find_source(name: str | os.PathLike[str]) -> Source:
         raise ValueError(f"{name} does not exist; give a folder, a config.json, or a Hub id such as org/name")
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"{name} holds no config.json; give the folder that save_pretrained wrote")
-    try:
-        # Before AutoConfig, whose errors do not say that it is these values.
-        options, _ = PretrainedConfig.get_config_dict(name)
-        _quantization(options.get("quantization_config"))
-        class_names(options.get("architectures"))
-        # False, not the default: transformers would ask on the terminal whether to run a repository's code.
+    with _explain(name, local):
+        options = {**PretrainedConfig.get_config_dict(name)[0]}  # a TypeError, if the file holds no JSON object
+    # These two are checked before AutoConfig reads them: its errors do not say which value is wrong.
+    _quantization(options.get("quantization_config"))
+    class_names(options.get("architectures"))
+    with _explain(name, local):
+        # With trust_remote_code=None, the default, transformers would ask on the terminal whether to run a repository's code.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        source = Source(name, config, quantization_of(config))
-    except OSError as error:
-        if local:
-            raise
-        raise OSError(f"{name} is no folder here, and the Hub did not give it: {error}") from error
-    except UNFIT as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(
-            f"{name} has a config.json that describes no model ({what}); restore or download it again"
-        ) from error
+    source = Source(name, config, quantization_of(config))
     if source.quantization is None or os.path.isfile(name):
         return source
     if os.path.isdir(name):
@@ -90,6 +84,22 @@ def find_source(name: str | os.PathLike[str]) -> Source:
     else:
         _read_hub(source)
     return source
+
+
+@contextmanager
+def _explain(name: str, local: bool) -> Iterator[None]:
+    """Say which model it is that transformers cannot read the config of; nothing but calls of transformers belongs in here."""
+    try:
+        yield
+    except OSError as error:
+        if local:
+            raise
+        raise OSError(f"{name} is no folder here, and the Hub did not give it: {error}") from error
+    except UNFIT as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"{name} has a config.json that describes no model ({what}); restore or download it again"
+        ) from error
 
 
 def quantization_of(config: PretrainedConfig) -> LittleBitConfig | None:
@@ -103,7 +113,7 @@ def quantization_of(config: PretrainedConfig) -> LittleBitConfig | None:
 
 
 def _quantization(options: Any) -> LittleBitConfig | None:
-    """The LittleBitConfig of a config's quantization_config, as `quantization_of` has it."""
+    """The LittleBitConfig that `options`, the quantization_config of a model's config, stands for; errors as there."""
     options = options.to_dict() if hasattr(options, "to_dict") else options
     if options is None:
         return None
@@ -165,6 +175,7 @@ def _shards(index: str) -> list[str]:
 
 
 def _read_hub(source: Source) -> None:
+    """Complete a `source` on the Hub with its tensors' names, dtypes and shapes and its files' size; no weights are read."""
     api = HfApi()
     try:
         metadata = api.get_safetensors_metadata(source.name)
