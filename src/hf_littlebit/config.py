@@ -40,7 +40,7 @@ SCALE_BITS = 16
 RANK_MULTIPLE = 8
 MAX_BPW = 16.0
 KV_NAMES = ("k_proj", "v_proj")
-# Options that only steer a load on this machine: a user may set them for a saved model too, and they are not saved.
+# These options only steer a load on this machine: a user may set them for a saved model too, and they are not saved.
 LOADING_OPTIONS = ("svd_device", "workers", "dequantize", "share_inputs")
 LAYER_OPTIONS = ("bpw", "init", "residual", "kv_factor")
 MISSING_BPW = "bpw is missing; say how many bits per weight to keep, e.g. LittleBitConfig(bpw=0.55)"
@@ -92,13 +92,13 @@ class Rule(NamedTuple):
 
 
 def _is_integer(value: Any, smallest: int, largest: float = math.inf) -> bool:
-    """True and False are integers in Python, but not here."""
+    """True for an integer of at least `smallest` and at most `largest`; True and False are none, unlike in Python."""
     return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
 
 
 def _number(largest: float, advice: str) -> Rule:
     def fits(value: Any) -> bool:
-        # NaN is neither above 0 nor below it.
+        # No comparison with NaN is true, so it is refused here as well.
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= largest
 
     return Rule(fits, f"it must be a number above 0 and at most {largest:g} ({advice})", optional=True)
@@ -241,7 +241,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         self.share_inputs = share_inputs
         self.base_model = base_model
         self.format_version = format_version
-        # The version first: a newer format explains the options that this version does not know.
+        # The version is checked first, because a newer format explains the options that this version does not know.
         self._check_version()
         if unknown:
             known = sorted(set(self.__dict__) - {"quant_method"})
@@ -320,7 +320,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         kv_factor = options.pop("kv_factor")
         if name.rpartition(".")[2] not in KV_NAMES:
             return LayerConfig(factor=1.0, **options)
-        # Bits that were asked for these very layers are what they get.
+        # A layer whose own bpw the user wrote down gets these bits, and none of the leftover ones.
         return LayerConfig(factor=kv_factor or 1.0, auto_kv_factor=kv_factor is None and "bpw" not in own, **options)
 
     def get_loading_attributes(self) -> dict[str, Any]:

@@ -25,7 +25,8 @@ DENSE_BITS = 16  # of a weight that is kept
 KV_FACTORS = tuple(eighths / 8 for eighths in range(32, 8, -1))  # tried in this order; 4 is the paper's choice
 SMALLEST_COUNTED = 16  # a kept matrix is worth a warning from this many rows and columns
 
-# Why a module stays dense although it could be replaced. The first two are what the user asked for, or so in every model.
+# These are the reasons why a module stays dense although it could be replaced. Nothing is said of the first two: the user asked
+# for the one, and the other holds in every model.
 EXCLUDED = "modules_to_not_convert names them"
 KEPT = "they are the output head, tied to other weights, or the last module"
 IN_FLOATS = "the model's code needs them in floats (_keep_in_fp32_modules)"
@@ -258,7 +259,7 @@ class _Walk:
             entry = WeightPlan(name, weight, out_features, in_features, ranks, options, count)
             (small if self.stored is None and entry.bits >= DENSE_BITS * entry.numel else planned).append(entry)
         if small:
-            # Half a module cannot be replaced: its forward is one function.
+            # A module is replaced as a whole or not at all, because its forward is one function.
             for entry in (*small, *planned):
                 self.plan.keep("too small to gain from factors", name, entry.numel)
         else:

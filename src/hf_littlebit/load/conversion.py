@@ -1,4 +1,4 @@
-"""The load-time step: one dense weight in, the parts of its factors out, while transformers reads the checkpoint.
+"""The step that quantizes: it takes one dense weight, while transformers reads the checkpoint, and gives the parts of its factors.
 
 transformers hands every weight to `LittleBitConversion.convert` as soon as it is read and frees it afterwards, so memory
 holds the packed model so far plus one dense weight and its workspace. With `workers` > 1 that many weights are factorized at
@@ -109,7 +109,11 @@ def factor_weight(
 
 
 def _check_range(scale: Tensor, dtype: torch.dtype, name: str) -> None:
-    """Refuse a dtype that keeps less of the scales than bfloat16 would, because they leave its range."""
+    """Refuse a dtype that keeps less of the scales than bfloat16 would, because they leave its range.
+
+    Raises:
+        ValueError: naming the layer, how large its scales are, and what the dtype holds.
+    """
     if float((scale.to(dtype).float() - scale).norm()) <= torch.finfo(torch.bfloat16).eps * float(scale.norm()):
         return
     limits = torch.finfo(dtype)
@@ -172,7 +176,8 @@ class LittleBitConversion(ConversionOps):
                 result[name] = weight
                 continue
             parts = self._parts(weight, self.plans[name])
-            # The dense placeholder makes way for U's shape, also where U goes to disk and is set only in the forward.
+            # U takes the name of the dense placeholder, whose shape must not stay there, also if U itself goes to disk and is
+            # set only in the forward.
             module = model.get_submodule(self.plans[name].module)
             assert isinstance(module, FactorModule), type(module)
             module.declare(self.plans[name].weight, "u", parts[name].shape, parts[name].dtype, "meta", train=False)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..config import LittleBitConfig
 from ..initialize.calibration import Importance
 from ..layers.experts import LittleBitExperts
-from ..layers.linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
+from ..layers.linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, LittleBitLinear, part_name
 from ..module_names import fp32_modules, needs_fp32
 from ..plan import Plan, WeightPlan, plan_model
 from .conversion import factor_weight
@@ -217,9 +217,12 @@ def unwrapped(model: Any) -> Any:
         model = inner
 
 
-def weight_ranks(module: Any) -> dict[str, list[int]]:
-    """{weight: rank of each path} of a LittleBit layer."""
-    return module.path_ranks if isinstance(module, LittleBitExperts) else {"weight": list(module.ranks)}
+def weight_ranks(module: nn.Module) -> dict[str, list[int]]:
+    """{weight: rank of each path} of a LittleBit layer, e.g. {"weight": [544, 544]}."""
+    if isinstance(module, LittleBitExperts):
+        return module.path_ranks
+    assert isinstance(module, LittleBitLinear | LatentLittleBitLinear), type(module)
+    return {"weight": list(module.ranks)}
 
 
 def _cast_dense(model: nn.Module, dtype: torch.dtype) -> None:

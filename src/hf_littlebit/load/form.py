@@ -117,8 +117,8 @@ def finish(model: PreTrainedModel, quantizer: Quantizer) -> None:
     instance.config.quantization_config = config
     for part in _parts_with_configs(model):
         part.config._is_quantized = True  # flash attention then takes its dtype from the config, not from a weight
-    # Saved under the names they have: the file's names would be turned back to an older layout otherwise, and a trainer
-    # that restores a checkpoint by name would miss them.
+    # Without conversions save_pretrained writes tensors under the names that they have. With the model class's own it would
+    # turn them back into an older layout, and a trainer that restores a checkpoint by name would not find them.
     instance._weight_conversions = []
     instance._upload_modified_files = partial(quantizer.upload_files, model)
     attach_head(model)

@@ -82,7 +82,7 @@ class LittleBitHfQuantizer(HfQuantizer):
                 raise ValueError(
                     f"svd_device is {config.svd_device!r}, which this machine does not offer ({reason}); use 'cpu' or None"
                 ) from None
-        # transformers calls this a second time, with the places that "auto" came to.
+        # transformers calls this method twice; the second call has the places that device_map="auto" came to.
         if self._conversion is not None:
             self._conversion.place(kwargs.get("device_map"))
 
@@ -97,7 +97,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         return param_name in self._pending
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes per element, for the device map: a dense placeholder counts as the packed U that takes its place."""
+        """Bytes per element, for the device map. A dense placeholder counts as the U that takes its place."""
         if param_name in self._pending:
             plan = self._pending[param_name]
             latent = self.quantization_config.format == "latent"

@@ -31,16 +31,16 @@ from .verify import Header, read_headers
 
 __all__ = ["HUB_ID", "Source", "find_source", "quantization_of"]
 
-# The groups are the variant of a file and of an index.
+# Group 1 is the variant of a file, e.g. "fp16" of model.fp16.safetensors, and group 2 that of an index.
 WEIGHT_NAME = re.compile(r"model(?:\.([^.]+))?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json")
 SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
-# What transformers' config classes raise for values of a type or size that they do not expect.
+# transformers' config classes raise these for values of a type or size that they do not expect.
 UNFIT = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 @dataclass
 class Source:
-    """A model before it is loaded. `header` is None where no saved tensors are known, as for a config alone."""
+    """A model before it is loaded. `header` is None if no saved tensors are known, as for a config alone."""
 
     name: str
     config: PretrainedConfig
@@ -163,7 +163,11 @@ def _weights(folder: str) -> tuple[list[str], str | None, str | None]:
 
 
 def _shards(index: str) -> list[str]:
-    """Paths of the files that `index` names."""
+    """Paths of the files that `index` names.
+
+    Raises:
+        ValueError: if it cannot be read, or names files elsewhere.
+    """
     try:
         with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
