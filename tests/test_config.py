@@ -114,6 +114,7 @@ BAD = [
     ({"module_config": ["a"]}, "must be a dict"), ({"module_config": {"a": 1}}, "must map"), ({"module_config": {"a": {}}}, "must"),
     ({"module_config": {"a": {"bpw": 99}}}, r"module_config\['a'\]: bpw is 99"),
     ({"module_config": {"a": {"rank": 9}}}, "unknown option 'rank'"), ({"rank": 64}, "unknown LittleBitConfig option 'rank'"),
+    ({"self": 1}, "unknown LittleBitConfig option 'self'"),
     ({"format_version": FORMAT_VERSION + 1}, "upgrade"), ({"format_version": "1"}, "format_version is '1'"),
     ({"format_version": FORMAT_VERSION + 1, "new_option": 1}, "upgrade"), ({"format_version": 0}, "format_version is 0"),
     ({"quant_method": "gptq"}, "reads only 'littlebit'"),

@@ -1,11 +1,14 @@
 """Which wing of the package may import which, and that no file imports itself by way of others.
 
-    kernels, compat <- layers <- initialize <- config <- plan <- generate <- load <- train | report <- command
+    kernels, compat, module_names, placement <- layers <- initialize <- config <- plan <- generate <- load <- train | report
+    train, report <- command
 
 A wing imports itself and what stands left of it; train and report do not import each other. An import inside a function
 counts, and so does one for types alone. Besides the wings:
 
 - compat, which says how versions of transformers differ, imports nothing of the package, so that everything may use it.
+- placement (where a model computes that accelerate keeps elsewhere) and module_names (whom a name means) know of modules
+  only, and import nothing of it either.
 - generate stands below load, because a model that was loaded is given its faster generation at once; it needs no plan.
 - __init__ and __main__ stand above all: __init__ also joins what may not import each other (the model card, a report, to
   the quantizer).
@@ -18,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "src" / "hf_littlebit"
 FLOORS = [
-    {"kernels", "compat"},
+    {"kernels", "compat", "module_names", "placement"},
     {"layers"},
     {"initialize"},
     {"config"},

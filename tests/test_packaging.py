@@ -37,7 +37,7 @@ def test_wheel_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "hf_littlebit").rglob("*.py")}
     expected |= {f"hf_littlebit/kernels/{p.name}" for p in (ROOT / "kernels" / "torch-ext" / "littlebit").glob("*.py")}
-    expected |= {"optimum/commands/register/register_littlebit.py"}
+    expected |= {"optimum/commands/register/register_littlebit.py", "hf_littlebit/py.typed"}
     assert expected <= names
     # An __init__.py in these folders would hide optimum's own packages; `kernels` belongs to the Hub's library.
     assert not {"optimum/__init__.py", "optimum/commands/__init__.py", "optimum/commands/register/__init__.py"} & names

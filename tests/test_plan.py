@@ -61,7 +61,7 @@ def test_keys_and_values_get_the_bits_that_are_left_over(pycode, bpw, factor, ra
     ranks = {weight.module.rpartition(".")[2]: weight.ranks for weight in own.weights}
     assert ranks["k_proj"] < ranks["v_proj"]  # whose bits were not asked for by name
     asked = plan_model(model, LittleBitConfig(bpw=bpw, kv_factor=1.0))
-    assert all(a == b for a, b in zip(asked.weights, plan.weights, strict=True) if not b.options.leftover)
+    assert all(a == b for a, b in zip(asked.weights, plan.weights, strict=True) if not b.options.auto_kv_factor)
 
 
 def test_the_found_kv_factor_is_saved(pycode, tmp_path):

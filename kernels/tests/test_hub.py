@@ -60,7 +60,7 @@ if {plugin}:
     import hf_littlebit.kernels
     hf_littlebit.kernels.cpu.load()
 k = get_local_kernel(Path({str(REPOSITORY)!r}))
-print(k.__file__, k.LAYOUT_VERSION)
+print(k.__file__, k.FORMAT_VERSION)
 signs = torch.randn(40, 24)
 words, tail = k.pack_signs(signs)
 u, u_tail = k.pack_signs(torch.ones(24, 7))

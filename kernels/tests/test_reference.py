@@ -54,7 +54,7 @@ def test_round_trip_and_bit_order(length, columns):
 
 
 def test_a_fixed_pattern_keeps_its_bytes():
-    """The file format: these bytes may only change with LAYOUT_VERSION."""
+    """The file format: these bytes may only change with FORMAT_VERSION."""
     values = torch.ones(40, 2)
     values[0, 0] = values[31, 0] = values[33, 1] = -1
     words, tail = pack_signs(values)

@@ -59,7 +59,7 @@ __all__ = [
     "unpack_model",
     "unshare_inputs",
 ]
-_TRAINING = {
+_LAZY = {  # public name -> the file that has it
     "LittleBitCallback": "train.callback",
     "LittleBitTrainer": "train.trainer",
     "TopKTeacher": "train.topk",
@@ -74,9 +74,12 @@ _TRAINING = {
 
 
 def __getattr__(name: str) -> Any:
-    """What training needs, imported when first asked for: transformers' Trainer takes seconds to import."""
-    if name in _TRAINING:
+    """Import a name of `_LAZY` when it is first asked for.
+
+    Training imports transformers' Trainer, which takes seconds that `import hf_littlebit` should not take.
+    """
+    if name in _LAZY:
         with compat.explain_missing():
-            module = import_module(f".{_TRAINING[name]}", __name__)
+            module = import_module(f".{_LAZY[name]}", __name__)
         return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,17 +11,17 @@ file format: a checkpoint holds no ranks, they follow from its config. Change it
 
 from __future__ import annotations
 
-import fnmatch
 import math
-import re
 import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .initialize.factorize import INITS
-from .kernels.packing import stored_bits
+from .kernels.packing import FORMAT_VERSION, stored_bits
+from .module_names import check_pattern, matches
 
 __all__ = [
     "FORMATS",
@@ -32,17 +32,15 @@ __all__ = [
     "bpw_of",
     "exact_rank",
     "layer_ranks",
-    "matches",
 ]
 
-FORMAT_VERSION = 1
 FORMATS = ("packed", "latent")
 SCALE_DTYPES = ("bfloat16", "float16")
 SCALE_BITS = 16
 RANK_MULTIPLE = 8
 MAX_BPW = 16.0
 KV_NAMES = ("k_proj", "v_proj")
-# Options that only steer a load on this machine: a user may set them for a saved model too, and they are not saved.
+# These options only steer a load on this machine: a user may set them for a saved model too, and they are not saved.
 LOADING_OPTIONS = ("svd_device", "workers", "dequantize", "share_inputs")
 LAYER_OPTIONS = ("bpw", "init", "residual", "kv_factor")
 MISSING_BPW = "bpw is missing; say how many bits per weight to keep, e.g. LittleBitConfig(bpw=0.55)"
@@ -74,6 +72,74 @@ def layer_ranks(out_features: int, in_features: int, bpw: float, paths: int, fac
     return (max(RANK_MULTIPLE, min(asked, ceiling)),) * paths
 
 
+class Rule(NamedTuple):
+    """What values one option may have."""
+
+    fits: Callable[[Any], bool]
+    remedy: str
+    optional: bool = (
+        False  # None stands for a choice that is made elsewhere; the override of one module must say a value
+    )
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a `value` that does not fit, under the `name` that the user knows the option by.
+
+        Raises:
+            ValueError: with the value and the remedy.
+        """
+        if not self.fits(value):
+            raise ValueError(f"{name} is {reprlib.repr(value)}; {self.remedy}")
+
+
+def _is_integer(value: Any, smallest: int, largest: float = math.inf) -> bool:
+    """True for an integer of at least `smallest` and at most `largest`; True and False are none, unlike in Python."""
+    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
+
+
+def _number(largest: float, advice: str) -> Rule:
+    def fits(value: Any) -> bool:
+        # No comparison with NaN is true, so it is refused here as well.
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= largest
+
+    return Rule(fits, f"it must be a number above 0 and at most {largest:g} ({advice})", optional=True)
+
+
+def _integer(smallest: int, largest: int, optional: bool = False) -> Rule:
+    remedy = f"it must be an integer from {smallest} to {largest}"
+    return Rule(lambda value: _is_integer(value, smallest, largest), remedy, optional)
+
+
+def _choice(choices: tuple[str, ...]) -> Rule:
+    return Rule(lambda value: isinstance(value, str) and value in choices, f"choose one of {', '.join(choices)}")
+
+
+def _instance(types: type | tuple[type, ...], what: str) -> Rule:
+    return Rule(lambda value: isinstance(value, types), f"it must be {what}", optional=True)
+
+
+RULES = {
+    "bpw": _number(MAX_BPW, "0.1 to 1 is what the method is for"),
+    "init": _choice(INITS),
+    "residual": Rule(
+        lambda value: value is None or isinstance(value, bool),
+        "it must be True (two paths), False (one) or None (choose)",
+    ),
+    "kv_factor": _number(64.0, "4 is the paper's choice for grouped-query models"),
+    "modules_to_not_convert": _instance((list, tuple), "a list of module names, or None"),
+    "module_config": _instance(dict, "a dict of name pattern -> options"),
+    "format": _choice(FORMATS),
+    "seed": _integer(0, 2**63 - 1),
+    "steps": _integer(1, 100_000, optional=True),
+    "refit_rounds": _integer(0, 100_000, optional=True),
+    "scale_dtype": _choice(SCALE_DTYPES),
+    "svd_device": _instance(str, "a device name such as 'cpu' or 'cuda', or None"),
+    "workers": _integer(1, 1024),
+    "dequantize": Rule(lambda value: isinstance(value, bool), "it must be True or False"),
+    "share_inputs": _instance(bool, "True, False, or None (on a GPU alone)"),
+    "base_model": _instance(str, "a Hub id, or None"),
+}
+
+
 @dataclass(frozen=True)
 class LayerConfig:
     """The options that hold for one layer, after its overrides."""
@@ -82,7 +148,7 @@ class LayerConfig:
     init: str
     residual: bool | None
     factor: float  # multiplies the rank: kv_factor for k_proj and v_proj, else 1
-    leftover: bool = False  # the factor is for plan_model to find: k_proj and v_proj under kv_factor=None
+    auto_kv_factor: bool = False  # plan_model finds the factor: this is a k_proj or v_proj, and kv_factor is None
 
     def ranks(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """The rank of each path of an `out_features x in_features` layer; their number says how many paths there are."""
@@ -91,7 +157,7 @@ class LayerConfig:
         one = layer_ranks(out_features, in_features, self.bpw, 1, self.factor)
         two = layer_ranks(out_features, in_features, self.bpw, 2, self.factor)
         fits = exact_rank(out_features, in_features, self.bpw, 2) >= RANK_MULTIPLE
-        # ADMM's single path beats two at equal bits (README table); a second one pays only for bits that a full-rank
+        # ADMM's single path beats two at equal bits (docs/results.md); a second one pays only for bits that a full-rank
         # first path cannot take. The SVD initialisers need the second path wherever the layer has room for it.
         if self.init == "admm":
             full = exact_rank(out_features, in_features, self.bpw, 1) >= min(out_features, in_features)
@@ -136,6 +202,7 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,  # so that a file's option "self" is an unknown one, too
         bpw: float | None = None,
         init: str = "admm",
         residual: bool | None = None,
@@ -174,7 +241,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         self.share_inputs = share_inputs
         self.base_model = base_model
         self.format_version = format_version
-        # The version first: a newer format explains the options that this version does not know.
+        # The version is checked first, because a newer format explains the options that this version does not know.
         self._check_version()
         if unknown:
             known = sorted(set(self.__dict__) - {"quant_method"})
@@ -190,7 +257,7 @@ class LittleBitConfig(QuantizationConfigMixin):
                 "load this checkpoint with the library that wrote it"
             )
         version = self.format_version
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        if not _is_integer(version, 1):
             raise ValueError(f"format_version is {version!r}; it must be an integer from 1 to {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise ValueError(
@@ -199,52 +266,38 @@ class LittleBitConfig(QuantizationConfigMixin):
             )
 
     def post_init(self) -> None:
-        """Check every value (the name is transformers' convention)."""
-        if not isinstance(self.dequantize, bool):
-            raise ValueError(f"dequantize is {self.dequantize!r}; it must be True or False")
-        if self.share_inputs is not None and not isinstance(self.share_inputs, bool):
-            raise ValueError(f"share_inputs is {self.share_inputs!r}; it must be True, False, or None (on a GPU alone)")
+        """Check every value. The name is transformers' convention.
+
+        Raises:
+            ValueError: for the first value that its rule does not allow.
+        """
+        if self.bpw is None and not self.dequantize and self.share_inputs is None:
+            raise ValueError(MISSING_BPW)
+        for option, rule in RULES.items():
+            value = getattr(self, option)
+            if value is not None or not rule.optional:
+                rule.check(option, value)
         if self.dequantize and self.share_inputs:
             raise ValueError(
                 "share_inputs is for packed models, but dequantize=True loads a dense one; leave one of them out"
             )
-        if self.bpw is None and not self.dequantize and self.share_inputs is None:
-            raise ValueError(MISSING_BPW)
-        given = self.layer_options()
-        _check_layer_options(given if self.bpw is not None else {**given, "bpw": MAX_BPW}, "")
-        _choice("format", self.format, FORMATS)
-        _choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
-        _integer("seed", self.seed, 0, 2**63 - 1)
-        _integer("workers", self.workers, 1, 1024)
-        for option, smallest in (("steps", 1), ("refit_rounds", 0)):
-            if getattr(self, option) is not None:
-                _integer(option, getattr(self, option), smallest, 100_000)
-        for option, example in (("svd_device", "device name such as 'cpu' or 'cuda'"), ("base_model", "Hub id")):
-            value = getattr(self, option)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"{option} is {value!r}; it must be a {example}, or None")
-        names = self.modules_to_not_convert
-        if names is not None:
-            if not isinstance(names, list | tuple):
-                raise ValueError(
-                    f"modules_to_not_convert is {reprlib.repr(names)}; it must be a list of module names, or None"
-                )
-            for name in names:
-                _check_name("modules_to_not_convert", name)
-            self.modules_to_not_convert = list(names)
-        if self.module_config is None:
-            return
-        if not isinstance(self.module_config, dict):
-            raise ValueError(
-                f"module_config is {reprlib.repr(self.module_config)}; it must be a dict of name pattern -> options"
-            )
-        for pattern, options in self.module_config.items():
+        if self.modules_to_not_convert is not None:
+            for name in self.modules_to_not_convert:
+                check_pattern("modules_to_not_convert", name)
+            self.modules_to_not_convert = list(self.modules_to_not_convert)
+        for pattern, options in (self.module_config or {}).items():
             if not isinstance(pattern, str) or not pattern or not isinstance(options, dict) or not options:
                 raise ValueError(
                     f"module_config entry {pattern!r}: {reprlib.repr(options)} must map a name pattern to a dict of options, "
                     "e.g. {'*.down_proj': {'bpw': 1.0}}"
                 )
-            _check_layer_options(options, f"module_config[{pattern!r}]: ")
+            for option, value in options.items():
+                if option not in LAYER_OPTIONS:
+                    raise ValueError(
+                        f"module_config[{pattern!r}]: unknown option {option!r}; a module can override "
+                        f"{', '.join(LAYER_OPTIONS)}"
+                    )
+                RULES[option].check(f"module_config[{pattern!r}]: {option}", value)
 
     def layer_options(self) -> dict[str, Any]:
         """The options that a module may override, with their global values."""
@@ -267,8 +320,8 @@ class LittleBitConfig(QuantizationConfigMixin):
         kv_factor = options.pop("kv_factor")
         if name.rpartition(".")[2] not in KV_NAMES:
             return LayerConfig(factor=1.0, **options)
-        # Bits that were asked for these very layers are what they get.
-        return LayerConfig(factor=kv_factor or 1.0, leftover=kv_factor is None and "bpw" not in own, **options)
+        # A layer whose own bpw the user wrote down gets these bits, and none of the leftover ones.
+        return LayerConfig(factor=kv_factor or 1.0, auto_kv_factor=kv_factor is None and "bpw" not in own, **options)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained(saved, quantization_config=...)` may set for a saved model: where and how to load it."""
@@ -283,61 +336,3 @@ class LittleBitConfig(QuantizationConfigMixin):
         default = LittleBitConfig(bpw=MAX_BPW).to_dict()
         always = ("quant_method", "bpw", "format_version")
         return {k: v for k, v in self.to_dict().items() if k in always or v != default.get(k)}
-
-
-def matches(pattern: str, name: str) -> bool:
-    """True if a `module_config` pattern is for the module called `name`."""
-    if any(sign in pattern for sign in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return name == pattern or name.endswith("." + pattern)
-
-
-def _check_layer_options(options: dict[str, Any], where: str) -> None:
-    for option, value in options.items():
-        if option == "bpw":
-            _number(f"{where}bpw", value, MAX_BPW, "0.1 to 1 is what the method is for")
-        elif option == "kv_factor":
-            if value is None and not where:
-                continue
-            _number(f"{where}kv_factor", value, 64.0, "4 is the paper's choice for grouped-query models")
-        elif option == "init":
-            _choice(f"{where}init", value, INITS)
-        elif option == "residual":
-            if value is not None and not isinstance(value, bool):
-                raise ValueError(
-                    f"{where}residual is {value!r}; it must be True (two paths), False (one) or None (choose)"
-                )
-        else:
-            raise ValueError(f"{where}unknown option {option!r}; a module can override {', '.join(LAYER_OPTIONS)}")
-
-
-def _check_name(option: str, name: Any) -> None:
-    """Refuse what transformers cannot match with module names: it puts each entry into a regular expression."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(
-            f"{option} holds {reprlib.repr(name)}; every entry must be a module's name, such as 'down_proj'"
-        )
-    try:
-        re.compile(name)
-        re.compile(f"(?:{name})")  # as should_convert_module puts it: a flag such as (?i) is valid alone only
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{option} holds {reprlib.repr(name)}, which is no valid regular expression ({error}); write '.*' where any "
-            "text may stand, and a backslash before a sign that is meant literally"
-        ) from None
-
-
-def _number(name: str, value: Any, largest: float, advice: str) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 < value <= largest:
-        raise ValueError(f"{name} is {value!r}; it must be a number above 0 and at most {largest:g} ({advice})")
-
-
-def _integer(name: str, value: Any, smallest: int, largest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= largest:
-        raise ValueError(f"{name} is {value!r}; it must be an integer from {smallest} to {largest}")
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {reprlib.repr(value)}; choose one of {', '.join(choices)}")

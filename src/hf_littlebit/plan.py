@@ -8,22 +8,29 @@ were replaced, so that no rule of this or another version, or of the class it is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of, matches
+from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of
 from .layers.experts import LittleBitExperts, expert_sizes, is_stack
 from .layers.linear import FactorModule, part_name
+from .module_names import aliases, fp32_modules, is_named, matches, needs_fp32
 
-__all__ = ["Plan", "WeightPlan", "aliases", "fp32_modules", "needs_fp32", "plan_model"]
+__all__ = ["Plan", "WeightPlan", "plan_model"]
 
 DENSE_BITS = 16  # of a weight that is kept
 KV_FACTORS = tuple(eighths / 8 for eighths in range(32, 8, -1))  # tried in this order; 4 is the paper's choice
 SMALLEST_COUNTED = 16  # a kept matrix is worth a warning from this many rows and columns
+
+# These are the reasons why a module stays dense although it could be replaced. Nothing is said of the first two: the user asked
+# for the one, and the other holds in every model.
+EXCLUDED = "modules_to_not_convert names them"
+KEPT = "they are the output head, tied to other weights, or the last module"
+IN_FLOATS = "the model's code needs them in floats (_keep_in_fp32_modules)"
+NEW = "the checkpoint's class does not have them, so they are new"
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Plan:
     weights: list[WeightPlan] = field(default_factory=list)
     dense: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # reason -> (module, weights in it)
     unused: list[str] = field(default_factory=list)  # options that no module answers to
-    kv_factor: float = 1.0  # what an automatic one came to
+    kv_factor: float = 1.0  # what plan_model found for kv_factor=None, e.g. 2.5
 
     @property
     def numel(self) -> int:
@@ -79,16 +86,21 @@ class Plan:
         return self.bits / self.numel if self.weights else 0.0
 
     def by_module(self) -> dict[str, list[WeightPlan]]:
+        """{name of a module: its weights}, e.g. both stacks of a mixture-of-experts module under one name."""
         modules: dict[str, list[WeightPlan]] = {}
         for weight in self.weights:
             modules.setdefault(weight.module, []).append(weight)
         return modules
 
     def keep(self, reason: str, module: str, numel: int) -> None:
+        """Note that `module`, with `numel` weights, stays dense for a `reason` that the user is told."""
         self.dense.setdefault(reason, []).append((module, numel))
 
-    def settle(self, config: LittleBitConfig) -> None:
-        """Write into `config`, which is to be saved, what this plan found for an automatic kv_factor."""
+    def record_kv_factor(self, config: LittleBitConfig) -> None:
+        """Write this plan's kv_factor into `config`, which is to be saved, if the user left it to the plan.
+
+        A saved model then says its factor itself, and another version of the rule changes nothing about it.
+        """
         if config.kv_factor is None:
             config.kv_factor = self.kv_factor
 
@@ -153,28 +165,21 @@ def plan_model(
             f"Excluded by name: {', '.join(config.modules_to_not_convert or ()) or 'none'}"
         )
     plan.unused = walk.unused()
-    _share_leftover(plan)
+    _share_leftover_bits(plan)
     return plan
 
 
-def aliases(name: str, prefix: str) -> tuple[str, ...]:
-    """`name` and what a model with a head, or without, calls the same thing; `prefix` is its `base_model_prefix`."""
-    if not prefix:
-        return (name,)
-    return (name, name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
-
-
-def _share_leftover(plan: Plan) -> None:
+def _share_leftover_bits(plan: Plan) -> None:
     """Raise the ranks of keys and values by the bits that rounding all ranks down has left over.
 
-    They are the layers that need them most where queries are grouped: an eighth of the weights there, and ranks of a few
-    tens or less (docs/training.md).
+    Keys and values need these bits most. Where queries are grouped they hold an eighth of the weights or less, and their
+    ranks are a few tens (docs/training.md).
     """
     budget = sum(weight.options.bpw * weight.numel for weight in plan.weights)
-    if not any(weight.options.leftover for weight in plan.weights):
+    if not any(weight.options.auto_kv_factor for weight in plan.weights):
         return
     for factor in KV_FACTORS:
-        weights = [_with_factor(weight, factor) if weight.options.leftover else weight for weight in plan.weights]
+        weights = [_with_factor(weight, factor) if weight.options.auto_kv_factor else weight for weight in plan.weights]
         if sum(weight.bits for weight in weights) <= budget:
             plan.weights, plan.kv_factor = weights, factor
             return
@@ -185,26 +190,21 @@ def _with_factor(weight: WeightPlan, factor: float) -> WeightPlan:
     return replace(weight, options=options, ranks=options.ranks(weight.out_features, weight.in_features))
 
 
-def needs_fp32(name: str, wanted: Collection[str]) -> bool:
-    """True for a module or parameter that the model's own code wants in fp32; `wanted` is `fp32_modules` of the model."""
-    return any(part in wanted for part in _endings(name))
-
-
 class _Walk:
-    """One pass over a module tree."""
+    """One pass over a module tree; `visit` is called for every module, and `plan` grows. Arguments as of plan_model."""
 
     def __init__(
-        self, model: Any, config: LittleBitConfig, stored: Collection[str] | None, saved: Collection[str] | None
+        self, model: nn.Module, config: LittleBitConfig, stored: Collection[str] | None, saved: Collection[str] | None
     ):
-        self.plan, self.config, self.stored = Plan(), config, stored
-        self.prefix: str = getattr(model, "base_model_prefix", "")
+        self.plan, self.config, self.stored, self.saved = Plan(), config, stored, saved
+        self.prefix = str(getattr(model, "base_model_prefix", ""))
         self.kept = _kept_modules(model)
         self.fp32 = fp32_modules(model)
-        self.saved = saved
         self.inside: tuple[str, ...] = ()  # modules that were replaced, or kept, with all they hold
         self.excluding: set[str] = set()  # entries of modules_to_not_convert that matched
 
     def visit(self, name: str, module: nn.Module) -> None:
+        """Decide about one module: replaced, kept with a reason, or nothing that this package knows."""
         if self.inside and name.startswith(self.inside):
             return
         stack = isinstance(module, LittleBitExperts) or is_stack(module)
@@ -216,29 +216,37 @@ class _Walk:
             self.inside = (*self.inside, name + ".")
         if not (sizes or reason):
             self._count_kept(name, module)
-        elif self.stored is not None or not self._stays(name, module, tuple(sizes) if stack else ()):
-            if reason:
-                self.plan.keep(reason, name, sum(value.numel() for value in module.parameters()))
-            else:
-                self._plan_module(name, sizes)
+            return
+        if self.stored is None:
+            reason = self._exclusion_reason(name, module, tuple(sizes) if stack else ()) or reason
+        if reason:
+            self._keep(reason, name, module.parameters())
+        else:
+            self._plan_module(name, sizes)
 
-    def _stays(self, name: str, module: nn.Module, weights: tuple[str, ...] = ()) -> bool:
-        """True for a module that names exclude: the user's, the model class's, or because no checkpoint has it."""
+    def _keep(self, reason: str, name: str, values: Iterable[nn.Parameter]) -> None:
+        if reason not in (EXCLUDED, KEPT):
+            self.plan.keep(reason, name, sum(value.numel() for value in values))
+
+    def _exclusion_reason(self, name: str, module: nn.Module, weights: tuple[str, ...] = ()) -> str:
+        """Why `module` stays dense whatever its size, or "": the user or the model class names it, or no checkpoint has it.
+
+        `weights` are the parameters that the user may name, e.g. "gate_up_proj" of a mixture-of-experts module.
+        """
         names = aliases(name, self.prefix)
         names += tuple(f"{alias}.{weight}" for alias in names for weight in weights)
-        found = [pattern for pattern in self.config.modules_to_not_convert or () if _is_named(names, pattern)]
+        found = [pattern for pattern in self.config.modules_to_not_convert or () if is_named(names, pattern)]
         self.excluding.update(found)
-        if found or name in self.kept:
-            return True
-        numel = sum(value.numel() for value in module.parameters())
+        if found:
+            return EXCLUDED
+        if name in self.kept:
+            return KEPT
         if needs_fp32(name, self.fp32):
-            self.plan.keep("the model's code needs them in floats (_keep_in_fp32_modules)", name, numel)
-            return True
+            return IN_FLOATS
         parts = [f"{alias}.{part}" for alias in aliases(name, self.prefix) for part, _ in module.named_parameters()]
         if self.saved is not None and not any(part in self.saved for part in parts):
-            self.plan.keep("the checkpoint's class does not have them, so they are new", name, numel)
-            return True
-        return False
+            return NEW
+        return ""
 
     def _plan_module(self, name: str, sizes: dict[str, tuple[int, int, int]]) -> None:
         if self.stored is not None and not any(self._is_stored(name, weight) for weight in sizes):
@@ -251,7 +259,7 @@ class _Walk:
             entry = WeightPlan(name, weight, out_features, in_features, ranks, options, count)
             (small if self.stored is None and entry.bits >= DENSE_BITS * entry.numel else planned).append(entry)
         if small:
-            # Half a module cannot be replaced: its forward is one function.
+            # A module is replaced as a whole or not at all, because its forward is one function.
             for entry in (*small, *planned):
                 self.plan.keep("too small to gain from factors", name, entry.numel)
         else:
@@ -267,14 +275,22 @@ class _Walk:
         return any(f"{alias}.{part}" in self.stored for alias in aliases(name, self.prefix) for part in parts)
 
     def _count_kept(self, name: str, module: nn.Module) -> None:
-        """Matrices that a user may expect to shrink, in modules that are not known to be something else."""
+        """Note the matrices of a module that is not replaced, if a user may expect them to shrink.
+
+        Embeddings and convolutions are known to be something else, and so is a saved model's every dense module.
+        """
         if self.stored is not None or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
             return
         matrices = [v for v in module.parameters(recurse=False) if v.ndim > 1 and min(v.shape[-2:]) >= SMALLEST_COUNTED]
-        if matrices and not self._stays(name, module):
-            kind = type(module).__name__
-            reason = f"{kind}'s forward is its own" if isinstance(module, nn.Linear) else f"{kind} is not covered"
-            self.plan.keep(reason, name, sum(value.numel() for value in matrices))
+        if not matrices:
+            return
+        reason = self._exclusion_reason(name, module)
+        if reason:
+            self._keep(reason, name, module.parameters())
+        else:
+            class_name = type(module).__name__
+            own = f"{class_name}'s forward is its own"
+            self._keep(own if isinstance(module, nn.Linear) else f"{class_name} is not covered", name, matrices)
 
     def unused(self) -> list[str]:
         """Options of the config that changed nothing."""
@@ -295,33 +311,13 @@ class _Walk:
         return unused
 
 
-def _is_named(names: Iterable[str], pattern: str) -> bool:
-    """True if `pattern` is the ending of a name, matches one from its start up to a dot, or names a module around it."""
-    boundary = re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
-    return any(name.endswith(pattern) or boundary.match(name) or f".{name}".find(f".{pattern}.") >= 0 for name in names)
-
-
-def _endings(name: str) -> list[str]:
-    """The dotted parts of `name` and all runs of them, as `_keep_in_fp32_modules` may name a module."""
-    parts = name.split(".")
-    return [".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
-
-
-def _kept_modules(model: Any) -> set[str]:
-    """Modules that stay dense in any model: the output head, tied weights, and the last module (a task's head)."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+def _kept_modules(model: nn.Module) -> set[str]:
+    """Names of the modules that stay dense in any model: the output head, tied weights, and the last module (a task's head)."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = {*tied, *tied.values(), list(model.named_parameters())[-1][0]}
     modules = {name.rpartition(".")[0] for name in parameters}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return modules | {name for name, module in model.named_modules() if head is not None and module is head}
-
-
-def fp32_modules(model: Any) -> set[str]:
-    """Names of modules, or parts of them, that a model's class keeps in fp32."""
-    names: set[str] = set()
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        names.update(getattr(model, attribute, None) or ())
-    return names
 
 
 def _capped(weight: WeightPlan) -> bool:

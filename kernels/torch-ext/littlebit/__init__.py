@@ -23,11 +23,11 @@ from typing import Any, List, Sequence
 import torch
 
 from . import cpu, gpu, packing, reference
-from .packing import LAYOUT_VERSION, factor_shape, factor_shapes, pack_signs, stored_bits, unpack_signs
+from .packing import FORMAT_VERSION, factor_shape, factor_shapes, pack_signs, stored_bits, unpack_signs
 
 __all__ = [
     "BACKENDS",
-    "LAYOUT_VERSION",
+    "FORMAT_VERSION",
     "compiled",
     "cpu",
     "factor_shape",

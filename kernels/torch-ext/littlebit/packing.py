@@ -32,7 +32,7 @@ from typing import Dict, Optional, Sequence, Tuple
 import torch
 
 __all__ = [
-    "LAYOUT_VERSION",
+    "FORMAT_VERSION",
     "factor_shape",
     "factor_shapes",
     "pack_signs",
@@ -40,7 +40,9 @@ __all__ = [
     "unpack_signs",
 ]
 
-LAYOUT_VERSION = 1
+FORMAT_VERSION = (
+    1  # saved models hold it as format_version; any change of this layout, or of what a config means, adds 1
+)
 _WORD = 32
 _BYTE = 8
 

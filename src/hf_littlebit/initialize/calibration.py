@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.output_head import CHUNK
+from ..placement import input_device
 
 __all__ = ["Importance", "calibrate"]
 
@@ -55,17 +56,17 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
     if not getattr(model.config, "is_encoder_decoder", False):
         known -= {"labels"}  # whose loss would be computed for nothing; a decoder takes its inputs from them
     generator = torch.Generator().manual_seed(seed)
-    embeddings = model.get_input_embeddings()
+    device = input_device(model)
     modes = [(module, module.training) for module in model.modules()]
-    trained = [value for value in model.parameters() if value.requires_grad]
+    # By name: an offloaded module has other parameters after its forward.
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
     recorder = _Recorder(model)
     count = 0
     try:
-        for value in trained:
-            value.requires_grad_(False)
+        for name in trained:
+            model.get_parameter(name).requires_grad_(False)
         model.eval()
         for batch in batches:
-            device = embeddings.weight.device
             inputs = {
                 key: value.to(device) if torch.is_tensor(value) else value
                 for key, value in batch.items()
@@ -83,8 +84,8 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
         recorder.remove()
         for module, mode in modes:
             module.training = mode
-        for value in trained:
-            value.requires_grad_(True)
+        for name in trained:
+            model.get_parameter(name).requires_grad_(True)
     if not count:
         raise ValueError("there is no batch to calibrate on; give at least one")
     return recorder.result()
@@ -126,8 +127,10 @@ class _Recorder:
         def forward(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
             x, mask = args[0].detach(), self.mask
             if name not in self._sums:
-                rows, cols = output.shape[-1], x.shape[-1]
-                self._sums[name] = tuple(torch.zeros(size, device=x.device) for size in (rows, cols))  # type: ignore[assignment]
+                self._sums[name] = (
+                    torch.zeros(output.shape[-1], device=output.device),
+                    torch.zeros(x.shape[-1], device=x.device),
+                )
             x = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
             self._sums[name][1].add_(x.float().square().sum(0))
             self._tokens[name] = self._tokens.get(name, 0) + len(x)

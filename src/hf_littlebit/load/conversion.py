@@ -1,4 +1,4 @@
-"""The load-time step: one dense weight in, the parts of its factors out, while transformers reads the checkpoint.
+"""The step that quantizes: it takes one dense weight, while transformers reads the checkpoint, and gives the parts of its factors.
 
 transformers hands every weight to `LittleBitConversion.convert` as soon as it is read and frees it afterwards, so memory
 holds the packed model so far plus one dense weight and its workspace. With `workers` > 1 that many weights are factorized at
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.accelerate import offload_weight
 
@@ -25,7 +26,8 @@ from ..initialize.calibration import Importance
 from ..initialize.factorize import factorize
 from ..kernels.packing import factor_shapes
 from ..layers.experts import LittleBitExperts
-from ..layers.linear import LATENT_PARTS, latent_parts, pack_parts, part_name
+from ..layers.linear import LATENT_PARTS, FactorModule, latent_parts, pack_parts, part_name
+from ..layers.path import Path
 from ..plan import WeightPlan
 
 __all__ = ["LittleBitConversion", "factor_weight", "part_shapes"]
@@ -55,7 +57,9 @@ def factor_weight(
 ) -> dict[str, Tensor]:
     """{parameter name in the model: tensor} for one dense weight [out, in], or [experts, out, in].
 
-    `importance` (calibration.py) says where its errors cost most; None counts all alike.
+    Args:
+        weight: on any device; `config.svd_device` factorizes, if there is one.
+        importance: where the weight's errors cost most (calibration.py); None counts all alike.
 
     Raises:
         ValueError: for a weight of another shape, of integers, or with NaN or Inf; the message names the layer.
@@ -77,7 +81,7 @@ def factor_weight(
     scale_dtype = getattr(torch, config.scale_dtype)
     seed = zlib.crc32(plan.name.encode()) ^ config.seed
 
-    def paths(matrix: Tensor, name: str, offset: int = 0) -> Any:
+    def paths(matrix: Tensor, name: str, offset: int = 0) -> list[Path]:
         found = factorize(
             matrix.to(device),
             plan.ranks,
@@ -105,7 +109,11 @@ def factor_weight(
 
 
 def _check_range(scale: Tensor, dtype: torch.dtype, name: str) -> None:
-    """Refuse a dtype that keeps less of the scales than bfloat16 would, because they leave its range."""
+    """Refuse a dtype that keeps less of the scales than bfloat16 would, because they leave its range.
+
+    Raises:
+        ValueError: naming the layer, how large its scales are, and what the dtype holds.
+    """
     if float((scale.to(dtype).float() - scale).norm()) <= torch.finfo(torch.bfloat16).eps * float(scale.norm()):
         return
     limits = torch.finfo(dtype)
@@ -116,12 +124,19 @@ def _check_range(scale: Tensor, dtype: torch.dtype, name: str) -> None:
 
 
 class LittleBitConversion(ConversionOps):
-    """transformers' conversion operation for all planned weights of one load."""
+    """transformers' conversion operation for all planned weights of one load.
+
+    Args:
+        plans: the weights to factorize, by the name of the dense weight.
+        config: how.
+    """
 
     def __init__(self, plans: dict[str, WeightPlan], config: LittleBitConfig):
         self.plans, self.config = plans, config
-        self._keep = False
-        self.kept: dict[str, Tensor] = {}
+        self._keep = False  # parts of the model go to disk
+        self.kept: dict[
+            str, Tensor
+        ] = {}  # then: every U, by the name of the dense weight, until `finish` writes it to disk
         self.converted: set[str] = set()
         self.error: Exception | None = None
         self._slots = threading.Semaphore(config.workers)
@@ -130,7 +145,7 @@ class LittleBitConversion(ConversionOps):
         self._jobs: list[Future[None]] = []
 
     def place(self, device_map: Any) -> None:
-        """Take note of where the model goes: a dict of places, or anything else for one place that is not the disk.
+        """Take note of where the model goes: `device_map` is a dict of places, or stands for one place that is not the disk.
 
         A weight that goes to disk is written as soon as it is converted, so no worker can fill it in later.
         """
@@ -147,7 +162,11 @@ class LittleBitConversion(ConversionOps):
         return self  # transformers copies its converters, but the record of what was converted is one
 
     def convert(  # type: ignore[override]  # transformers passes keywords only
-        self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **unused: Any
+        self,
+        input_dict: dict[str, Any],
+        model: PreTrainedModel,
+        missing_keys: set[str] | None = None,
+        **unused: Any,
     ) -> dict[str, Tensor]:
         """Replace every planned weight among `input_dict` by its parts; pass anything else through."""
         result: dict[str, Tensor] = {}
@@ -157,8 +176,10 @@ class LittleBitConversion(ConversionOps):
                 result[name] = weight
                 continue
             parts = self._parts(weight, self.plans[name])
-            # The dense placeholder makes way for U's shape, also where U goes to disk and is set only in the forward.
+            # U takes the name of the dense placeholder, whose shape must not stay there, also if U itself goes to disk and is
+            # set only in the forward.
             module = model.get_submodule(self.plans[name].module)
+            assert isinstance(module, FactorModule), type(module)
             module.declare(self.plans[name].weight, "u", parts[name].shape, parts[name].dtype, "meta", train=False)
             result.update(parts)
             self.converted.add(name)
@@ -172,7 +193,8 @@ class LittleBitConversion(ConversionOps):
         if self.error is None and self._pool is None:
             try:
                 return factor_weight(weight, plan, self.config)
-            # Loading goes on after an operation's exception and then reports it without its text; kept for `finish`.
+            # transformers goes on loading after an operation's exception, and reports it in the end without its text. So it is
+            # kept for `finish` to raise.
             except (ValueError, RuntimeError, MemoryError) as error:
                 self.error = error
         shapes = part_shapes(plan, self.config)
@@ -183,6 +205,7 @@ class LittleBitConversion(ConversionOps):
         return parts
 
     def _fill(self, weight: Tensor, plan: WeightPlan, parts: dict[str, Tensor]) -> None:
+        """Fill `parts`, which transformers has already, in a worker's thread."""
         try:
             torch.set_num_threads(max(1, self._threads // self.config.workers))
             if self.error is None:
@@ -202,11 +225,11 @@ class LittleBitConversion(ConversionOps):
             self._pool = None
             torch.set_num_threads(self._threads)  # what a worker sets, threads started later inherit
 
-    def finish(self, model: Any) -> None:
-        """Raise the first error, or say which weights the checkpoint lacked.
+    def finish(self, model: PreTrainedModel) -> None:
+        """Wait for the workers, raise the first error, and write to disk what belongs there.
 
         Raises:
-            ValueError: naming the layer.
+            ValueError: naming the layer that could not be factorized, or one that the checkpoint has no weights for.
         """
         self.wait()
         if self.error is not None:
@@ -224,13 +247,14 @@ class LittleBitConversion(ConversionOps):
         self.kept.clear()
 
 
-def _offload(model: Any, name: str, value: Tensor) -> None:
+def _offload(model: PreTrainedModel, name: str, value: Tensor) -> None:
     """Put U, which bears the dense weight's name, where the other parts of its layer were offloaded.
 
     transformers takes an offloaded tensor whose name the checkpoint has from the checkpoint: here that is the dense one.
     """
     module, _, _ = name.rpartition(".")
-    loader = model.get_submodule(module)._hf_hook.weights_map.dataset
+    hook: Any = model.get_submodule(module)._hf_hook
+    loader = hook.weights_map.dataset
     folder = os.path.dirname(
         loader.index[f"{module}.{part_name(name.removeprefix(module + '.'), 'scale_in')}"]["safetensors_file"]
     )

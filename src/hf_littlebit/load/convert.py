@@ -12,25 +12,24 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..config import LittleBitConfig
-from ..generate.generation import fast_generate, plain_generate
 from ..initialize.calibration import Importance
 from ..layers.experts import LittleBitExperts
-from ..layers.linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
-from ..layers.shared_input import share_as_asked
-from ..plan import Plan, fp32_modules, needs_fp32, plan_model
+from ..layers.linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, LittleBitLinear, part_name
+from ..module_names import fp32_modules, needs_fp32
+from ..plan import Plan, WeightPlan, plan_model
 from .conversion import factor_weight
-from .quantizer import LittleBitHfQuantizer, replace_modules
-from .source import HUB_ID, quantization_of
+from .form import factor_modules, finish, record, replace_modules
+from .quantizer import LittleBitHfQuantizer
+from .source import quantization_of
 
 __all__ = [
     "balance_scales",
@@ -45,12 +44,8 @@ __all__ = [
     "weight_ranks",
 ]
 
+Model = TypeVar("Model", bound=PreTrainedModel)
 logger = logging.getLogger("hf_littlebit")
-
-
-def factor_modules(model: nn.Module) -> dict[str, Any]:
-    """{name: module} of all LittleBit layers, latent or packed."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FactorModule)}
 
 
 def is_latent(module: FactorModule) -> bool:
@@ -59,19 +54,20 @@ def is_latent(module: FactorModule) -> bool:
 
 
 def latent_model(
-    model: Any,
+    model: Model,
     config: LittleBitConfig,
-    device: Any = None,
+    device: torch.device | str | None = None,
     progress: bool = True,
     importance: Mapping[str, Importance] | None = None,
-) -> Any:
+) -> Model:
     """Factorize the layers of a dense `model` in place, one after the other, into latent ones; returns it.
 
     Args:
         config: as for `from_pretrained`; its `format` does not matter.
-        device: that factorizes, if neither `config.svd_device` nor the weight's own is to.
-        importance: of the weights' rows and columns, by name, from `calibrate(model, batches)`; weights that it lacks
-            (stacked experts, and layers that no token reached) are factorized with all errors counted alike.
+        device: the one that factorizes where `config.svd_device` names none; by default each weight's own.
+        progress: show a progress bar.
+        importance: what `calibrate(model, batches)` found for the weights' rows and columns. Weights that it lacks (stacked
+            experts, and layers that no token reached) are factorized with all errors counted alike.
 
     Raises:
         ValueError: for a model that is quantized, offloaded or partitioned, and for weights that cannot be factorized.
@@ -81,37 +77,35 @@ def latent_model(
         raise ValueError("the model has LittleBit layers already; only a dense model can be factorized")
     config = _with_format(config, "latent")
     config.svd_device = config.svd_device or (None if device is None else str(device))
-    source = getattr(model.config, "name_or_path", "") or ""
-    if config.base_model is None and HUB_ID.fullmatch(source) and not os.path.isdir(source):
-        config.base_model = source
     plan, known = plan_model(model, config), dict(importance or {})
-    plan.settle(config)
+    record(config, plan, model)
     _check_in_memory(model, plan)
     for message in plan.warnings():
         logger.warning("%s", message)
     with torch.no_grad(), tqdm(total=len(plan.weights), desc="factorizing", unit="layer", disable=not progress) as bar:
         for name, weights in plan.by_module().items():
             dense = model.get_submodule(name)
-            parts: dict[str, torch.Tensor] = {}
+            parts: dict[str, Tensor] = {}
             for weight in weights:
                 parts |= factor_weight(getattr(dense, weight.weight).detach(), weight, config, known.get(weight.name))
                 bar.update()
             replace_modules(model, Plan(weights), config, placeholders=False)
             latent = model.get_submodule(name)
+            assert isinstance(latent, FactorModule), type(latent)
             if getattr(dense, "bias", None) is not None:
                 latent.bias = dense.bias
             for weight in weights:
-                latent.fill(weight.weight, _of(weight, parts))
+                latent.fill(weight.weight, _parts_of(weight, parts))
             del dense
-    _mark(model, config)
+    finish(model, LittleBitHfQuantizer(config))
     return model
 
 
-def pack_model(model: Any, dtype: torch.dtype | None = None) -> Any:
+def pack_model(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Pack every latent layer of `model` in place, one after the other; returns the model, ready to save and share.
 
     Args:
-        dtype: of the parameters that stay dense, which are trained in fp32 and saved as they are; None leaves them.
+        dtype: of the parameters that stay dense, e.g. torch.bfloat16. They are trained in fp32, and stay so with None.
 
     Raises:
         ValueError: if it has no latent layers, or if they are partitioned over devices.
@@ -122,17 +116,14 @@ def pack_model(model: Any, dtype: torch.dtype | None = None) -> Any:
         raise ValueError("the model has no latent LittleBit layers, so there is nothing to pack")
     with torch.no_grad():
         for name, module in modules.items():
-            twin = module.pack()
-            for part, parameter in twin.named_parameters(recurse=False):
-                parameter.requires_grad_(part == "bias" and parameter.requires_grad)
-            model.set_submodule(name, twin)
+            model.set_submodule(name, module.pack())
         if dtype is not None:
             _cast_dense(model, dtype)
-    _mark(model, _with_format(config, "packed"))
+    finish(model, LittleBitHfQuantizer(_with_format(config, "packed")))
     return model
 
 
-def unpack_model(model: Any) -> Any:
+def unpack_model(model: Model) -> Model:
     """Turn every packed layer of `model` into a latent one in place; returns the model, ready for more training.
 
     The signs and scales stay. Latents are ±0.02, because a packed model remembers no magnitudes.
@@ -147,36 +138,43 @@ def unpack_model(model: Any) -> Any:
     with torch.no_grad():
         for name, module in modules.items():
             model.set_submodule(name, module.unpack())
-    _mark(model, _with_format(config, "latent"))
+    finish(model, LittleBitHfQuantizer(_with_format(config, "latent")))
     return model
 
 
 def balance_scales(model: nn.Module) -> None:
-    """Share the size of every latent weight evenly among h, l and g, in place, by powers of two: the weight stays as it is.
+    """Share the size of every latent weight evenly among its three scales, in place.
 
-    Adam moves all entries by about the learning rate, whatever their size. The initialisers leave mean|h| = mean|g| = 1 and
-    the weight's size in l, often 0.001, which the steps that h and g need would throw about.
+    Adam moves all entries by about the learning rate, whatever their size. The initialisers leave scale_out and scale_in at a
+    mean of 1 and the weight's size in scale_rank, often 0.001, which the steps that the other two need would throw about. The
+    factors are powers of two, so the weight itself stays as it is.
     """
     with torch.no_grad():
         for module in factor_modules(model).values():
             if not is_latent(module):
                 continue
             for weight, ranks in weight_ranks(module).items():
-                h, l, g = (getattr(module, part_name(weight, part)) for part in LATENT_PARTS[2:])  # noqa: E741
-                for path, l_path in enumerate(l.split(ranks, dim=-1)):
-                    sides = h[..., path, :], g[..., path, :]
-                    outer, inner, rank = (
-                        x.abs().mean(-1, keepdim=True).clamp_min(1e-30).log2() for x in (*sides, l_path)
-                    )
-                    even = (outer + inner + rank) / 3
-                    shifts = (even - outer).round(), (even - inner).round()
-                    for side, shift in zip(sides, shifts, strict=True):
-                        side.mul_(shift.exp2())
-                    l_path.mul_((-shifts[0] - shifts[1]).exp2())
+                scale_out, scale_rank, scale_in = (
+                    getattr(module, part_name(weight, part)) for part in ("scale_out", "scale_rank", "scale_in")
+                )
+                for path, ranked in enumerate(scale_rank.split(ranks, dim=-1)):
+                    _balance_path(scale_out[..., path, :], ranked, scale_in[..., path, :])
+
+
+def _balance_path(scale_out: Tensor, scale_rank: Tensor, scale_in: Tensor) -> None:
+    """Multiply the scales of one path, each a view, by powers of two whose product is 1."""
+    size_out, size_rank, size_in = (
+        scale.abs().mean(-1, keepdim=True).clamp_min(1e-30).log2() for scale in (scale_out, scale_rank, scale_in)
+    )
+    even = (size_out + size_in + size_rank) / 3
+    shift_out, shift_in = (even - size_out).round(), (even - size_in).round()
+    scale_out.mul_(shift_out.exp2())
+    scale_in.mul_(shift_in.exp2())
+    scale_rank.mul_((-shift_out - shift_in).exp2())
 
 
 def latents_and_scales(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trainable latents (U, V) and scales (h, l, g) of all latent layers of `model`."""
+    """The trainable latents (u, v) and scales of all latent layers of `model`."""
     latents: list[nn.Parameter] = []
     scales: list[nn.Parameter] = []
     for module in factor_modules(unwrapped(model)).values():
@@ -189,8 +187,12 @@ def latents_and_scales(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
     return latents, scales
 
 
-def refuse_latents(module: Any, state: dict[str, Tensor], *args: Any) -> None:
-    """Before a state dict is loaded into a model that was packed at the end of its training."""
+def refuse_latents(module: nn.Module, state: dict[str, Tensor], *args: Any) -> None:
+    """Refuse a latent `state` dict in a packed model: a pre-hook of load_state_dict, where training ended with packing.
+
+    Raises:
+        ValueError: if `state` holds a latent for a packed layer, as when that Trainer is asked to resume.
+    """
     for name, layer in factor_modules(module).items():
         value = state.get(f"{name}.{next(iter(weight_ranks(layer)))}")
         if value is not None and value.is_floating_point() and not is_latent(layer):
@@ -215,13 +217,16 @@ def unwrapped(model: Any) -> Any:
         model = inner
 
 
-def weight_ranks(module: Any) -> dict[str, list[int]]:
-    """{weight: rank of each path} of a LittleBit layer."""
-    return module.path_ranks if isinstance(module, LittleBitExperts) else {"weight": list(module.ranks)}
+def weight_ranks(module: nn.Module) -> dict[str, list[int]]:
+    """{weight: rank of each path} of a LittleBit layer, e.g. {"weight": [544, 544]}."""
+    if isinstance(module, LittleBitExperts):
+        return module.path_ranks
+    assert isinstance(module, LittleBitLinear | LatentLittleBitLinear), type(module)
+    return {"weight": list(module.ranks)}
 
 
-def _cast_dense(model: Any, dtype: torch.dtype) -> None:
-    """Parameters outside of LittleBit layers, and the biases in them; what the model's code needs in fp32 stays so."""
+def _cast_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters outside of LittleBit layers, and the biases in them; what the model's code needs in fp32 stays so."""
     parts = {f"{name}.{part}" for name, module in factor_modules(model).items() for part in module.part_dtypes}
     wanted = fp32_modules(model)
     for name, value in model.named_parameters():
@@ -229,8 +234,9 @@ def _cast_dense(model: Any, dtype: torch.dtype) -> None:
             value.data = value.data.to(dtype)
 
 
-def _of(weight: Any, parts: dict[str, Any]) -> dict[str, Any]:
-    return {kind: parts[f"{weight.module}.{part_name(weight.weight, kind)}"] for kind in LATENT_PARTS}
+def _parts_of(weight: WeightPlan, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{part: tensor} of `weight`, from `parts` by the parameters' names in the model."""
+    return {part: parts[f"{weight.module}.{part_name(weight.weight, part)}"] for part in LATENT_PARTS}
 
 
 def _with_format(config: LittleBitConfig, format: str) -> LittleBitConfig:
@@ -239,24 +245,12 @@ def _with_format(config: LittleBitConfig, format: str) -> LittleBitConfig:
     return config
 
 
-def _mark(model: Any, config: LittleBitConfig) -> None:
-    """Make `model` one that `from_pretrained` could have returned: saved, shared and checked as such."""
-    model.hf_quantizer = LittleBitHfQuantizer(config, pre_quantized=True)
-    model.hf_quantizer.plan = plan_model(model, config, stored=model.state_dict().keys())
-    model.config.quantization_config = model.hf_quantizer.quantization_config
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    # Saved under the names they have; see quantizer.py.
-    model._weight_conversions = []
-    model._upload_modified_files = partial(model.hf_quantizer.upload_files, model)
-    if config.format == "packed":
-        fast_generate(model)
-        share_as_asked(model, config.share_inputs)
-    else:
-        plain_generate(model)
-
-
 def _check_in_memory(model: nn.Module, plan: Plan) -> None:
+    """Refuse a model whose weights are elsewhere: in other processes, or offloaded.
+
+    Raises:
+        ValueError: naming the first such weight, or DeepSpeed.
+    """
     for weight in plan.weights:
         value = model.get_parameter(weight.name)
         if hasattr(value, "ds_id"):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -33,39 +32,40 @@ def class_names(architectures: Any) -> list[str]:
     return list(names or ())
 
 
-def saved_class(config: PretrainedConfig) -> Any:
+def saved_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """The transformers class that a checkpoint of `config` was saved from; None where the config names none."""
     for name in class_names(config.architectures):
-        kind = getattr(transformers, name, None)
-        # Any name may stand there: that of a model class of another model type is passed over, as AutoModel does.
-        if (
-            isinstance(kind, type)
-            and issubclass(kind, PreTrainedModel)
-            and isinstance(config, kind.config_class or object)
-        ):
-            return kind
+        named: Any = getattr(transformers, name, None)
+        # Any name may stand there. A class of another model type is passed over, as AutoModel does.
+        if not isinstance(named, type) or not issubclass(named, PreTrainedModel):
+            continue
+        if isinstance(config, named.config_class or object):
+            return named
     return None
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    """The class to load a checkpoint of `config` with: the one it was saved from, else a causal LM or bare model."""
+    """The class to load a checkpoint of `config` with: the one it was saved from, else a causal LM or bare model.
+
+    Its type is Any because PreTrainedModel and the AutoModel classes have no common one with a `from_pretrained`.
+    """
     default = AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
     return saved_class(config) or default
 
 
-def empty_model(config: PretrainedConfig) -> nn.Module:
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The dense model of `config` on meta: all modules, shapes and tied weights, no memory."""
-    kind = model_class(config)
+    found = model_class(config)
     config = copy.deepcopy(config)  # a model completes its config
     with torch.device("meta"), whole_models():
-        if kind in (AutoModelForCausalLM, AutoModel):
-            return kind.from_config(config, trust_remote_code=False)
-        return kind._from_config(config)
+        if issubclass(found, PreTrainedModel):
+            return found._from_config(config)
+        return found.from_config(config, trust_remote_code=False)
 
 
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """Models made here are whole, also while DeepSpeed ZeRO-3 trains another one.
+    """Models that are made inside this context are whole, also while DeepSpeed ZeRO-3 trains another one.
 
     transformers would partition them as well, which all processes have to do together.
     """
@@ -77,9 +77,9 @@ def whole_models() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = former
 
 
-def saved_names(model: Any) -> set[str] | None:
+def saved_names(model: PreTrainedModel) -> set[str] | None:
     """Names of the tensors that a checkpoint of `model.config` holds by its class; None if that is `model`'s, or unknown."""
-    kind = saved_class(model.config)
-    if kind is None or isinstance(model, kind):
+    found = saved_class(model.config)
+    if found is None or isinstance(model, found):
         return None
     return set(empty_model(model.config).state_dict())

@@ -14,31 +14,33 @@ import json
 import os
 import re
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError, StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..config import LittleBitConfig
+from .form import HUB_ID
 from .meta_model import class_names
 from .verify import Header, read_headers
 
 __all__ = ["HUB_ID", "Source", "find_source", "quantization_of"]
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # org/name, or the name alone of the Hub's oldest models
-WEIGHTS = "model.safetensors"
-# The groups are the variant of a file and of an index.
+# Group 1 is the variant of a file, e.g. "fp16" of model.fp16.safetensors, and group 2 that of an index.
 WEIGHT_NAME = re.compile(r"model(?:\.([^.]+))?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json")
 SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
-# What transformers' config classes raise for values of a type or size that they do not expect.
+# transformers' config classes raise these for values of a type or size that they do not expect.
 UNFIT = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 @dataclass
 class Source:
-    """A model before it is loaded. `header` is None where no saved tensors are known, as for a config alone."""
+    """A model before it is loaded. `header` is None if no saved tensors are known, as for a config alone."""
 
     name: str
     config: PretrainedConfig
@@ -64,23 +66,15 @@ def find_source(name: str | os.PathLike[str]) -> Source:
         raise ValueError(f"{name} does not exist; give a folder, a config.json, or a Hub id such as org/name")
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"{name} holds no config.json; give the folder that save_pretrained wrote")
-    try:
-        # Before AutoConfig, whose errors do not say that it is these values.
-        options, _ = PretrainedConfig.get_config_dict(name)
-        _quantization(options.get("quantization_config"))
-        class_names(options.get("architectures"))
-        # False, not the default: transformers would ask on the terminal whether to run a repository's code.
+    with _explain(name, local):
+        options = {**PretrainedConfig.get_config_dict(name)[0]}  # a TypeError, if the file holds no JSON object
+    # These two are checked before AutoConfig reads them: its errors do not say which value is wrong.
+    _quantization(options.get("quantization_config"))
+    class_names(options.get("architectures"))
+    with _explain(name, local):
+        # With trust_remote_code=None, the default, transformers would ask on the terminal whether to run a repository's code.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        source = Source(name, config, quantization_of(config))
-    except OSError as error:
-        if local:
-            raise
-        raise OSError(f"{name} is no folder here, and the Hub did not give it: {error}") from error
-    except UNFIT as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(
-            f"{name} has a config.json that describes no model ({what}); restore or download it again"
-        ) from error
+    source = Source(name, config, quantization_of(config))
     if source.quantization is None or os.path.isfile(name):
         return source
     if os.path.isdir(name):
@@ -90,6 +84,22 @@ def find_source(name: str | os.PathLike[str]) -> Source:
     else:
         _read_hub(source)
     return source
+
+
+@contextmanager
+def _explain(name: str, local: bool) -> Iterator[None]:
+    """Say which model it is that transformers cannot read the config of; nothing but calls of transformers belongs in here."""
+    try:
+        yield
+    except OSError as error:
+        if local:
+            raise
+        raise OSError(f"{name} is no folder here, and the Hub did not give it: {error}") from error
+    except UNFIT as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"{name} has a config.json that describes no model ({what}); restore or download it again"
+        ) from error
 
 
 def quantization_of(config: PretrainedConfig) -> LittleBitConfig | None:
@@ -103,7 +113,7 @@ def quantization_of(config: PretrainedConfig) -> LittleBitConfig | None:
 
 
 def _quantization(options: Any) -> LittleBitConfig | None:
-    """The LittleBitConfig of a config's quantization_config, as `quantization_of` has it."""
+    """The LittleBitConfig that `options`, the quantization_config of a model's config, stands for; errors as there."""
     options = options.to_dict() if hasattr(options, "to_dict") else options
     if options is None:
         return None
@@ -139,10 +149,13 @@ def _weights(folder: str) -> tuple[list[str], str | None, str | None]:
         if match and not SHARD.fullmatch(name):
             variants.setdefault(match[1] or match[2], os.path.join(folder, name))
     if not variants:
-        raise ValueError(f"{folder} holds no {WEIGHTS}; the checkpoint is incomplete: download or save it again")
+        raise ValueError(
+            f"{folder} holds no {SAFE_WEIGHTS_NAME}; the checkpoint is incomplete: download or save it again"
+        )
     if None not in variants and len(variants) > 1:
         raise ValueError(
-            f"{folder} holds the variants {', '.join(map(str, variants))} and no {WEIGHTS}; leave one of them in the folder"
+            f"{folder} holds the variants {', '.join(map(str, variants))} and no {SAFE_WEIGHTS_NAME}; leave one of "
+            "them in the folder"
         )
     variant = None if None in variants else next(iter(variants))
     path = variants[variant]
@@ -150,7 +163,11 @@ def _weights(folder: str) -> tuple[list[str], str | None, str | None]:
 
 
 def _shards(index: str) -> list[str]:
-    """Paths of the files that `index` names."""
+    """Paths of the files that `index` names.
+
+    Raises:
+        ValueError: if it cannot be read, or names files elsewhere.
+    """
     try:
         with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
@@ -162,13 +179,14 @@ def _shards(index: str) -> list[str]:
 
 
 def _read_hub(source: Source) -> None:
+    """Complete a `source` on the Hub with its tensors' names, dtypes and shapes and its files' size; no weights are read."""
     api = HfApi()
     try:
         metadata = api.get_safetensors_metadata(source.name)
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise ValueError(
-            f"{source.name} has no readable {WEIGHTS} on the Hub ({error}); for a variant or another layout, download the "
-            "repository and give the folder"
+            f"{source.name} has no readable {SAFE_WEIGHTS_NAME} on the Hub ({error}); for a variant or another layout, "
+            "download the repository and give the folder"
         ) from error
     source.header = {
         tensor: (info.dtype, tuple(info.shape), file)

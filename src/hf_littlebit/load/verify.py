@@ -9,27 +9,25 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
 
 from ..config import LittleBitConfig
 from ..layers.linear import FactorModule
-from ..plan import Plan, aliases
+from ..module_names import aliases
+from ..plan import Plan
 from .conversion import part_shapes
 from .meta_model import saved_class, saved_names
 
 __all__ = ["Header", "read_headers", "refuse_missing", "refuse_quantized", "required", "verify", "verify_dense"]
 
 Header = dict[str, tuple[str, tuple[int, ...], str]]  # tensor -> (safetensors dtype, shape, file name)
-INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
-DTYPES = {
-    "torch.int32": "I32",
-    "torch.uint8": "U8",
-    "torch.bfloat16": "BF16",
-    "torch.float16": "F16",
-    "torch.float32": "F32",
-}
+# transformers' own table, e.g. "BF16" -> torch.bfloat16.
+INTEGERS = {name for name, dtype in str_to_torch_dtype.items() if not dtype.is_floating_point}
+NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 
 
 def read_headers(files: Sequence[str]) -> Header:
@@ -55,23 +53,22 @@ def read_headers(files: Sequence[str]) -> Header:
     return header
 
 
-def verify(model: Any, plan: Plan, config: LittleBitConfig, header: Header) -> None:
+def verify(model: PreTrainedModel, plan: Plan, config: LittleBitConfig, header: Header) -> None:
     """Compare the `header` of a checkpoint with the quantized `model` (on meta) that it is to be loaded into.
 
     Raises:
         ValueError: if a tensor is missing, or has another shape or dtype than the config implies.
     """
-    prefix = getattr(model, "base_model_prefix", "")
+    prefix = model.base_model_prefix
     expected = {name: entry for weight in plan.weights for name, entry in part_shapes(weight, config).items()}
     for name, (shape, dtype) in expected.items():
         entry = _find(header, name, prefix)
-        kind = DTYPES[str(dtype)]
         # DeepSpeed saves latents in the 16 bits that it computes in.
-        kinds = {kind, "BF16", "F16"} if kind == "F32" else {kind}
-        if entry is not None and (entry[0] not in kinds or entry[1] != shape):
+        allowed = {NAMES[dtype], "BF16", "F16"} if dtype == torch.float32 else {NAMES[dtype]}
+        if entry is not None and (entry[0] not in allowed or entry[1] != shape):
             raise ValueError(
                 f"{name} is {entry[0]} {list(entry[1])} in {entry[2]}, but the config (bpw {config.bpw:g}, format "
-                f"{config.format!r}) implies {kind} {list(shape)}; the file is damaged or its config.json was changed"
+                f"{config.format!r}) implies {NAMES[dtype]} {list(shape)}; the file is damaged or its config.json was changed"
             )
     for name, parameter in model.named_parameters():
         entry = None if name in expected else _find(header, name, prefix)
@@ -80,20 +77,21 @@ def verify(model: Any, plan: Plan, config: LittleBitConfig, header: Header) -> N
                 f"{name} is packed ({entry[0]} {list(entry[1])}) in {entry[2]}, but the parts that belong to it are missing; "
                 "the checkpoint is incomplete: download or save it again"
             )
-    held = _held(model, header)
-    lacking = [name for name in (*expected, *required(model, expected)) if not held(name)]
+    is_held = _is_held(model, header)
+    lacking = [name for name in (*expected, *required(model, expected)) if not is_held(name)]
     if lacking:
         files = sorted({entry[2] for entry in header.values()})
-        raise ValueError(_missing(lacking, files[0] if len(files) == 1 else f"{len(files)} files", model))
+        raise ValueError(_missing_message(lacking, files[0] if len(files) == 1 else f"{len(files)} files", model))
 
 
-def required(model: Any, parts: Collection[str]) -> list[str]:
-    """The dense tensors that a checkpoint must hold for `model`, which has `parts` beside them.
+def required(model: PreTrainedModel, parts: Collection[str]) -> list[str]:
+    """Names of the dense tensors that a checkpoint must hold for `model`, whose LittleBit layers have `parts` beside them.
 
-    All of them; but where the checkpoint was saved from another class, what only this class has is new (a task's head).
-    Where the config does not say from which, the base model and the output embeddings must be there.
+    These are all of them, if the checkpoint was saved from the model's own class. If it was saved from another class, what
+    only this class has is new, e.g. a task's head. If the config does not say from which class, the base model and the output
+    embeddings are required.
     """
-    prefix = getattr(model, "base_model_prefix", "")
+    prefix = model.base_model_prefix
     known = set(parts) | set(getattr(model, "all_tied_weights_keys", None) or {})
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     names = [name for name in model.state_dict() if name not in known and not any(p.search(name) for p in ignored)]
@@ -107,11 +105,18 @@ def required(model: Any, parts: Collection[str]) -> list[str]:
     )
 
 
-def refuse_missing(model: Any, missing: Iterable[str], planned: Collection[str]) -> None:
-    """The same for what transformers found missing after loading, from files or a state dict of any kind.
+def refuse_missing(model: PreTrainedModel, missing: Iterable[str], planned: Collection[str]) -> None:
+    """Refuse a model that transformers is about to complete with random numbers, wherever its tensors came from.
+
+    `verify` and `verify_dense` read the headers of safetensors files. This is asked after loading, when transformers has found
+    out what is missing, and so covers state dicts and other files as well.
+
+    Args:
+        missing: names of the tensors that were not found.
+        planned: names of the parts that are about to be made of dense weights, so that they need not be found.
 
     Raises:
-        ValueError: naming a tensor that would be filled with random numbers, except for the parts `planned` to be made.
+        ValueError: naming a tensor of `model` that would be random.
     """
     names = set(missing) - set(planned)
     if not names:
@@ -122,44 +127,47 @@ def refuse_missing(model: Any, missing: Iterable[str], planned: Collection[str])
         if isinstance(module, FactorModule)
         for part in module.part_dtypes
     }
-    held = _held(model, model.state_dict().keys() - set(missing))
+    is_held = _is_held(model, model.state_dict().keys() - set(missing))
     lacking = sorted(names & parts) or sorted(
-        name for name in names.intersection(required(model, parts)) if not held(name)
+        name for name in names.intersection(required(model, parts)) if not is_held(name)
     )
     if lacking:
-        raise ValueError(_missing(lacking, "the checkpoint", model, dense=bool(planned)))
+        raise ValueError(_missing_message(lacking, "the checkpoint", model, dense=bool(planned)))
 
 
-def verify_dense(model: Any, header: Header, planned: Collection[str]) -> None:
-    """The same for the `header` of a dense checkpoint, before its weights are factorized.
+def verify_dense(model: PreTrainedModel, header: Header, planned: Collection[str]) -> None:
+    """Refuse a dense checkpoint that lacks weights, from its `header`, before the first of them is factorized.
+
+    A tensor that `model` does not know by its name may be an older layout's, which transformers turns into what seems to be
+    missing (experts that are stored one by one, say). With one of those in the header nothing is refused here.
 
     Raises:
-        ValueError: if every tensor in it is known by its name, so that no other one can turn into what is missing.
+        ValueError: naming a tensor that is missing.
     """
-    prefix = getattr(model, "base_model_prefix", "")
+    prefix = model.base_model_prefix
     names = {alias for name in model.state_dict() for alias in aliases(name, prefix)}
     if not names.issuperset(header):
         return
-    held = _held(model, header)
-    lacking = [name for name in required(model, planned) if not held(name)]
+    is_held = _is_held(model, header)
+    lacking = [name for name in required(model, planned) if not is_held(name)]
     if lacking:
-        raise ValueError(_missing(lacking, "the checkpoint", model, dense=True))
+        raise ValueError(_missing_message(lacking, "the checkpoint", model, dense=True))
 
 
-def _held(model: Any, names: Collection[str]) -> Callable[[str], bool]:
-    """Whether a tensor of `model` is among `names`, itself or, if others are tied to it, as one of them."""
-    prefix = getattr(model, "base_model_prefix", "")
+def _is_held(model: PreTrainedModel, names: Collection[str]) -> Callable[[str], bool]:
+    """A function that says if a tensor of `model` is among `names`, under its own name or that of a tensor tied to it."""
+    prefix = model.base_model_prefix
     tied: dict[str, list[str]] = {}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         tied.setdefault(source, []).append(target)
     return lambda name: any(alias in names for same in (name, *tied.get(name, ())) for alias in aliases(same, prefix))
 
 
-def _missing(lacking: Sequence[str], where: str, model: Any, dense: bool = False) -> str:
+def _missing_message(lacking: Sequence[str], where: str, model: PreTrainedModel, dense: bool = False) -> str:
     remedy = "the checkpoint is incomplete: download or save it again"
-    kind = saved_class(model.config)
-    if kind is not None and not isinstance(model, kind):
-        remedy += f", or load it as the {kind.__name__} it was saved from"
+    model_class = saved_class(model.config)
+    if model_class is not None and not isinstance(model, model_class):
+        remedy += f", or load it as the {model_class.__name__} it was saved from"
     if dense:
         remedy += ". If random numbers will do there, save the dense model as transformers loads it, and quantize that"
     return f"{len(lacking)} tensor(s) are missing from {where}, e.g. {lacking[0]}; {remedy}"
@@ -173,14 +181,15 @@ def refuse_quantized(header: Header) -> None:
     Raises:
         ValueError: naming the first such tensor. transformers would cast it to the model's dtype without a word.
     """
-    for name, (kind, shape, file) in header.items():
-        integer = kind in INTEGERS and "weight" in name.rpartition(".")[2]
-        if len(shape) > 1 and (integer or kind.startswith("F8") or kind.startswith("F4")):
+    for name, (dtype, shape, file) in header.items():
+        integer = dtype in INTEGERS and "weight" in name.rpartition(".")[2]
+        if len(shape) > 1 and (integer or dtype.startswith(("F8", "F4"))):
             raise ValueError(
-                f"{name} is {kind} {list(shape)} in {file}: the checkpoint is quantized already. "
+                f"{name} is {dtype} {list(shape)} in {file}: the checkpoint is quantized already. "
                 "Load the original 16-bit or 32-bit checkpoint to quantize it"
             )
 
 
 def _find(header: Header, name: str, prefix: str) -> tuple[str, tuple[int, ...], str] | None:
+    """What `header` says of the tensor called `name`, in a model with a head or in one without."""
     return next((header[alias] for alias in aliases(name, prefix) if alias in header), None)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..layers.output_head import CHUNK
+from ..placement import input_device
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -88,7 +89,7 @@ def perplexity(
     starts = range(0, len(tokens) - length + 1, stride)[:max_blocks]
     # In windows after the first, what an earlier one has counted is context only.
     firsts = [1 if start == 0 or stride == length else length - stride for start in starts]
-    device = _input_device(model)
+    device = input_device(model)
     training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -133,15 +134,6 @@ def _tokens(model: Any, tokenizer: Any, text: str) -> Tensor:
 def _is_causal(model: Any) -> bool:
     can_generate = getattr(model, "can_generate", None)
     return can_generate is None or bool(can_generate())
-
-
-def _input_device(model: Any) -> torch.device:
-    """Where the model takes its tokens; an offloaded embedding computes elsewhere than it is kept."""
-    embeddings = model.get_input_embeddings()
-    device = next(embeddings.parameters()).device
-    if device.type == "meta":
-        device = torch.device(getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None) or "cpu")
-    return device
 
 
 def _exp(loss: float) -> float:

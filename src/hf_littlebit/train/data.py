@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import next_logits
+from ..placement import input_device, stored_parameters
 
 __all__ = ["TokenBlocks", "read_texts", "sample_blocks", "text_blocks"]
 
@@ -214,7 +215,7 @@ def sample_blocks(
                 return TokenBlocks(stored.get_tensor("tokens"))
     training = teacher.training
     teacher.eval()
-    device: Any = teacher.get_input_embeddings().weight.device
+    device = input_device(teacher)
     tokens = torch.empty(rows, length, dtype=torch.int32)
     try:
         with torch.no_grad(), tqdm(total=rows, desc="teacher writes", unit="block", disable=not progress) as bar:
@@ -264,7 +265,7 @@ def _fingerprint(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *
     of the tokenizer its size and the tokens that separate documents, and the `numbers` among the arguments."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(teacher.config.to_json_string().encode())
-    for value in teacher.parameters():
-        digest.update(value.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    for value in stored_parameters(teacher):
+        digest.update(value.flatten()[:64].float().cpu().numpy().tobytes())
     digest.update(repr((len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, *numbers)).encode())
     return digest.hexdigest()

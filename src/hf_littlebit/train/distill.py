@@ -31,6 +31,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from ..layers.output_head import CHUNK
+from ..placement import input_device
 from .distributed import is_partitioned, run_partitioned
 from .topk import TopK, TopKTeacher
 
@@ -294,7 +295,7 @@ class Distillation:
             return teacher(inputs["input_ids"], inputs.get("attention_mask"), logits), None
         known = inspect.signature(teacher.forward).parameters
         free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-        device = _input_device(teacher, logits.device)
+        device = input_device(teacher, logits.device)
         given = {
             key: value.to(device) if torch.is_tensor(value) else value
             for key, value in {**inputs, "use_cache": False, "output_hidden_states": bool(self.hidden_weight)}.items()
@@ -327,14 +328,3 @@ def _warn_of_labelled_padding(labels: Tensor, attention_mask: Tensor | None) -> 
 def _call(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a `forward` that was put on the instance `module`, and therefore does not take it as an argument."""
     return forward(*args, **kwargs)
-
-
-def _input_device(teacher: Any, default: torch.device) -> torch.device:
-    """Where the teacher takes its tokens; an offloaded embedding computes elsewhere than it is kept."""
-    embeddings = teacher.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)
-    place = getattr(hook, "execution_device", None)
-    if place is not None:
-        return torch.device(place)
-    weight = next(embeddings.parameters(), None)
-    return default if weight is None or weight.is_meta else weight.device

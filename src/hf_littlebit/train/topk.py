@@ -26,6 +26,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..placement import input_device
+
 __all__ = ["TopK", "TopKTeacher", "save_topk"]
 
 SMALL_VOCABULARY = 2**16
@@ -110,7 +112,7 @@ def save_topk(
     tokens: list[np.ndarray[Any, Any]] = []
     logprobs: list[np.ndarray[Any, Any]] = []
     vocabulary = length = 0
-    device: Any = teacher.get_input_embeddings().weight.device
+    device = input_device(teacher)
     teacher.eval()
     for batch in tqdm(batches, desc="teacher logits", unit="batch"):
         given = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if batch.get(key) is not None}

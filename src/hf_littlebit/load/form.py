@@ -1,0 +1,184 @@
+"""What makes a model a LittleBit model. Every way to one ends here, so that all of them end in the same place:
+
+    from_pretrained    a dense checkpoint that is quantized while it is read, or a saved model    (quantizer.py)
+    latent_model       dense -> latent, in memory                                                 (convert.py)
+    pack_model         latent -> packed
+    unpack_model       packed -> latent
+
+A model has a form when
+
+    replace_modules    has swapped its layers for LittleBit layers,
+    record             has written into its config what is saved besides the user's options, and
+    finish             has given it what transformers and the forward look for: the quantizer, the output head, how it is saved
+                       and shared, and for a packed model shared inputs and faster generation.
+
+`make_dense` takes all of it away again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..config import LittleBitConfig
+from ..generate.generation import fast_generate, plain_generate
+from ..layers.experts import LittleBitExperts
+from ..layers.linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
+from ..layers.output_head import attach_head, detach_head
+from ..layers.shared_input import share_as_asked
+from ..plan import Plan, plan_model
+
+__all__ = ["HUB_ID", "Quantizer", "base_model", "factor_modules", "finish", "make_dense", "record", "replace_modules"]
+
+logger = logging.getLogger("hf_littlebit")
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # org/name, or the name alone of the Hub's oldest models
+NAMELESS = "None"  # the name that from_pretrained(None, state_dict=...) gives a model
+
+
+class Quantizer(Protocol):
+    """What `finish` needs of LittleBitHfQuantizer, which stands above this file."""
+
+    quantization_config: LittleBitConfig
+    pre_quantized: bool
+    plan: Plan | None
+    upload_files: ClassVar[Callable[..., Any]]
+
+
+def factor_modules(model: nn.Module) -> dict[str, Any]:
+    """{name: module} of all LittleBit layers, latent or packed."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactorModule)}
+
+
+def replace_modules(model: nn.Module, plan: Plan, config: LittleBitConfig, placeholders: bool) -> None:
+    """Swap the planned modules of `model` for empty LittleBit ones on meta.
+
+    With `placeholders` each keeps its dense weight on meta under the name of U, so that a dense checkpoint finds it.
+    """
+    latent = config.format == "latent"
+    scale_dtype = getattr(torch, config.scale_dtype)
+    for name, weights in plan.by_module().items():
+        old = model.get_submodule(name)
+        new: FactorModule
+        if isinstance(old, nn.Linear):
+            bias_dtype = None if old.bias is None else old.bias.dtype
+            layer_class = LatentLittleBitLinear if latent else LittleBitLinear
+            bias = old.bias is not None
+            new = layer_class(
+                old.in_features, old.out_features, weights[0].ranks, bias, "meta", bias_dtype, scale_dtype
+            )
+        else:
+            new = LittleBitExperts(
+                old, {weight.weight: weight.ranks for weight in weights}, latent, "meta", scale_dtype
+            )
+        if placeholders:
+            for weight in weights:
+                dense = getattr(old, weight.weight).detach().to("meta")
+                new.register_parameter(weight.weight, nn.Parameter(dense, requires_grad=False))
+        model.set_submodule(name, new.train(old.training))
+
+
+def base_model(config: PretrainedConfig) -> str | None:
+    """The Hub id of the model that `config` was read with, e.g. "org/name"; None for a folder and for no name at all."""
+    name = getattr(config, "name_or_path", "") or NAMELESS
+    return name if name != NAMELESS and HUB_ID.fullmatch(name) and not os.path.isdir(name) else None
+
+
+def record(config: LittleBitConfig, plan: Plan, model: PreTrainedModel) -> None:
+    """Write into `config`, which is to be saved, what quantizing the dense `model` by `plan` has found out.
+
+    That is the kv_factor, where it was automatic, and the base model, where the user named none.
+    """
+    plan.record_kv_factor(config)
+    if config.base_model is None:
+        config.base_model = base_model(model.config)
+
+
+def finish(model: PreTrainedModel, quantizer: Quantizer) -> None:
+    """Make `model`, whose layers hold their values, what every way to a model of `quantizer`'s config returns.
+
+    Call it again whenever the form changes, with a quantizer of the new config.
+    """
+    config = quantizer.quantization_config
+    quantizer.pre_quantized = True
+    quantizer.plan = plan_model(model, config, stored=model.state_dict().keys())
+    instance: Any = model  # what follows are attributes of this one model, which its class does not declare
+    instance.hf_quantizer = quantizer
+    instance.is_quantized = True
+    instance.quantization_method = config.quant_method
+    instance.config.quantization_config = config
+    for part in _parts_with_configs(model):
+        part.config._is_quantized = True  # flash attention then takes its dtype from the config, not from a weight
+    # Without conversions save_pretrained writes tensors under the names that they have. With the model class's own it would
+    # turn them back into an older layout, and a trainer that restores a checkpoint by name would not find them.
+    instance._weight_conversions = []
+    instance._upload_modified_files = partial(quantizer.upload_files, model)
+    attach_head(model)
+    if config.format == "packed":
+        for module in factor_modules(model).values():
+            for name in module.part_dtypes:
+                module.get_parameter(name).requires_grad_(False)
+        if not share_as_asked(model, config.share_inputs) and config.share_inputs:
+            logger.warning("share_inputs: no packed layers of this model are called like layers with one input")
+        fast_generate(model)
+    else:
+        plain_generate(model)
+
+
+def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Turn `model` into an ordinary model of its class in place, saved and shared as its class does.
+
+    The quantizer and the config's quantization_config stay; transformers takes them away after this.
+
+    Args:
+        dtype: of the replaced weights, and of all parameters that have the model's own dtype. What a model keeps in another
+            one (norms in fp32, say) stays there.
+
+    Raises:
+        ValueError: if a layer is offloaded; then nothing has changed.
+    """
+    modules = factor_modules(model)
+    for name, module in modules.items():
+        if any(value.is_meta for value in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{name} is offloaded, so the model cannot be dequantized in place; load it with device_map='cpu'"
+            )
+    parts = {id(value) for module in modules.values() for value in module.parameters(recurse=False)}
+    others = [value.dtype for value in model.parameters() if id(value) not in parts and value.is_floating_point()]
+    former = next(iter(others), dtype)
+    for name, module in modules.items():
+        model.set_submodule(name, _dense_module(module, dtype))
+    for parameter in model.parameters():
+        if parameter.dtype == former:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    detach_head(model)
+    plain_generate(model)
+    for attribute in ("_weight_conversions", "_upload_modified_files"):
+        model.__dict__.pop(attribute, None)
+    for part in _parts_with_configs(model):
+        part.config.__dict__.pop("_is_quantized", None)
+
+
+def _dense_module(module: LittleBitExperts | LittleBitLinear | LatentLittleBitLinear, dtype: torch.dtype) -> nn.Module:
+    if isinstance(module, LittleBitExperts):
+        return module.dense_module(dtype)
+    with torch.device("meta"):
+        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
+    dense.weight = nn.Parameter(module.dense(dtype))
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.detach().to(dtype))
+    return dense.train(module.training)
+
+
+def _parts_with_configs(model: nn.Module) -> list[PreTrainedModel]:
+    """`model` and the models inside it, which may have configs of their own, as those of pictures and text do."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]

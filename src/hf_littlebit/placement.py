@@ -1,0 +1,54 @@
+"""Where a model computes and where its weights are, which accelerate keeps apart for models larger than the memory.
+
+A model with `device_map={"model.layers.1": "disk"}`, or from `accelerate.cpu_offload`, holds empty tensors on the meta device.
+A hook on each module (`module._hf_hook`) puts the weights there right before the module's forward and takes them away after
+it. So `parameter.device` does not say where the input belongs, and the values cannot be read off the parameters:
+
+    input_device(model)         where to put input_ids: the device that the embeddings compute on
+    stored_parameters(model)    the values themselves, one at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+__all__ = ["input_device", "stored_parameters"]
+
+
+def input_device(model: Any, default: torch.device | str = "cpu") -> torch.device:
+    """The device that `model` takes its tokens on.
+
+    Args:
+        model: anything with `get_input_embeddings`, such as a PreTrainedModel.
+        default: for embeddings that have no parameters, or empty ones without a hook that says where they compute.
+    """
+    embeddings = model.get_input_embeddings()
+    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    weight = next(embeddings.parameters(), None)
+    return torch.device(default) if weight is None or weight.is_meta else weight.device
+
+
+def stored_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """The values of all parameters in the order of `model.parameters()`, also of those that are offloaded.
+
+    Tied parameters come once, as they do there, although offloading makes two empty tensors of them. An offloaded module is
+    read whole and freed before the next one, so no more than one is held in addition.
+    """
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    seen: set[str] = set()
+    for name in [name for name, _ in model.named_parameters()]:
+        source = tied.get(name, name)
+        if source in seen:
+            continue
+        seen.add(source)
+        module_name, _, own = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        with align_module_device(module):
+            yield module.get_parameter(own).detach()
