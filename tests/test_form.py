@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build, config, equal_states, load, logits
+from families import build, config, equal_states, load, logits
 from torch import nn
 
 from hf_littlebit import calibrate, latent_model, pack_model, perplexity, sample_blocks, save_topk, unpack_model
