@@ -16,10 +16,12 @@ from typing import Any
 from torch import nn
 
 from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of, matches
+from .internals.torch import is_convolution
+from .internals.transformers import fp32_modules, tied_weights
 from .layers.experts import LittleBitExperts, expert_sizes, is_stack
 from .layers.linear import FactorModule, part_name
 
-__all__ = ["Plan", "WeightPlan", "aliases", "fp32_modules", "needs_fp32", "plan_model"]
+__all__ = ["Plan", "WeightPlan", "aliases", "needs_fp32", "plan_model"]
 
 DENSE_BITS = 16  # of a weight that is kept
 KV_FACTORS = tuple(eighths / 8 for eighths in range(32, 8, -1))  # tried in this order; 4 is the paper's choice
@@ -268,7 +270,7 @@ class _Walk:
 
     def _count_kept(self, name: str, module: nn.Module) -> None:
         """Matrices that a user may expect to shrink, in modules that are not known to be something else."""
-        if self.stored is not None or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+        if self.stored is not None or isinstance(module, nn.Embedding) or is_convolution(module):
             return
         matrices = [v for v in module.parameters(recurse=False) if v.ndim > 1 and min(v.shape[-2:]) >= SMALLEST_COUNTED]
         if matrices and not self._stays(name, module):
@@ -309,19 +311,11 @@ def _endings(name: str) -> list[str]:
 
 def _kept_modules(model: Any) -> set[str]:
     """Modules that stay dense in any model: the output head, tied weights, and the last module (a task's head)."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_weights(model)
     parameters = {*tied, *tied.values(), list(model.named_parameters())[-1][0]}
     modules = {name.rpartition(".")[0] for name in parameters}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return modules | {name for name, module in model.named_modules() if head is not None and module is head}
-
-
-def fp32_modules(model: Any) -> set[str]:
-    """Names of modules, or parts of them, that a model's class keeps in fp32."""
-    names: set[str] = set()
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        names.update(getattr(model, attribute, None) or ())
-    return names
 
 
 def _capped(weight: WeightPlan) -> bool:

@@ -33,6 +33,9 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAMES
+from ..internals.accelerate import has_placement
+from ..internals.torch import has_global_hooks, has_own_call, module_hooks, module_state, operators_are_watched
+from ..internals.transformers import attention_implementation, is_quiet_hook
 from .recorder import Constants, Recorder, Unfit, Watch
 from .static_cache import CacheHome, layer_shapes, outgrown, refuse_unknown, sliding_layers, spies
 
@@ -43,9 +46,6 @@ logger = logging.getLogger("hf_littlebit")
 HOMES = 4  # sets of cache tensors that are kept for one model: batch sizes, in effect, because lengths only grow
 GRAPHS = 4  # recorded steps per home
 INPUTS = ("input_ids", "position_ids", "attention_mask", "cache_position")  # tensors that a step may be given
-# Private door of transformers 5.17 to 5.24: its hooks for output_hidden_states stay on a model once they were used, and do
-# nothing in a step that does not ask for them.
-QUIET_HOOKS = "transformers.utils.output_capturing"
 
 
 class _Graph:
@@ -137,8 +137,7 @@ class DecodeGraphs:
         device = tensors["input_ids"].device
         if device.type not in self.recorder.device_types:
             raise Unfit(f"the tokens are on {device}")
-        # Private door of torch: no public function says whether a mode (a profiler, a tracer) looks at every operator.
-        if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling() or self.recorder.busy():
+        if operators_are_watched() or torch.compiler.is_compiling() or self.recorder.busy():
             raise Unfit("something else is tracing or recording the model")
         if torch.is_autocast_enabled(device.type):
             raise Unfit("autocast is on")
@@ -306,19 +305,16 @@ def obstacle(model: Any) -> str | None:
 
     A replay runs no Python, so hooks, wrappers and adapters that could be switched off would be frozen as they were.
     """
-    # Private doors of torch: the compiled call of `model.compile()`, global hooks, and the hooks of a module.
-    if getattr(model, "_compiled_call_impl", None) is not None:
+    if has_own_call(model):
         return "the model is compiled"
-    if torch.nn.modules.module._has_any_global_hook():
+    if has_global_hooks():
         return "there are hooks on all modules"
     if model.config.is_encoder_decoder:
         return "the model has an encoder and a decoder"
     for name, module in model.named_modules():
-        state = vars(module)
-        if "forward" in state or "_hf_hook" in state:
+        if "forward" in vars(module) or has_placement(module):
             return f"{name or 'the model'} has a forward of its own, as of a model on several devices"
-        hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
-        if any(getattr(hook, "__module__", None) != QUIET_HOOKS for hook in hooks):
+        if not all(is_quiet_hook(hook) for hook in module_hooks(module)):
             return f"{name or 'the model'} has hooks"
         if type(module).__module__.partition(".")[0] == "peft":
             return f"{name} is an adapter"
@@ -332,11 +328,10 @@ def obstacle(model: Any) -> str | None:
 
 def signature(model: Any) -> Any:
     """What a recorded step takes as fixed: the kinds of modules, where their tensors are, which are computed together."""
-    kinds: list[Any] = [getattr(model.config, "_attn_implementation", None)]
+    kinds: list[Any] = [attention_implementation(model.config)]
     for module in model.modules():
-        state = vars(module)
-        kinds += type(module), id(state.get("group"))  # of shared_input.py
-        for value in (*state["_parameters"].values(), *state["_buffers"].values(), *state.values()):
+        kinds += type(module), id(vars(module).get("group"))  # of shared_input.py
+        for value in module_state(module):
             if isinstance(value, Tensor):
                 kinds.append((value.data_ptr(), value.dtype, value.shape))
     return kinds

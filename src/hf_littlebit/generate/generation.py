@@ -22,7 +22,6 @@ deleted model is freed at once. A copied, pickled or moved model has its own.
 from __future__ import annotations
 
 import copyreg
-import inspect
 import weakref
 from typing import Any
 
@@ -30,6 +29,13 @@ import torch
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..compat import CACHE_NAMES
+from ..internals.transformers import (
+    PREPARE_CACHE,
+    attention_implementation,
+    cache_request,
+    compiles_whole,
+    longest_cache,
+)
 from .decode_graph import DecodeGraphs, obstacle
 from .recorder import CudaRecorder
 
@@ -95,11 +101,11 @@ class _CompiledCall(_Attached):
 class _PrepareCache(_Attached):
     """In place of `_prepare_cache_for_generation`."""
 
-    name = "_prepare_cache_for_generation"
+    name = PREPARE_CACHE
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
-        given = inspect.signature(type(model)._prepare_cache_for_generation).bind(model, *args, **kwargs).arguments
+        given = cache_request(model, args, kwargs)
         if not _static_by_default(model, given):
             return self.plain(*args, **kwargs)
         config = given["generation_config"]  # of this one call of generate
@@ -164,12 +170,12 @@ def _static_by_default(model: Any, given: dict[str, Any]) -> bool:
     if text is not model.config or not kinds <= LAYER_TYPES or getattr(text, "attention_chunk_size", None) is not None:
         return False
     quantizer = getattr(model, "hf_quantizer", None)
-    if not model._can_compile_fullgraph or (quantizer is not None and not quantizer.is_compileable):
+    if not compiles_whole(model) or (quantizer is not None and not quantizer.is_compileable):
         return False
-    if model.config._attn_implementation not in ATTENTION or model.training or obstacle(model) is not None:
+    if attention_implementation(model.config) not in ATTENTION or model.training or obstacle(model) is not None:
         return False
     # `generate` makes no static cache shorter than an earlier one of this model.
-    length = max(given["max_cache_length"], getattr(model, "_previous_max_cache_length", 0), config.max_cache_len or 0)
+    length = max(given["max_cache_length"], longest_cache(model), config.max_cache_len or 0)
     sequences = given["batch_size"] * max(config.num_return_sequences or 1, 1)
     size = sequences * length * _bytes_per_token(text, model.dtype)
     if length > MAX_LENGTH:

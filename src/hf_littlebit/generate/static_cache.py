@@ -15,21 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import StaticCache, StaticSlidingWindowLayer
 
+from ..internals.transformers import has_unknown_state
 from .recorder import Unfit
 
 __all__ = ["CacheHome", "layer_shapes", "outgrown", "refuse_unknown", "sliding_layers", "spies"]
 
 TENSORS = ("keys", "values", "cumulative_length")  # of a layer of a static cache
-# Private door of transformers 5.17 to 5.24: all that a static layer remembers. One that remembers more is not recorded,
-# because a replay might have to change it.
-LAYER_STATE = {
-    *TENSORS,
-    *("is_initialized", "max_cache_len", "device", "dtype", "batch_size", "num_heads", "k_head_dim", "v_head_dim"),
-}
-SLIDING_STATE = LAYER_STATE | {"cumulative_length_int", "_is_croppable"}
-KNOWN_LAYERS: dict[type, set[str]] = {StaticLayer: LAYER_STATE, StaticSlidingWindowLayer: SLIDING_STATE}
 
 
 def refuse_unknown(cache: Any) -> None:
@@ -37,7 +30,7 @@ def refuse_unknown(cache: Any) -> None:
     if type(cache) is not StaticCache or getattr(cache, "offloading", False):
         raise Unfit(f"the cache is no StaticCache on the GPU, but {type(cache).__name__}")
     for layer in cache.layers:
-        if not vars(layer).keys() <= KNOWN_LAYERS.get(type(layer), set()):
+        if has_unknown_state(layer):
             raise Unfit(f"the cache has a {type(layer).__name__} of an unknown kind")
 
 

@@ -14,7 +14,6 @@ import copy
 import logging
 import os
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +23,13 @@ from tqdm.auto import tqdm
 from ..config import LittleBitConfig
 from ..generate.generation import fast_generate, plain_generate
 from ..initialize.calibration import Importance
+from ..internals.deepspeed import is_partitioned
+from ..internals.torch import compiled_model
+from ..internals.transformers import fp32_modules, save_under_held_names, upload_through
 from ..layers.experts import LittleBitExperts
 from ..layers.linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
 from ..layers.shared_input import share_as_asked
-from ..plan import Plan, fp32_modules, needs_fp32, plan_model
+from ..plan import Plan, needs_fp32, plan_model
 from .conversion import factor_weight
 from .quantizer import LittleBitHfQuantizer, replace_modules
 from .source import HUB_ID, quantization_of
@@ -203,7 +205,7 @@ def refuse_latents(module: Any, state: dict[str, Tensor], *args: Any) -> None:
 def unwrapped(model: Any) -> Any:
     """The model inside torch.compile's and distributed wrappers."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = compiled_model(model)
         if inner is None and type(model).__name__ in (
             "DistributedDataParallel",
             "FullyShardedDataParallel",
@@ -247,8 +249,8 @@ def _mark(model: Any, config: LittleBitConfig) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     # Saved under the names they have; see quantizer.py.
-    model._weight_conversions = []
-    model._upload_modified_files = partial(model.hf_quantizer.upload_files, model)
+    save_under_held_names(model)
+    upload_through(model, model.hf_quantizer.upload_files)
     if config.format == "packed":
         fast_generate(model)
         share_as_asked(model, config.share_inputs)
@@ -259,7 +261,7 @@ def _mark(model: Any, config: LittleBitConfig) -> None:
 def _check_in_memory(model: nn.Module, plan: Plan) -> None:
     for weight in plan.weights:
         value = model.get_parameter(weight.name)
-        if hasattr(value, "ds_id"):
+        if is_partitioned(value):
             raise ValueError(
                 "DeepSpeed ZeRO-3 has partitioned the model already, so its layers cannot be factorized; load it with "
                 "from_pretrained(..., quantization_config=LittleBitConfig(..., format='latent')), or before TrainingArguments"

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import reprlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["class_names", "empty_model", "model_class", "saved_class", "saved_names", "whole_models"]
+from ..internals.transformers import empty_of_class, whole_models
+
+__all__ = ["class_names", "empty_model", "model_class", "saved_class", "saved_names"]
 
 
 def class_names(architectures: Any) -> list[str]:
@@ -60,21 +59,7 @@ def empty_model(config: PretrainedConfig) -> nn.Module:
     with torch.device("meta"), whole_models():
         if kind in (AutoModelForCausalLM, AutoModel):
             return kind.from_config(config, trust_remote_code=False)
-        return kind._from_config(config)
-
-
-@contextmanager
-def whole_models() -> Iterator[None]:
-    """Models made here are whole, also while DeepSpeed ZeRO-3 trains another one.
-
-    transformers would partition them as well, which all processes have to do together.
-    """
-    former = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = former
+        return empty_of_class(kind, config)
 
 
 def saved_names(model: Any) -> set[str] | None:

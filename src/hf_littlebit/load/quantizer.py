@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from .. import compat
 from ..config import FORMAT_VERSION, LittleBitConfig
 from ..generate.generation import fast_generate, plain_generate
+from ..internals.transformers import before_random_fill, plain_saving, save_under_held_names, upload_through
 from ..kernels.packing import factor_shape
 from ..layers.experts import LittleBitExperts
 from ..layers.linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
@@ -135,7 +136,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         config = self.quantization_config
         files = kwargs.get("checkpoint_files") or ()
         # Missing tensors would be drawn at random; the files' headers say it first, this hook for any other source.
-        model.mark_tied_weights_as_initialized = partial(self._refuse_missing, model)
+        before_random_fill(model, partial(self._refuse_missing, model))
         if self.pre_quantized:
             header = read_headers(files) if files else None
             self.plan = plan_model(model, config, header)
@@ -161,9 +162,7 @@ class LittleBitHfQuantizer(HfQuantizer):
             config.base_model = source
 
     def _refuse_missing(self, model: Any, loading_info: Any) -> None:
-        """In place of the first thing that transformers does with the missing keys; random numbers come next."""
-        del model.mark_tied_weights_as_initialized
-        model.mark_tied_weights_as_initialized(loading_info)
+        """Raise for tensors that the checkpoint lacks, before transformers fills them with random numbers."""
         if self._conversion is not None:
             self._conversion.wait()
         # What was to be converted and was not, the conversion itself reports.
@@ -197,8 +196,8 @@ class LittleBitHfQuantizer(HfQuantizer):
         attach_head(model)
         # Saved under the names they have: the file's names would be turned back to an older layout otherwise, and a
         # trainer that restores a checkpoint by name would miss them.
-        model._weight_conversions = []
-        model._upload_modified_files = partial(self.upload_files, model)
+        save_under_held_names(model)
+        upload_through(model, self.upload_files)
         return model
 
     def is_serializable(self) -> bool:
@@ -240,8 +239,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         detach_head(model)
         plain_generate(model)
         # Back to an ordinary model: saved and shared as its own class does.
-        for attribute in ("_weight_conversions", "_upload_modified_files"):
-            model.__dict__.pop(attribute, None)
+        plain_saving(model)
         return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..config import LittleBitConfig
+from ..internals.transformers import may_be_missing, tied_weights
 from ..layers.linear import FactorModule
 from ..plan import Plan, aliases
 from .conversion import part_shapes
@@ -94,8 +95,8 @@ def required(model: Any, parts: Collection[str]) -> list[str]:
     Where the config does not say from which, the base model and the output embeddings must be there.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    known = set(parts) | set(getattr(model, "all_tied_weights_keys", None) or {})
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    known = set(parts) | set(tied_weights(model))
+    ignored = [re.compile(pattern) for pattern in may_be_missing(model)]
     names = [name for name in model.state_dict() if name not in known and not any(p.search(name) for p in ignored)]
     if saved_class(model.config) is None and hasattr(model, prefix):
         head = model.get_output_embeddings()
@@ -150,7 +151,7 @@ def _held(model: Any, names: Collection[str]) -> Callable[[str], bool]:
     """Whether a tensor of `model` is among `names`, itself or, if others are tied to it, as one of them."""
     prefix = getattr(model, "base_model_prefix", "")
     tied: dict[str, list[str]] = {}
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for target, source in tied_weights(model).items():
         tied.setdefault(source, []).append(target)
     return lambda name: any(alias in names for same in (name, *tied.get(name, ())) for alias in aliases(same, prefix))
 

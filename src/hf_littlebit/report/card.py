@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from tabulate import tabulate
 
 from ..config import LittleBitConfig
+from ..internals.transformers import plain_upload
 from ..load.source import HUB_ID, find_source, quantization_of
 from .size import SizeReport, format_bytes, size_report
 
@@ -123,7 +124,7 @@ def upload_with_card(model: Any, working_dir: str | os.PathLike[str], repo_id: s
     size = sum(os.path.getsize(file) for file in weights)
     ours = model_card(model, repo_id, report=replace(size_report(model), file_bytes=size or None))
     merge(ModelCard.load(path) if os.path.isfile(path) else None, ours).save(path)
-    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+    return plain_upload(model, working_dir, repo_id, *args, **kwargs)
 
 
 def _base_model(config: LittleBitConfig) -> str | None:

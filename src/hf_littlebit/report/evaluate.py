@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..internals.accelerate import execution_device
 from ..layers.output_head import CHUNK
 
 __all__ = ["Perplexity", "perplexity"]
@@ -140,7 +141,7 @@ def _input_device(model: Any) -> torch.device:
     embeddings = model.get_input_embeddings()
     device = next(embeddings.parameters()).device
     if device.type == "meta":
-        device = torch.device(getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None) or "cpu")
+        return execution_device(embeddings) or torch.device("cpu")
     return device
 
 

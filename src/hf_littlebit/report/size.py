@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..config import LittleBitConfig
+from ..internals.transformers import tied_weights
 from ..load.conversion import part_shapes
 from ..load.meta_model import empty_model
 from ..load.source import Source, find_source, quantization_of
@@ -179,7 +180,7 @@ def _choose(name: str, own: LittleBitConfig | None, given: LittleBitConfig | Non
 
 def _stored(model: Any) -> Header:
     """The tensors that saving `model` writes: each tied weight once."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = tied_weights(model)
     kinds = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "uint8": "U8", "bool": "BOOL"}
     kinds.update({f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)})
     return {

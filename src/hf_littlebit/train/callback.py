@@ -32,6 +32,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config import LittleBitConfig
 from ..initialize.calibration import calibrate
+from ..internals.transformers import has_adapters
 from ..layers.sign import ALPHA, SIGN_GRADIENTS
 from ..load.convert import (
     balance_scales,
@@ -262,7 +263,7 @@ class LittleBitCallback(TrainerCallback):
             raise ValueError(
                 "use_liger_kernel replaces the model's forward when training starts, and distillation with it; leave it out"
             )
-        if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        if has_adapters(model):
             raise ValueError(
                 "the model has PEFT adapters, which train without LittleBitCallback; the callback trains the bits themselves"
             )

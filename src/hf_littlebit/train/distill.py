@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from ..internals.accelerate import execution_device
 from ..layers.output_head import CHUNK
 from .distributed import is_partitioned, run_partitioned
 from .topk import TopK, TopKTeacher
@@ -303,9 +304,8 @@ def _call(forward: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -
 def _input_device(teacher: Any, default: torch.device) -> torch.device:
     """Where the teacher takes its tokens; an offloaded embedding computes elsewhere than it is kept."""
     embeddings = teacher.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)
-    place = getattr(hook, "execution_device", None)
+    place = execution_device(embeddings)
     if place is not None:
-        return torch.device(place)
+        return place
     weight = next(embeddings.parameters(), None)
     return default if weight is None or weight.is_meta else weight.device

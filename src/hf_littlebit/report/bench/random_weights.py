@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...config import LittleBitConfig
+from ...internals.transformers import tied_weights
 from ...load.conversion import part_shapes
 from ...plan import Plan
 
@@ -40,7 +41,7 @@ def random_state(
                 words = torch.empty(shape, dtype=kind, device=device)
                 state[name] = words.random_(limits.min, limits.max, generator=draw)
     replaced = {weight.name for weight in plan.weights}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_weights(model)
     tile = (0.02 * torch.randn(TILE, generator=draw, device=device)).to(dtype)
     for name, value in model.state_dict().items():
         if name in replaced or name in tied:
