@@ -17,15 +17,15 @@ eagerly: the result is always the one that eager code gives.
 
 Every `generate` makes a new cache. A graph reads and writes fixed addresses, so the tensors of a new cache are copied into
 the graph's own (its `CacheHome`), which the cache then refers to; if the cache that did so before is still alive, it first
-gets a copy of its own. Homes are few (the least recently used one goes) and live and die with the model.
+gets a copy of its own, and if another thread is at work with it, it stays, and the new cache gets another home. Homes are few
+(the least recently used one goes; a step for which all are taken runs eagerly) and live and die with the model.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ __all__ = ["DecodeGraphs", "obstacle", "signature"]
 
 logger = logging.getLogger("hf_littlebit")
 
-HOMES = 4  # sets of cache tensors that are kept for one model: batch sizes, in effect, because lengths only grow
+HOMES = 4  # sets of cache tensors that are kept for one model: batch sizes and threads, in effect, because lengths only grow
 GRAPHS = 4  # recorded steps per home
 INPUTS = ("input_ids", "position_ids", "attention_mask", "cache_position")  # tensors that a step may be given
 
@@ -86,7 +86,7 @@ class DecodeGraphs:
         self.recorder = recorder
         self.broken = False  # whether a step of this model could not be recorded
         self._lock = Lock()
-        self._homes: OrderedDict[Any, CacheHome] = OrderedDict()
+        self._homes: list[CacheHome] = []  # the least recently used one first
         self._signature: Any = None
         self._told: set[str] = set()
 
@@ -180,11 +180,10 @@ class DecodeGraphs:
 
     def _home_of(self, cache: Any, device: torch.device, generation: _Generation) -> CacheHome:
         stream, home = self.recorder.stream(device), generation.home
-        if home is not None and generation.stream == stream and home.holds(cache):
-            # The cache goes on where it was, unless another generation has dropped that home.
-            for other in self._homes.values():
-                if other is home:
-                    return home
+        # The cache goes on where it was, unless another generation has dropped that home.
+        if home in self._homes and generation.stream == stream and home.holds(cache):
+            home.thread = get_ident()
+            return home
         refuse_unknown(cache)
         generation.home, generation.stream = self._home(cache, stream), stream
         return generation.home
@@ -192,15 +191,23 @@ class DecodeGraphs:
     def _home(self, cache: Any, stream: Any) -> CacheHome:
         layers = layer_shapes(cache)
         key = (stream, layers)
-        home = self._homes.pop(key, None)
+        home = next((home for home in self._homes if home.key == key and home.is_free(cache)), None)
         if home is None:
-            home = CacheHome()
+            home = CacheHome(key)
             # `generate` makes no cache shorter than an earlier one, so a shorter one of the same kind has had its day.
-            for other in [other for other in self._homes if other[0] == stream and outgrown(other[1], layers)]:
-                del self._homes[other]
-        self._homes[key] = home
-        while len(self._homes) > HOMES:
-            self._homes.popitem(last=False)
+            self._homes = [
+                other
+                for other in self._homes
+                if other.key[0] != stream or not outgrown(other.key[1], layers) or not other.is_free()
+            ]
+            while len(self._homes) >= HOMES:
+                idle = next((other for other in self._homes if other.is_free()), None)
+                if idle is None:
+                    raise Unfit(f"{HOMES} other threads generate with the model at this moment")
+                self._homes.remove(idle)
+        else:
+            self._homes.remove(home)
+        self._homes.append(home)
         return home
 
     def _graph(self, home: CacheHome, key: Any) -> _Graph:

@@ -11,6 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -40,12 +41,27 @@ def sliding_layers(cache: Any) -> list[Any]:
 
 
 class CacheHome:
-    """The cache tensors that some graphs read and write, and the cache that refers to them now."""
+    """The cache tensors that some graphs read and write, and the cache that refers to them now.
 
-    def __init__(self) -> None:
+    Args:
+        key: what a cache must have in common with this home to be at home here, e.g. its stream and `layer_shapes`.
+    """
+
+    def __init__(self, key: Any = None) -> None:
+        self.key = key
+        self.thread: int | None = None  # that works with the owner
         self.graphs: OrderedDict[Any, Any] = OrderedDict()
         self.tensors: list[dict[str, Tensor]] = []  # of every layer
         self.owner: Callable[[], Any] = lambda: None
+
+    def is_free(self, cache: Any = None) -> bool:
+        """Whether `cache` may take this home over from its owner, if it has one.
+
+        Not while another thread works with the owner: between two steps that thread reads the owner's tensors, e.g. the count
+        of tokens for the next mask, and they must not be given the numbers of another text meanwhile.
+        """
+        owner = self.owner()
+        return owner is None or owner is cache or self.thread == get_ident()
 
     def holds(self, cache: Any) -> bool:
         """Whether every layer of `cache` refers to the tensors here, as after `adopt`."""
@@ -72,7 +88,7 @@ class CacheHome:
                     if value is not tensor:
                         tensor.copy_(value)
                         setattr(layer, name, tensor)
-        self.owner = weakref.ref(cache)
+        self.owner, self.thread = weakref.ref(cache), get_ident()
 
     def _part(self, former: Any) -> None:
         for layer, tensors in zip(former.layers, self.tensors, strict=True):
