@@ -74,12 +74,14 @@ def check_transformers() -> None:
         RuntimeError: if transformers lacks a method that hf-littlebit replaces.
     """
     for owner, names in REPLACED.items():
-        module, _, kind = owner.rpartition(".")
+        module, _, class_name = owner.rpartition(".")
         with explain_missing():
-            found = getattr(import_module(module), kind)
+            found = getattr(import_module(module), class_name)
         for name in names:
             if not hasattr(found, name):
-                raise RuntimeError(f"hf-littlebit replaces {kind}.{name}, which is missing: {_installed_and_tested()}")
+                raise RuntimeError(
+                    f"hf-littlebit replaces {class_name}.{name}, which is missing: {_installed_and_tested()}"
+                )
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) > TESTED[1]:
         logger.warning("Newer than what was tested: %s if anything fails", _installed_and_tested())
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from threading import Lock, get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ from ..internals.torch import has_global_hooks, has_own_call, module_hooks, modu
 from ..internals.transformers import attention_implementation, is_quiet_hook
 from .recorder import Constants, Recorder, Unfit, Watch
 from .static_cache import CacheHome, layer_shapes, outgrown, refuse_unknown, sliding_layers, spies
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["DecodeGraphs", "obstacle", "signature"]
 
@@ -65,8 +68,8 @@ class _Graph:
         for name, value in tensors.items():
             self.static[name].copy_(value)
         self.replay()
-        kind, logits = self.output
-        return kind(**{"logits": logits.clone(), cache_name: cache})
+        output_class, logits = self.output
+        return output_class(**{"logits": logits.clone(), cache_name: cache})
 
 
 class _Generation:
@@ -96,7 +99,7 @@ class DecodeGraphs:
             self._homes.clear()
             self._signature, self.broken = None, False
 
-    def calls(self, model: Any) -> Callable[..., Any]:
+    def calls(self, model: PreTrainedModel) -> Callable[..., Any]:
         """A function to be called in place of `model` for the steps of one generation."""
         generation = _Generation()
 
@@ -111,7 +114,7 @@ class DecodeGraphs:
 
         return call
 
-    def _check(self, model: Any) -> None:
+    def _check(self, model: PreTrainedModel) -> None:
         reason = obstacle(model)
         if reason is not None:
             raise Unfit(reason)
@@ -281,7 +284,7 @@ def _sorted(inputs: dict[str, Any]) -> tuple[str, Any, dict[str, Tensor], Any]:
         elif name in INPUTS and isinstance(value, Tensor):
             tensors[name] = value
         elif name == "attention_mask" and isinstance(value, dict):
-            tensors |= {f"{name}.{kind}": mask for kind, mask in value.items() if mask is not None}
+            tensors |= {f"{name}.{layer_type}": mask for layer_type, mask in value.items() if mask is not None}
         elif isinstance(value, bool | int | float | str):
             others.append((name, value))
         else:
@@ -301,13 +304,14 @@ def _sorted(inputs: dict[str, Any]) -> tuple[str, Any, dict[str, Tensor], Any]:
 
 
 def _with_tensors(inputs: dict[str, Any], static: dict[str, Tensor]) -> dict[str, Any]:
+    """The inputs of a step with the static tensors in place of its own, masks in a dictionary too."""
     fixed = {name: static.get(name, value) for name, value in inputs.items()}
     if isinstance(masks := inputs.get("attention_mask"), dict):
-        fixed["attention_mask"] = {kind: static.get(f"attention_mask.{kind}") for kind in masks}
+        fixed["attention_mask"] = {layer_type: static.get(f"attention_mask.{layer_type}") for layer_type in masks}
     return fixed
 
 
-def obstacle(model: Any) -> str | None:
+def obstacle(model: PreTrainedModel) -> str | None:
     """Why a step of `model` cannot be replayed, whatever its inputs; None if it can.
 
     A replay runs no Python, so hooks, wrappers and adapters that could be switched off would be frozen as they were.
@@ -327,18 +331,18 @@ def obstacle(model: Any) -> str | None:
             return f"{name} is an adapter"
     parameters = list(model.parameters())
     if any(type(value) is not nn.Parameter for value in parameters):
-        return "the model's parameters are of a kind of their own"
+        return "the model's parameters are of a class of their own"
     if len({value.device for value in parameters}) != 1:
         return "the model is on several devices"
     return None
 
 
-def signature(model: Any) -> Any:
-    """What a recorded step takes as fixed: the kinds of modules, where their tensors are, which are computed together."""
-    kinds: list[Any] = [attention_implementation(model.config)]
+def signature(model: PreTrainedModel) -> Any:
+    """What a recorded step takes as fixed: the classes of modules, where their tensors are, which are computed together."""
+    facts: list[Any] = [attention_implementation(model.config)]
     for module in model.modules():
-        kinds += type(module), id(vars(module).get("group"))  # of shared_input.py
+        facts += type(module), id(vars(module).get("group"))  # of shared_input.py
         for value in module_state(module):
             if isinstance(value, Tensor):
-                kinds.append((value.data_ptr(), value.dtype, value.shape))
-    return kinds
+                facts.append((value.data_ptr(), value.dtype, value.shape))
+    return facts

@@ -32,7 +32,7 @@ def refuse_unknown(cache: Any) -> None:
         raise Unfit(f"the cache is no StaticCache on the GPU, but {type(cache).__name__}")
     for layer in cache.layers:
         if has_unknown_state(layer):
-            raise Unfit(f"the cache has a {type(layer).__name__} of an unknown kind")
+            raise Unfit(f"the cache has a {type(layer).__name__} with a state that is not known")
 
 
 def sliding_layers(cache: Any) -> list[Any]:

@@ -146,8 +146,8 @@ def _body(
     base, name = _base_model(config), repo_id or "PATH_OR_REPOSITORY"
     of = f"of [{base}](https://huggingface.co/{base}) " if base else ""
     title = repo_id.rpartition("/")[2] if repo_id else f"{report.architecture}, {report.bpw:.2g} bits per weight"
-    kind = report.architecture
-    kind = "AutoModelForCausalLM" if kind.endswith("ForCausalLM") else kind
+    model_class = report.architecture
+    model_class = "AutoModelForCausalLM" if model_class.endswith("ForCausalLM") else model_class
     sections = [
         f"# {title}",
         f"A version {of}whose linear layers are products of binary matrices and 16-bit scales, at {report.bpw:.3g} bits "
@@ -163,7 +163,7 @@ def _body(
         "## Size",
         tabulate(_size_rows(report), ["", "this model"], "github", disable_numparse=True),
         "## Use",
-        _usage(kind, name, variant),
+        _usage(model_class, name, variant),
         "Without the plugin, transformers refuses this checkpoint with an error about tensor shapes.",
     ]
     if evaluation:
@@ -197,7 +197,7 @@ def _size_rows(report: SizeReport) -> list[tuple[str, str]]:
     ]
 
 
-def _usage(kind: str, name: str, variant: str | None) -> str:
+def _usage(model_class: str, name: str, variant: str | None) -> str:
     which = f', variant="{variant}"' if variant else ""
     lines = [
         "```bash",
@@ -206,9 +206,9 @@ def _usage(kind: str, name: str, variant: str | None) -> str:
         "",
         "```python",
         "import hf_littlebit  # registers the method with transformers",
-        f"from transformers import AutoTokenizer, {kind}",
+        f"from transformers import AutoTokenizer, {model_class}",
         "",
-        f'model = {kind}.from_pretrained("{name}"{which})',
+        f'model = {model_class}.from_pretrained("{name}"{which})',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "```",
     ]

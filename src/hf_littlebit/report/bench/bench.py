@@ -72,7 +72,7 @@ class Speed:
 
 @dataclass
 class Bench:
-    """See `bench`."""
+    """What `bench` measured: a model, how it was asked to generate, and the figures of each of its forms."""
 
     model: str
     bpw: float  # real, over the replaced layers
@@ -215,9 +215,9 @@ def load_models(
         )
     kept = dtype or compat.resolve_dtype(source.config.dtype or torch.bfloat16)
     contenders = {}
-    for kind in ("packed",) if packed_only else ("dense", "packed"):
-        method = None if kind == "dense" else used
-        contenders[kind] = Contender(source, plan, method, kept, torch.device(device))
+    for form in ("packed",) if packed_only else ("dense", "packed"):
+        method = None if form == "dense" else used
+        contenders[form] = Contender(source, plan, method, kept, torch.device(device))
     if share_inputs:
         contenders["shared"] = contenders["packed"].sharing()
     return Models(os.path.basename(name.rstrip("/")), plan.bpw, torch.device(device), contenders)

@@ -96,7 +96,7 @@ class Contender:
         self.shared_groups: list[Any] = []  # of every packed layer, once it shared inputs
 
     def sharing(self) -> Contender:
-        """The same model, weights at the same places in memory, with layers of one input in one call; this one is without."""
+        """A second contender with this one's model and weights, whose layers of one input run in one call; this one's do not."""
         other = copy.copy(self)
         self.shared, other.shared = False, True
         return other

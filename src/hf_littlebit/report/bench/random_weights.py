@@ -32,13 +32,13 @@ def random_state(
         # Scales that keep the variance: activations that overflow or vanish would be slow for reasons of their own.
         sizes = {"scale_out": 1, "scale_rank": sum(weight.ranks), "scale_in": weight.in_features}
         assert config is not None
-        for name, (shape, kind) in part_shapes(weight, config).items():
-            if kind.is_floating_point:
+        for name, (shape, dtype_of_part) in part_shapes(weight, config).items():
+            if dtype_of_part.is_floating_point:
                 size = next(size for part, size in sizes.items() if name.endswith(part))
-                state[name] = torch.full(shape, size**-0.5, dtype=kind, device=device)
+                state[name] = torch.full(shape, size**-0.5, dtype=dtype_of_part, device=device)
             else:
-                limits = torch.iinfo(kind)
-                words = torch.empty(shape, dtype=kind, device=device)
+                limits = torch.iinfo(dtype_of_part)
+                words = torch.empty(shape, dtype=dtype_of_part, device=device)
                 state[name] = words.random_(limits.min, limits.max, generator=draw)
     replaced = {weight.name for weight in plan.weights}
     tied = tied_weights(model)
