@@ -117,7 +117,7 @@ def main():
         say(
             f"{name}: recorded / why not",
             [
-                sum(g.replay is not None for h in graphs._homes.values() for g in h.graphs.values()),
+                sum(g.replay is not None for h in graphs._homes for g in h.graphs.values()),
                 sorted(graphs._told),
             ],
         )

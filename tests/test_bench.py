@@ -207,8 +207,8 @@ def test_memory_that_work_takes_is_seen():
     """In a process of its own: after other tests, freed memory that is still resident serves again without growth."""
     code = (
         "import torch; from hf_littlebit.report.bench import machine\n"
-        "with machine.growth(torch.device('cpu')) as grown: torch.ones(1 << 24)\n"
-        "print(grown[0])"
+        "with machine.PeakMemory(torch.device('cpu')) as memory: torch.ones(1 << 24)\n"
+        "print(memory.growth)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     grown = done.stdout.split()[-1]

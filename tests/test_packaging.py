@@ -92,19 +92,19 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys
     for arguments, words in (
         ([], "no module to run"),
         ([""], "no module to run"),
-        (["json"], "'json' is a package that cannot be run"),
-        (["transformers"], "'transformers' is a package that cannot be run"),
+        (["json"], "'json' is a package and cannot be directly executed"),
+        (["transformers"], "'transformers' is a package and cannot be directly executed"),
         (["empty"], "'empty' is a package"),
-        (["sys"], "'sys' is built in"),
-        (["no_such"], "no module named 'no_such'"),
-        (["no_such.part"], "no module named 'no_such.part'"),
-        (["json.no_such"], "no module named 'json.no_such'"),
-        (["program.part"], "no module named 'program.part'"),
-        (["program.py"], "'program.py' is no module's name"),
-        (["./program"], "is no module's name"),
-        ([".program"], "is no module's name"),
-        (["__main__"], "is no module's name"),
-        (["-c"], "is no module's name"),
+        (["sys"], "No code object available for sys"),
+        (["no_such"], "No module named no_such"),
+        (["no_such.part"], "No module named 'no_such'"),
+        (["json.no_such"], "No module named json.no_such"),
+        (["program.part"], "'program.part'"),
+        (["program.py"], "Try using 'program' instead of 'program.py' as the module name"),
+        (["./program"], "Relative module names not supported"),
+        ([".program"], "Relative module names not supported"),
+        (["__main__"], "__main__"),
+        (["-c"], "No module named -c"),
     ):
         monkeypatch.setattr(sys, "argv", ["hf_littlebit", *arguments])
         with pytest.raises(SystemExit) as exit:
@@ -112,8 +112,9 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys
         out, err = capsys.readouterr()
         assert exit.value.code == 2 and out == "", arguments
         assert err.startswith("hf_littlebit: error: ") and words in err and err.count("\n") == 1, arguments
+        assert "such as lm_eval" in err or "as in: python -m hf_littlebit" in err, arguments
     done = run(sys.executable, "-m", "hf_littlebit", "json", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a package that cannot" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a package and cannot" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ side compile the kernels. Prints a table, then one line of JSON with the machine
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -314,9 +313,7 @@ def main() -> int:
                 )
         for place in found[first:]:
             show(record, record.attempt(str(place), lambda: measure(place, kinds, options.rounds, record)), least)  # noqa: B023
-    record.save()
-    print(json.dumps(record.document))
-    return 1 if record.failures else 0
+    return record.finish()
 
 
 def show(record: Record, rows: Optional[List[dict]], least: float) -> None:

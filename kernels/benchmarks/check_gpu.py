@@ -52,6 +52,9 @@ CASES = (  # those that there are
     "kernels/tests/triton_cases.py",
     "kernels/tests/triton_cases_groups.py",
     "tests/test_decode_graph.py",
+    "tests/test_decode_lifetime.py",
+    "tests/test_decode_refusals.py",
+    "tests/test_decode_threads.py",
 )
 QUERY = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit", "temperature.gpu", "memory.total")
 TRAINING = ("--hidden", "4096", "--layers", "2", "--tokens", "2048", "--bf16", "--bpw", "0.3", "0.55")

@@ -14,7 +14,6 @@ Prints a table in microseconds, then one line of JSON.
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -145,8 +144,7 @@ def main() -> int:
     for name in dict.fromkeys(row["call"] for row in record.rows):
         cells = {(row["guard"], row["tokens"]): row["us"] for row in record.rows if row["call"] == name}
         print(f"{name:32}" + "".join(f"{cells[place]:20.1f}" if place in cells else f"{'-':>20}" for place in places))
-    print(json.dumps(record.document))
-    return 1 if record.failures else 0
+    return record.finish()
 
 
 if __name__ == "__main__":

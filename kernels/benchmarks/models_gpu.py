@@ -6,7 +6,6 @@ ready and comes last. `--warm` only compiles, so that the caches on the disk ser
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -79,8 +78,7 @@ def main() -> int:
             row.pop(known)
         record.add({**row, "seconds": round(time.monotonic() - start, 1)})
         print(f"{found.table()}\n", flush=True)
-    print(json.dumps(record.document))
-    return 1 if record.failures else 0
+    return record.finish()
 
 
 if __name__ == "__main__":

@@ -49,6 +49,12 @@ class Record:
             self.save()
             return None
 
+    def finish(self) -> int:
+        """Save and print the document, in one line; the exit code: 1 where something failed."""
+        self.save()
+        print(json.dumps(self.document))
+        return 1 if self.failures else 0
+
     def save(self) -> None:
         self.document["seconds"] = round(time.monotonic() - self.start, 1)
         if self.path is None:

@@ -17,6 +17,7 @@ from . import compat
 with compat.explain_missing():
     from .config import LittleBitConfig
     from .generate.generation import fast_generate, plain_generate, release_graphs
+    from .internals.transformers import register
     from .layers.linear import LatentLittleBitLinear, LittleBitLinear
     from .layers.shared_input import share_inputs, unshare_inputs
     from .load.quantizer import LittleBitHfQuantizer
@@ -25,7 +26,7 @@ with compat.explain_missing():
     from .report.size import size_report
 
     LittleBitHfQuantizer.upload_files = staticmethod(upload_with_card)
-    compat.register("littlebit", LittleBitConfig, LittleBitHfQuantizer)
+    register("littlebit", LittleBitConfig, LittleBitHfQuantizer)
 
 if TYPE_CHECKING:
     from .initialize.calibration import calibrate

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-__all__ = ["CACHE_NAMES", "check_transformers", "explain_missing", "next_logits", "register", "resolve_dtype"]
+__all__ = ["CACHE_NAMES", "check_transformers", "explain_missing", "next_logits", "resolve_dtype"]
 
 logger = logging.getLogger("hf_littlebit")
 
@@ -74,28 +74,16 @@ def check_transformers() -> None:
         RuntimeError: if transformers lacks a method that hf-littlebit replaces.
     """
     for owner, names in REPLACED.items():
-        module, _, kind = owner.rpartition(".")
+        module, _, class_name = owner.rpartition(".")
         with explain_missing():
-            found = getattr(import_module(module), kind)
+            found = getattr(import_module(module), class_name)
         for name in names:
             if not hasattr(found, name):
-                raise RuntimeError(f"hf-littlebit replaces {kind}.{name}, which is missing: {_installed_and_tested()}")
+                raise RuntimeError(
+                    f"hf-littlebit replaces {class_name}.{name}, which is missing: {_installed_and_tested()}"
+                )
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) > TESTED[1]:
         logger.warning("Newer than what was tested: %s if anything fails", _installed_and_tested())
-
-
-def register(name: str, config_class: type, quantizer_class: type) -> None:
-    """Make `name` a quantization method of transformers; a second call changes nothing."""
-    from transformers.quantizers import auto
-
-    if name not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        auto.register_quantization_config(name)(config_class)
-    if name not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantizer(name)(quantizer_class)
-    # Only the config classes of this tuple may override loading options (dequantize, share_inputs, ...) of a saved model.
-    types = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
-    if config_class not in types:
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, config_class)  # type: ignore[assignment]
 
 
 def next_logits(model: Any, tokens: Tensor, past: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -14,9 +14,7 @@ import reprlib
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from torch import nn
-
-__all__ = ["aliases", "check_pattern", "fp32_modules", "is_named", "matches", "needs_fp32"]
+__all__ = ["aliases", "check_pattern", "is_named", "matches", "needs_fp32"]
 
 
 def aliases(name: str, prefix: str) -> tuple[str, ...]:
@@ -65,16 +63,8 @@ def check_pattern(option: str, name: Any) -> None:
         ) from None
 
 
-def fp32_modules(model: nn.Module) -> set[str]:
-    """Names of modules, or parts of them, that a model's class keeps in fp32."""
-    names: set[str] = set()
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        names.update(getattr(model, attribute, None) or ())
-    return names
-
-
 def needs_fp32(name: str, wanted: Collection[str]) -> bool:
-    """True for a module or parameter that the model's own code wants in fp32; `wanted` is `fp32_modules` of the model.
+    """True for a module or parameter that the model's own code wants in fp32; `wanted` is what internals/transformers.py finds.
 
     A dotted part of `name` may stand in `wanted`, or a run of parts: "wo", or "wo.weight".
     """

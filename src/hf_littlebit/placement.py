@@ -1,7 +1,7 @@
 """Where a model computes and where its weights are, which accelerate keeps apart for models larger than the memory.
 
 A model with `device_map={"model.layers.1": "disk"}`, or from `accelerate.cpu_offload`, holds empty tensors on the meta device.
-A hook on each module (`module._hf_hook`) puts the weights there right before the module's forward and takes them away after
+A hook on each module puts the weights there right before the module's forward and takes them away after
 it. So `parameter.device` does not say where the input belongs, and the values cannot be read off the parameters:
 
     input_device(model)         where to put input_ids: the device that the embeddings compute on
@@ -17,6 +17,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from .internals.accelerate import execution_device
+from .internals.transformers import tied_weights
+
 __all__ = ["input_device", "stored_parameters"]
 
 
@@ -28,9 +31,9 @@ def input_device(model: Any, default: torch.device | str = "cpu") -> torch.devic
         default: for embeddings that have no parameters, or empty ones without a hook that says where they compute.
     """
     embeddings = model.get_input_embeddings()
-    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    device = execution_device(embeddings)
     if device is not None:
-        return torch.device(device)
+        return device
     weight = next(embeddings.parameters(), None)
     return torch.device(default) if weight is None or weight.is_meta else weight.device
 
@@ -41,7 +44,7 @@ def stored_parameters(model: nn.Module) -> Iterator[Tensor]:
     Tied parameters come once, as they do there, although offloading makes two empty tensors of them. An offloaded module is
     read whole and freed before the next one, so no more than one is held in addition.
     """
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_weights(model)
     seen: set[str] = set()
     for name in [name for name, _ in model.named_parameters()]:
         source = tied.get(name, name)

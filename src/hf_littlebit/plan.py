@@ -15,9 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of
+from .internals.torch import is_convolution
+from .internals.transformers import fp32_modules, tied_weights
 from .layers.experts import LittleBitExperts, expert_sizes, is_stack
 from .layers.linear import FactorModule, part_name
-from .module_names import aliases, fp32_modules, is_named, matches, needs_fp32
+from .module_names import aliases, is_named, matches, needs_fp32
 
 __all__ = ["Plan", "WeightPlan", "plan_model"]
 
@@ -279,7 +281,7 @@ class _Walk:
 
         Embeddings and convolutions are known to be something else, and so is a saved model's every dense module.
         """
-        if self.stored is not None or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+        if self.stored is not None or isinstance(module, nn.Embedding) or is_convolution(module):
             return
         matrices = [v for v in module.parameters(recurse=False) if v.ndim > 1 and min(v.shape[-2:]) >= SMALLEST_COUNTED]
         if not matrices:
@@ -313,7 +315,7 @@ class _Walk:
 
 def _kept_modules(model: nn.Module) -> set[str]:
     """Names of the modules that stay dense in any model: the output head, tied weights, and the last module (a task's head)."""
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_weights(model)
     parameters = {*tied, *tied.values(), list(model.named_parameters())[-1][0]}
     modules = {name.rpartition(".")[0] for name in parameters}
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None

@@ -4,30 +4,24 @@ The public functions take and return tensors and know nothing of transformers. `
 `reference` the product in plain torch, `cpu` the compiled one, `gpu` the Triton kernels; the functions here choose at each
 call, from x's device. Every other device computes in plain torch, after one warning.
 
-The environment variable LITTLEBIT_BACKEND names the implementation. It is read once per kind of device, at its first product
-in the process, because from then on the dispatcher calls the compiled operators without asking Python:
-
-    reference   plain torch everywhere, and the compiled library is not even loaded
-    cpu         CPU tensors: an error where there is no library       triton   GPUs: an error where there is no triton;
-                (GPUs: as if unset)                                            CPU tensors: TRITON_INTERPRET=1 or an error
-    unset       the library, or triton, if it loads; else plain torch, and one warning, because that unpacks at every call
-
-It also chooses for the passes over latents in training (`compiled`), for which there is nothing to warn of.
+The environment variable LITTLEBIT_BACKEND names the implementation (backend.py). It is read once per kind of device, at its
+first product in the process, because from then on the dispatcher calls the compiled operators without asking Python. It
+also chooses for the passes over latents in training (`compiled`), for which there is nothing to warn of.
 """
 
 import functools
-import os
-import warnings
 from typing import Any, List, Sequence
 
 import torch
 
-from . import cpu, gpu, packing, reference
+from . import backend, cpu, gpu, packing, reference
+from .backend import BACKENDS
 from .packing import FORMAT_VERSION, factor_shape, factor_shapes, pack_signs, stored_bits, unpack_signs
 
 __all__ = [
     "BACKENDS",
     "FORMAT_VERSION",
+    "backend",
     "compiled",
     "cpu",
     "factor_shape",
@@ -42,8 +36,6 @@ __all__ = [
     "stored_bits",
     "unpack_signs",
 ]
-
-BACKENDS = ("reference", "cpu", "triton")
 
 
 def littlebit_linear(x: torch.Tensor, *parts: Any, **named: Any) -> torch.Tensor:
@@ -74,22 +66,15 @@ def compiled() -> bool:
 
 @functools.lru_cache(maxsize=None)
 def _compiled() -> bool:
-    name = _asked()
+    name = backend.asked()
     if name == "cpu" and not cpu.load():
-        raise RuntimeError(f"LITTLEBIT_BACKEND=cpu, but {cpu.missing()}; or unset the variable")
+        raise backend.refusal(cpu.missing())
     return name in ("", "cpu") and cpu.load()
 
 
 def _backend(x: torch.Tensor) -> Any:
     """The module that computes for x."""
     return _choice() if x.device.type == "cpu" else _accelerated(x.device.type)
-
-
-def _asked() -> str:
-    name = os.environ.get("LITTLEBIT_BACKEND", "")
-    if name not in ("", *BACKENDS):
-        raise ValueError(f"LITTLEBIT_BACKEND={name!r} is unknown; set it to one of {', '.join(BACKENDS)}, or unset it")
-    return name
 
 
 @functools.lru_cache(maxsize=None)
@@ -101,22 +86,21 @@ def _choice() -> Any:
         RuntimeError: LITTLEBIT_BACKEND=cpu, and the library is missing or does not load; or LITTLEBIT_BACKEND=triton, and
             triton is missing or compiles.
     """
-    name = _asked()
+    name = backend.asked()
     if name == "reference":
         return reference
     if name == "triton":
         if gpu.interpreted():
             return gpu
         why = "triton compiles for GPUs only, and x is on the CPU: move the model" if gpu.load() else gpu.missing()
-        raise RuntimeError(f"LITTLEBIT_BACKEND=triton, but {why}; or unset the variable")
+        raise backend.refusal(why)
     if cpu.load():
         return cpu
     if name == "cpu":
-        raise RuntimeError(f"LITTLEBIT_BACKEND=cpu, but {cpu.missing()}; or unset the variable")
-    warnings.warn(
-        f"littlebit: {cpu.missing()}. Until then packed layers run in plain torch on the CPU, which unpacks them at every "
-        "call and is 10 to 100 times slower; to silence this, set LITTLEBIT_BACKEND=reference.",
-        stacklevel=4,
+        raise backend.refusal(cpu.missing())
+    backend.warn(
+        cpu.missing(),
+        "Until then packed layers run in plain torch on the CPU, which unpacks them at every call and is 10 to 100 times slower",
     )
     return reference
 
@@ -124,7 +108,7 @@ def _choice() -> Any:
 @functools.lru_cache(maxsize=None)
 def _accelerated(kind: str) -> Any:
     """The module for tensors on devices of this type; errors as `_choice`."""
-    name = _asked()
+    name = backend.asked()
     known = kind in gpu.DEVICES
     if name == "reference" or kind == "meta":
         return reference
@@ -136,10 +120,9 @@ def _accelerated(kind: str) -> Any:
         else f"there are no kernels for {kind} devices, only for {', '.join(gpu.DEVICES)} and cpu"
     )
     if name == "triton":
-        raise RuntimeError(f"LITTLEBIT_BACKEND=triton, but {why}; or unset the variable")
-    warnings.warn(
-        f"littlebit: {why}. Packed layers run in plain torch on {kind}, which unpacks them at every call and is slower than "
-        "the dense layer; to silence this, set LITTLEBIT_BACKEND=reference.",
-        stacklevel=4,
+        raise backend.refusal(why)
+    backend.warn(
+        why,
+        f"Packed layers run in plain torch on {kind}, which unpacks them at every call and is slower than the dense layer",
     )
     return reference

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .arguments import build_parser, quantization_config
+from .out_folder import check_empty
 from .train_command import run_train
 
 __all__ = ["build_parser", "main"]
@@ -70,7 +71,8 @@ def run_quantize(args: argparse.Namespace) -> int:
     from ..report.size import size_report
 
     config = quantization_config(args)
-    out = _out(args, args.model, "dense model")
+    out = args.out
+    check_empty(out, args.overwrite, args.model, "dense model")
     source = find_source(args.model)
     if source.quantization is not None:
         raise ValueError(
@@ -78,9 +80,9 @@ def run_quantize(args: argparse.Namespace) -> int:
         )
     # Both before the long work, so that neither fails after it.
     tokenizer = _tokenizer(args.model, required=False)
-    kind = model_class(source.config)
+    source_class = model_class(source.config)
     with _folder(out):
-        model = kind.from_pretrained(args.model, quantization_config=config, dtype=args.dtype)
+        model = source_class.from_pretrained(args.model, quantization_config=config, dtype=args.dtype)
         model.save_pretrained(out)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
@@ -95,7 +97,8 @@ def run_pack(args: argparse.Namespace) -> int:
     from ..report.size import size_report
     from ..train.export import latent_checkpoint
 
-    out = _out(args, args.checkpoint, "checkpoint")
+    out = args.out
+    check_empty(out, args.overwrite, args.checkpoint, "checkpoint")
     tokenizer = _tokenizer(args.tokenizer, required=True) if args.tokenizer else None
     model = latent_checkpoint(args.checkpoint, args.dtype)
     if not args.tokenizer:
@@ -107,18 +110,6 @@ def run_pack(args: argparse.Namespace) -> int:
     print(size_report(out).table())
     print(f"\nsaved to {out}")
     return 0
-
-
-def _out(args: argparse.Namespace, source: str, what: str) -> str:
-    """--out, checked: it may be made, or saved into, and is not the `source`."""
-    out = args.out
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise ValueError(f"--out {out} is a file; give a folder")
-    if os.path.isdir(out) and os.listdir(out) and not args.overwrite:
-        raise ValueError(f"--out {out} is not empty; give another folder, or --overwrite to save into it")
-    if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
-        raise ValueError(f"--out {out} is the {what} itself; give another folder")
-    return out
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import math
 import os
 from typing import Any
 
+from .out_folder import check_folder
+
 __all__ = ["add_options", "run_train"]
 
 HELD_OUT = 64  # blocks for evaluation where no --eval is given, but at most a tenth of the data
@@ -183,8 +185,7 @@ def _check(args: argparse.Namespace) -> str | None:
     from ..train.resume import last_checkpoint
 
     out = args.out
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise ValueError(f"--out {out} is a file; give a folder")
+    check_folder(out)
     kept = os.path.join(out, CHECKPOINTS)
     found = last_checkpoint(kept)
     # What is written last tells a finished training from one that was interrupted while its model was saved.

@@ -21,6 +21,8 @@ from .train_command import DTYPES
 if TYPE_CHECKING:
     from ..report.size import LayerSize
 
+from .out_folder import check_folder
+
 __all__ = ["add_options", "layers_and_groups", "run_tune"]
 
 TOKENS = (1, 16, 64, 512)
@@ -108,8 +110,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--tokens is {min(args.tokens)}; it must be at least 1")
     if not args.seconds > 0:
         raise ValueError(f"--seconds is {args.seconds:g}; it must be above 0")
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file; give a folder")
+    if args.out is not None:
+        check_folder(args.out)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: the kernels are interpreted, not compiled; unset it to measure them")
     if not torch.cuda.is_available():

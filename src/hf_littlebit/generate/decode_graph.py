@@ -17,35 +17,38 @@ eagerly: the result is always the one that eager code gives.
 
 Every `generate` makes a new cache. A graph reads and writes fixed addresses, so the tensors of a new cache are copied into
 the graph's own (its `CacheHome`), which the cache then refers to; if the cache that did so before is still alive, it first
-gets a copy of its own. Homes are few (the least recently used one goes) and live and die with the model.
+gets a copy of its own, and if another thread is at work with it, it stays, and the new cache gets another home. Homes are few
+(the least recently used one goes; a step for which all are taken runs eagerly) and live and die with the model.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
-from threading import Lock
-from typing import Any
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAMES
+from ..internals.accelerate import has_placement
+from ..internals.torch import has_global_hooks, has_own_call, module_hooks, module_state, operators_are_watched
+from ..internals.transformers import attention_implementation, is_quiet_hook
 from .recorder import Constants, Recorder, Unfit, Watch
 from .static_cache import CacheHome, layer_shapes, outgrown, refuse_unknown, sliding_layers, spies
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["DecodeGraphs", "obstacle", "signature"]
 
 logger = logging.getLogger("hf_littlebit")
 
-HOMES = 4  # sets of cache tensors that are kept for one model: batch sizes, in effect, because lengths only grow
+HOMES = 4  # sets of cache tensors that are kept for one model: batch sizes and threads, in effect, because lengths only grow
 GRAPHS = 4  # recorded steps per home
 INPUTS = ("input_ids", "position_ids", "attention_mask", "cache_position")  # tensors that a step may be given
-# Private door of transformers 5.17 to 5.24: its hooks for output_hidden_states stay on a model once they were used, and do
-# nothing in a step that does not ask for them.
-QUIET_HOOKS = "transformers.utils.output_capturing"
 
 
 class _Graph:
@@ -65,8 +68,8 @@ class _Graph:
         for name, value in tensors.items():
             self.static[name].copy_(value)
         self.replay()
-        kind, logits = self.output
-        return kind(**{"logits": logits.clone(), cache_name: cache})
+        output_class, logits = self.output
+        return output_class(**{"logits": logits.clone(), cache_name: cache})
 
 
 class _Generation:
@@ -86,7 +89,7 @@ class DecodeGraphs:
         self.recorder = recorder
         self.broken = False  # whether a step of this model could not be recorded
         self._lock = Lock()
-        self._homes: OrderedDict[Any, CacheHome] = OrderedDict()
+        self._homes: list[CacheHome] = []  # the least recently used one first
         self._signature: Any = None
         self._told: set[str] = set()
 
@@ -96,7 +99,7 @@ class DecodeGraphs:
             self._homes.clear()
             self._signature, self.broken = None, False
 
-    def calls(self, model: Any) -> Callable[..., Any]:
+    def calls(self, model: PreTrainedModel) -> Callable[..., Any]:
         """A function to be called in place of `model` for the steps of one generation."""
         generation = _Generation()
 
@@ -111,7 +114,7 @@ class DecodeGraphs:
 
         return call
 
-    def _check(self, model: Any) -> None:
+    def _check(self, model: PreTrainedModel) -> None:
         reason = obstacle(model)
         if reason is not None:
             raise Unfit(reason)
@@ -137,8 +140,7 @@ class DecodeGraphs:
         device = tensors["input_ids"].device
         if device.type not in self.recorder.device_types:
             raise Unfit(f"the tokens are on {device}")
-        # Private door of torch: no public function says whether a mode (a profiler, a tracer) looks at every operator.
-        if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling() or self.recorder.busy():
+        if operators_are_watched() or torch.compiler.is_compiling() or self.recorder.busy():
             raise Unfit("something else is tracing or recording the model")
         if torch.is_autocast_enabled(device.type):
             raise Unfit("autocast is on")
@@ -181,11 +183,10 @@ class DecodeGraphs:
 
     def _home_of(self, cache: Any, device: torch.device, generation: _Generation) -> CacheHome:
         stream, home = self.recorder.stream(device), generation.home
-        if home is not None and generation.stream == stream and home.holds(cache):
-            # The cache goes on where it was, unless another generation has dropped that home.
-            for other in self._homes.values():
-                if other is home:
-                    return home
+        # The cache goes on where it was, unless another generation has dropped that home.
+        if home in self._homes and generation.stream == stream and home.holds(cache):
+            home.thread = get_ident()
+            return home
         refuse_unknown(cache)
         generation.home, generation.stream = self._home(cache, stream), stream
         return generation.home
@@ -193,15 +194,23 @@ class DecodeGraphs:
     def _home(self, cache: Any, stream: Any) -> CacheHome:
         layers = layer_shapes(cache)
         key = (stream, layers)
-        home = self._homes.pop(key, None)
+        home = next((home for home in self._homes if home.key == key and home.is_free(cache)), None)
         if home is None:
-            home = CacheHome()
+            home = CacheHome(key)
             # `generate` makes no cache shorter than an earlier one, so a shorter one of the same kind has had its day.
-            for other in [other for other in self._homes if other[0] == stream and outgrown(other[1], layers)]:
-                del self._homes[other]
-        self._homes[key] = home
-        while len(self._homes) > HOMES:
-            self._homes.popitem(last=False)
+            self._homes = [
+                other
+                for other in self._homes
+                if other.key[0] != stream or not outgrown(other.key[1], layers) or not other.is_free()
+            ]
+            while len(self._homes) >= HOMES:
+                idle = next((other for other in self._homes if other.is_free()), None)
+                if idle is None:
+                    raise Unfit(f"{HOMES} other threads generate with the model at this moment")
+                self._homes.remove(idle)
+        else:
+            self._homes.remove(home)
+        self._homes.append(home)
         return home
 
     def _graph(self, home: CacheHome, key: Any) -> _Graph:
@@ -275,7 +284,7 @@ def _sorted(inputs: dict[str, Any]) -> tuple[str, Any, dict[str, Tensor], Any]:
         elif name in INPUTS and isinstance(value, Tensor):
             tensors[name] = value
         elif name == "attention_mask" and isinstance(value, dict):
-            tensors |= {f"{name}.{kind}": mask for kind, mask in value.items() if mask is not None}
+            tensors |= {f"{name}.{layer_type}": mask for layer_type, mask in value.items() if mask is not None}
         elif isinstance(value, bool | int | float | str):
             others.append((name, value))
         else:
@@ -295,48 +304,45 @@ def _sorted(inputs: dict[str, Any]) -> tuple[str, Any, dict[str, Tensor], Any]:
 
 
 def _with_tensors(inputs: dict[str, Any], static: dict[str, Tensor]) -> dict[str, Any]:
+    """The inputs of a step with the static tensors in place of its own, masks in a dictionary too."""
     fixed = {name: static.get(name, value) for name, value in inputs.items()}
     if isinstance(masks := inputs.get("attention_mask"), dict):
-        fixed["attention_mask"] = {kind: static.get(f"attention_mask.{kind}") for kind in masks}
+        fixed["attention_mask"] = {layer_type: static.get(f"attention_mask.{layer_type}") for layer_type in masks}
     return fixed
 
 
-def obstacle(model: Any) -> str | None:
+def obstacle(model: PreTrainedModel) -> str | None:
     """Why a step of `model` cannot be replayed, whatever its inputs; None if it can.
 
     A replay runs no Python, so hooks, wrappers and adapters that could be switched off would be frozen as they were.
     """
-    # Private doors of torch: the compiled call of `model.compile()`, global hooks, and the hooks of a module.
-    if getattr(model, "_compiled_call_impl", None) is not None:
+    if has_own_call(model):
         return "the model is compiled"
-    if torch.nn.modules.module._has_any_global_hook():
+    if has_global_hooks():
         return "there are hooks on all modules"
     if model.config.is_encoder_decoder:
         return "the model has an encoder and a decoder"
     for name, module in model.named_modules():
-        state = vars(module)
-        if "forward" in state or "_hf_hook" in state:
+        if "forward" in vars(module) or has_placement(module):
             return f"{name or 'the model'} has a forward of its own, as of a model on several devices"
-        hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
-        if any(getattr(hook, "__module__", None) != QUIET_HOOKS for hook in hooks):
+        if not all(is_quiet_hook(hook) for hook in module_hooks(module)):
             return f"{name or 'the model'} has hooks"
         if type(module).__module__.partition(".")[0] == "peft":
             return f"{name} is an adapter"
     parameters = list(model.parameters())
     if any(type(value) is not nn.Parameter for value in parameters):
-        return "the model's parameters are of a kind of their own"
+        return "the model's parameters are of a class of their own"
     if len({value.device for value in parameters}) != 1:
         return "the model is on several devices"
     return None
 
 
-def signature(model: Any) -> Any:
-    """What a recorded step takes as fixed: the kinds of modules, where their tensors are, which are computed together."""
-    kinds: list[Any] = [getattr(model.config, "_attn_implementation", None)]
+def signature(model: PreTrainedModel) -> Any:
+    """What a recorded step takes as fixed: the classes of modules, where their tensors are, which are computed together."""
+    facts: list[Any] = [attention_implementation(model.config)]
     for module in model.modules():
-        state = vars(module)
-        kinds += type(module), id(state.get("group"))  # of shared_input.py
-        for value in (*state["_parameters"].values(), *state["_buffers"].values(), *state.values()):
+        facts += type(module), id(vars(module).get("group"))  # of shared_input.py
+        for value in module_state(module):
             if isinstance(value, Tensor):
-                kinds.append((value.data_ptr(), value.dtype, value.shape))
-    return kinds
+                facts.append((value.data_ptr(), value.dtype, value.shape))
+    return facts

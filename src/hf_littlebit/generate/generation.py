@@ -22,16 +22,25 @@ deleted model is freed at once. A copied, pickled or moved model has its own.
 from __future__ import annotations
 
 import copyreg
-import inspect
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..compat import CACHE_NAMES
+from ..internals.transformers import (
+    PREPARE_CACHE,
+    attention_implementation,
+    cache_request,
+    compiles_whole,
+    longest_cache,
+)
 from .decode_graph import DecodeGraphs, obstacle
 from .recorder import CudaRecorder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["fast_generate", "plain_generate", "release_graphs"]
 
@@ -75,7 +84,10 @@ class _Attached:
 
 
 class _CompiledCall(_Attached):
-    """In place of `get_compiled_call`."""
+    """The model's `get_compiled_call`: it returns what `generate` calls for each decode step, here the recorded step.
+
+    For example, `generate` with a static cache on a GPU asks it once per text and calls the result for every token.
+    """
 
     name = "get_compiled_call"
 
@@ -93,13 +105,13 @@ class _CompiledCall(_Attached):
 
 
 class _PrepareCache(_Attached):
-    """In place of `_prepare_cache_for_generation`."""
+    """The model's method that makes the cache of one `generate`: here a static cache, where nobody asked for another."""
 
-    name = "_prepare_cache_for_generation"
+    name = PREPARE_CACHE
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
-        given = inspect.signature(type(model)._prepare_cache_for_generation).bind(model, *args, **kwargs).arguments
+        given = cache_request(model, args, kwargs)
         if not _static_by_default(model, given):
             return self.plain(*args, **kwargs)
         config = given["generation_config"]  # of this one call of generate
@@ -110,30 +122,30 @@ class _PrepareCache(_Attached):
             config.cache_implementation = None
 
 
-def fast_generate(model: Any) -> None:
+def fast_generate(model: PreTrainedModel) -> None:
     """Make plain `generate` of a packed `model` fast on a GPU; see the module's text. Loading such a model does it."""
     if not hasattr(model, "generate") or not model.can_generate():
         return
-    for kind in (_CompiledCall, _PrepareCache):
-        if hasattr(type(model), kind.name):
-            setattr(model, kind.name, kind(model))
+    for attached in (_CompiledCall, _PrepareCache):
+        if hasattr(type(model), attached.name):
+            setattr(model, attached.name, attached(model))
 
 
-def plain_generate(model: Any) -> None:
+def plain_generate(model: PreTrainedModel) -> None:
     """Undo `fast_generate`: caches, decode steps and memory are as transformers has them."""
-    for kind in (_CompiledCall, _PrepareCache):
-        if isinstance(vars(model).get(kind.name), kind):
-            delattr(model, kind.name)
+    for attached in (_CompiledCall, _PrepareCache):
+        if isinstance(vars(model).get(attached.name), attached):
+            delattr(model, attached.name)
 
 
-def release_graphs(model: Any) -> None:
+def release_graphs(model: PreTrainedModel) -> None:
     """Free the graphs and the cache that a `generate` on a GPU left for the next one; the next one makes new ones."""
     attached = vars(model).get(_CompiledCall.name)
     if isinstance(attached, _CompiledCall):
         attached.graphs.release()
 
 
-def _static_by_default(model: Any, given: dict[str, Any]) -> bool:
+def _static_by_default(model: PreTrainedModel, given: dict[str, Any]) -> bool:
     """Whether this generation is to have a static cache although nobody asked for one.
 
     `given` are the arguments of `_prepare_cache_for_generation`. A cache that outlives the generation stays dynamic, because
@@ -160,16 +172,20 @@ def _static_by_default(model: Any, given: dict[str, Any]) -> bool:
     if torch.is_autocast_enabled(model.device.type):
         return False
     text = model.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ("full_attention",))
-    if text is not model.config or not kinds <= LAYER_TYPES or getattr(text, "attention_chunk_size", None) is not None:
+    layer_types = set(getattr(text, "layer_types", None) or ("full_attention",))
+    if (
+        text is not model.config
+        or not layer_types <= LAYER_TYPES
+        or getattr(text, "attention_chunk_size", None) is not None
+    ):
         return False
     quantizer = getattr(model, "hf_quantizer", None)
-    if not model._can_compile_fullgraph or (quantizer is not None and not quantizer.is_compileable):
+    if not compiles_whole(model) or (quantizer is not None and not quantizer.is_compileable):
         return False
-    if model.config._attn_implementation not in ATTENTION or model.training or obstacle(model) is not None:
+    if attention_implementation(model.config) not in ATTENTION or model.training or obstacle(model) is not None:
         return False
     # `generate` makes no static cache shorter than an earlier one of this model.
-    length = max(given["max_cache_length"], getattr(model, "_previous_max_cache_length", 0), config.max_cache_len or 0)
+    length = max(given["max_cache_length"], longest_cache(model), config.max_cache_len or 0)
     sequences = given["batch_size"] * max(config.num_return_sequences or 1, 1)
     size = sequences * length * _bytes_per_token(text, model.dtype)
     if length > MAX_LENGTH:
@@ -178,7 +194,7 @@ def _static_by_default(model: Any, given: dict[str, Any]) -> bool:
     return size * SMALL_SHARE <= _all_memory(model.device) or size * MEMORY_SHARE <= _free_memory(model.device)
 
 
-def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+def _bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size * dtype.itemsize

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..internals.torch import TorchDispatchMode
 
 __all__ = ["Constants", "CudaRecorder", "Recorder", "Unfit", "Watch"]
 

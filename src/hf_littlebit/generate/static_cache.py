@@ -11,25 +11,19 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import StaticCache, StaticSlidingWindowLayer
 
+from ..internals.transformers import has_unknown_state
 from .recorder import Unfit
 
 __all__ = ["CacheHome", "layer_shapes", "outgrown", "refuse_unknown", "sliding_layers", "spies"]
 
 TENSORS = ("keys", "values", "cumulative_length")  # of a layer of a static cache
-# Private door of transformers 5.17 to 5.24: all that a static layer remembers. One that remembers more is not recorded,
-# because a replay might have to change it.
-LAYER_STATE = {
-    *TENSORS,
-    *("is_initialized", "max_cache_len", "device", "dtype", "batch_size", "num_heads", "k_head_dim", "v_head_dim"),
-}
-SLIDING_STATE = LAYER_STATE | {"cumulative_length_int", "_is_croppable"}
-KNOWN_LAYERS: dict[type, set[str]] = {StaticLayer: LAYER_STATE, StaticSlidingWindowLayer: SLIDING_STATE}
 
 
 def refuse_unknown(cache: Any) -> None:
@@ -37,8 +31,8 @@ def refuse_unknown(cache: Any) -> None:
     if type(cache) is not StaticCache or getattr(cache, "offloading", False):
         raise Unfit(f"the cache is no StaticCache on the GPU, but {type(cache).__name__}")
     for layer in cache.layers:
-        if not vars(layer).keys() <= KNOWN_LAYERS.get(type(layer), set()):
-            raise Unfit(f"the cache has a {type(layer).__name__} of an unknown kind")
+        if has_unknown_state(layer):
+            raise Unfit(f"the cache has a {type(layer).__name__} with a state that is not known")
 
 
 def sliding_layers(cache: Any) -> list[Any]:
@@ -47,12 +41,27 @@ def sliding_layers(cache: Any) -> list[Any]:
 
 
 class CacheHome:
-    """The cache tensors that some graphs read and write, and the cache that refers to them now."""
+    """The cache tensors that some graphs read and write, and the cache that refers to them now.
 
-    def __init__(self) -> None:
+    Args:
+        key: what a cache must have in common with this home to be at home here, e.g. its stream and `layer_shapes`.
+    """
+
+    def __init__(self, key: Any = None) -> None:
+        self.key = key
+        self.thread: int | None = None  # that works with the owner
         self.graphs: OrderedDict[Any, Any] = OrderedDict()
         self.tensors: list[dict[str, Tensor]] = []  # of every layer
         self.owner: Callable[[], Any] = lambda: None
+
+    def is_free(self, cache: Any = None) -> bool:
+        """Whether `cache` may take this home over from its owner, if it has one.
+
+        Not while another thread works with the owner: between two steps that thread reads the owner's tensors, e.g. the count
+        of tokens for the next mask, and they must not be given the numbers of another text meanwhile.
+        """
+        owner = self.owner()
+        return owner is None or owner is cache or self.thread == get_ident()
 
     def holds(self, cache: Any) -> bool:
         """Whether every layer of `cache` refers to the tensors here, as after `adopt`."""
@@ -79,7 +88,7 @@ class CacheHome:
                     if value is not tensor:
                         tensor.copy_(value)
                         setattr(layer, name, tensor)
-        self.owner = weakref.ref(cache)
+        self.owner, self.thread = weakref.ref(cache), get_ident()
 
     def _part(self, former: Any) -> None:
         for layer, tensors in zip(former.layers, self.tensors, strict=True):

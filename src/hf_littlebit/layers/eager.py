@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from ..internals.torch import is_watched
 from ..kernels import gpu
 
 __all__ = ["Repeated", "repeated", "unseen"]
@@ -37,10 +37,7 @@ def unseen(x: Tensor) -> bool:
         not torch.compiler.is_compiling()  # first, because torch.compile cannot follow the rest
         and type(x) in _PLAIN
         and x.device.type in gpu.DEVICES
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+        and not is_watched()
     )
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..internals.torch import own_parameters
+from ..internals.transformers import apply_gate, gates_its_experts
 from . import ops
 from .linear import (
     LATENT_PARTS,
@@ -38,7 +40,7 @@ __all__ = ["LittleBitExperts", "expert_sizes", "is_stack"]
 
 def is_stack(module: nn.Module) -> bool:
     """True for a module that holds its experts in 3-D parameters."""
-    down = module._parameters.get("down_proj")
+    down = own_parameters(module).get("down_proj")
     return isinstance(down, Tensor) and down.ndim == 3
 
 
@@ -47,7 +49,7 @@ def expert_sizes(module: nn.Module) -> tuple[dict[str, tuple[int, int, int]], st
     if isinstance(module, LittleBitExperts):
         return dict(module.sizes), ""
     first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    if not hasattr(type(module), "_apply_gate") or not hasattr(module, "config"):
+    if not gates_its_experts(type(module)) or not hasattr(module, "config"):
         return {}, "experts with their own forward are not covered"
     for flag, what in (
         ("is_transposed", "transposed experts"),
@@ -114,7 +116,7 @@ class LittleBitExperts(FactorModule):
 
     def _gate(self, inner: Tensor) -> Tensor:
         if getattr(self, "has_gate", True):
-            return self.source_class._apply_gate(self, inner)  # type: ignore[attr-defined]
+            return apply_gate(self.source_class, self, inner)
         return self.act_fn(inner)  # type: ignore[operator]
 
     def _product(self, weight: str, expert: int, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..internals.transformers import marked_initialized
 from ..kernels.packing import factor_shapes, pack_signs, unpack_signs
 from . import ops
 from .eager import repeated
@@ -116,8 +117,7 @@ class FactorModule(nn.Module):
     ) -> None:
         """Register an uninitialised parameter for one part of `weight`."""
         value = nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device=device), requires_grad=train)
-        value._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not draw random bits for it
-        self.register_parameter(part_name(weight, part), value)
+        self.register_parameter(part_name(weight, part), marked_initialized(value))
         self.part_dtypes[part_name(weight, part)] = dtype
 
     def declare_packed(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..internals.torch import below_autograd
 from ..kernels import littlebit_linear, littlebit_linear_grad, littlebit_linears
 from .eager import unseen
 
@@ -40,7 +41,7 @@ def linear(x: Tensor, parts: Sequence[Tensor | None], bias: Tensor | None, ranks
     if not x.is_cpu and unseen(x):
         return littlebit_linear(x, *parts, bias, ranks)
     # Nothing to record: autograd's step through Python costs as much as all the rest of a call on a small layer.
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _OPERATOR(x, *parts, bias, ranks)
 
 
@@ -57,7 +58,7 @@ def linears(x: Tensor, layers: Sequence[Sequence[Any]]) -> list[Tensor]:
     paths = [len(layer[PART_COUNT]) for layer in layers]
     if torch.compiler.is_compiling():
         return _TOGETHER(x, parts, ranks, paths)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _TOGETHER(x, parts, ranks, paths)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..internals.torch import cuda_stream, in_function_transform, own_parameters, version
 from . import ops
 from .eager import Repeated, repeated
 from .linear import LittleBitLinear, autocast_input
@@ -101,7 +102,7 @@ class SharedInput:
                     "%d layers that are called like siblings read different tensors: apart again", len(self._members)
                 )
                 return None
-        if torch._C._functorch.maybe_current_level() is not None:  # vmap knows the single operator only
+        if in_function_transform():  # vmap knows the single operator only
             return None
         results = self._compute(x)
         if results is None:
@@ -133,7 +134,7 @@ class SharedInput:
         members: list[Any] = [reference() for reference in self._members]
         if None in members:
             return None
-        holders = [member._parameters for member in members]
+        holders = [own_parameters(member) for member in members]
         x = autocast_input(x)
         if not torch.compiler.is_compiling() and self._repeated is not None:
             again = self._repeated(x, holders)
@@ -165,8 +166,8 @@ def _state(x: Tensor) -> tuple[Any, ...]:
     """What a result depends on besides x's identity and the weights. A tensor made under inference_mode counts no changes."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if kind == "cuda" else None
-    return 0 if x.is_inference() else x._version, autocast, torch.is_inference_mode_enabled(), stream
+    stream = cuda_stream(x.get_device()) if kind == "cuda" else None
+    return version(x), autocast, torch.is_inference_mode_enabled(), stream
 
 
 def siblings(names: Iterable[str]) -> list[list[str]]:

@@ -9,7 +9,6 @@ raised, with the layer's name, when loading ends.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.integrations.accelerate import offload_weight
 
 from ..config import LittleBitConfig
 from ..initialize.calibration import Importance
 from ..initialize.factorize import factorize
+from ..internals.accelerate import offload_beside
 from ..kernels.packing import factor_shapes
 from ..layers.experts import LittleBitExperts
 from ..layers.linear import LATENT_PARTS, FactorModule, latent_parts, pack_parts, part_name
@@ -248,14 +247,6 @@ class LittleBitConversion(ConversionOps):
 
 
 def _offload(model: PreTrainedModel, name: str, value: Tensor) -> None:
-    """Put U, which bears the dense weight's name, where the other parts of its layer were offloaded.
-
-    transformers takes an offloaded tensor whose name the checkpoint has from the checkpoint: here that is the dense one.
-    """
-    module, _, _ = name.rpartition(".")
-    hook: Any = model.get_submodule(module)._hf_hook
-    loader = hook.weights_map.dataset
-    folder = os.path.dirname(
-        loader.index[f"{module}.{part_name(name.removeprefix(module + '.'), 'scale_in')}"]["safetensors_file"]
-    )
-    offload_weight(value, name, folder, loader.index)
+    """Put U, which bears the dense weight's name, where the other parts of its layer were offloaded."""
+    module, _, weight = name.rpartition(".")
+    offload_beside(model.get_submodule(module), name, value, neighbour=f"{module}.{part_name(weight, 'scale_in')}")

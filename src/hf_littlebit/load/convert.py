@@ -22,9 +22,12 @@ from transformers import PreTrainedModel
 
 from ..config import LittleBitConfig
 from ..initialize.calibration import Importance
+from ..internals.deepspeed import is_partitioned
+from ..internals.torch import compiled_model
+from ..internals.transformers import fp32_modules
 from ..layers.experts import LittleBitExperts
 from ..layers.linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, LittleBitLinear, part_name
-from ..module_names import fp32_modules, needs_fp32
+from ..module_names import needs_fp32
 from ..plan import Plan, WeightPlan, plan_model
 from .conversion import factor_weight
 from .form import factor_modules, finish, record, replace_modules
@@ -205,7 +208,7 @@ def refuse_latents(module: nn.Module, state: dict[str, Tensor], *args: Any) -> N
 def unwrapped(model: Any) -> Any:
     """The model inside torch.compile's and distributed wrappers."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = compiled_model(model)
         if inner is None and type(model).__name__ in (
             "DistributedDataParallel",
             "FullyShardedDataParallel",
@@ -253,7 +256,7 @@ def _check_in_memory(model: nn.Module, plan: Plan) -> None:
     """
     for weight in plan.weights:
         value = model.get_parameter(weight.name)
-        if hasattr(value, "ds_id"):
+        if is_partitioned(value):
             raise ValueError(
                 "DeepSpeed ZeRO-3 has partitioned the model already, so its layers cannot be factorized; load it with "
                 "from_pretrained(..., quantization_config=LittleBitConfig(..., format='latent')), or before TrainingArguments"

@@ -21,7 +21,6 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -30,6 +29,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import LittleBitConfig
 from ..generate.generation import fast_generate, plain_generate
+from ..internals.transformers import (
+    mark_quantized,
+    plain_saving,
+    save_under_held_names,
+    unmark_quantized,
+    upload_through,
+)
 from ..layers.experts import LittleBitExperts
 from ..layers.linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from ..layers.output_head import attach_head, detach_head
@@ -116,11 +122,9 @@ def finish(model: PreTrainedModel, quantizer: Quantizer) -> None:
     instance.quantization_method = config.quant_method
     instance.config.quantization_config = config
     for part in _parts_with_configs(model):
-        part.config._is_quantized = True  # flash attention then takes its dtype from the config, not from a weight
-    # Without conversions save_pretrained writes tensors under the names that they have. With the model class's own it would
-    # turn them back into an older layout, and a trainer that restores a checkpoint by name would not find them.
-    instance._weight_conversions = []
-    instance._upload_modified_files = partial(quantizer.upload_files, model)
+        mark_quantized(part.config)
+    save_under_held_names(model)
+    upload_through(model, quantizer.upload_files)
     attach_head(model)
     if config.format == "packed":
         for module in factor_modules(model).values():
@@ -162,10 +166,9 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
     detach_head(model)
     plain_generate(model)
-    for attribute in ("_weight_conversions", "_upload_modified_files"):
-        model.__dict__.pop(attribute, None)
+    plain_saving(model)
     for part in _parts_with_configs(model):
-        part.config.__dict__.pop("_is_quantized", None)
+        unmark_quantized(part.config)
 
 
 def _dense_module(module: LittleBitExperts | LittleBitLinear | LatentLittleBitLinear, dtype: torch.dtype) -> nn.Module:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import reprlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["class_names", "empty_model", "model_class", "saved_class", "saved_names", "whole_models"]
+from ..internals.transformers import empty_of_class, whole_models
+
+__all__ = ["class_names", "empty_model", "model_class", "saved_class", "saved_names"]
 
 
 def class_names(architectures: Any) -> list[str]:
@@ -59,22 +58,8 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)  # a model completes its config
     with torch.device("meta"), whole_models():
         if issubclass(found, PreTrainedModel):
-            return found._from_config(config)
+            return empty_of_class(found, config)
         return found.from_config(config, trust_remote_code=False)
-
-
-@contextmanager
-def whole_models() -> Iterator[None]:
-    """Models that are made inside this context are whole, also while DeepSpeed ZeRO-3 trains another one.
-
-    transformers would partition them as well, which all processes have to do together.
-    """
-    former = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = former
 
 
 def saved_names(model: PreTrainedModel) -> set[str] | None:

@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .. import compat
 from ..config import FORMAT_VERSION, LittleBitConfig
+from ..internals.transformers import before_random_fill
 from ..kernels.packing import factor_shape
 from ..plan import Plan, WeightPlan, plan_model
 from .conversion import LittleBitConversion, part_shapes
@@ -113,10 +114,8 @@ class LittleBitHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         files = kwargs.get("checkpoint_files") or ()
-        # from_pretrained calls mark_tied_weights_as_initialized right before it fills missing tensors at random. It is replaced
-        # on this instance to refuse first; the files' headers, if there are files, say earlier what is missing.
-        instance: Any = model
-        instance.mark_tied_weights_as_initialized = partial(self._refuse_missing, model)
+        # Missing tensors would be drawn at random. The files' headers, if there are files, say earlier what is missing.
+        before_random_fill(model, partial(self._refuse_missing, model))
         if self.pre_quantized:
             header = read_headers(files) if files else None
             self.plan = plan_model(model, config, header)
@@ -138,9 +137,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         self._conversion.place(kwargs.get("device_map"))
 
     def _refuse_missing(self, model: PreTrainedModel, loading_info: Any) -> None:
-        """Do what `model.mark_tied_weights_as_initialized` does, in its place, and refuse tensors that are still missing."""
-        del model.mark_tied_weights_as_initialized
-        model.mark_tied_weights_as_initialized(loading_info)
+        """Raise for tensors that the checkpoint lacks, before transformers fills them with random numbers."""
         if self._conversion is not None:
             self._conversion.wait()
         # LittleBitConversion.finish reports the weights that were to be factorized and are missing.

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 
 from ..config import LittleBitConfig
+from ..internals.transformers import may_be_missing, tied_weights
 from ..layers.linear import FactorModule
 from ..module_names import aliases
 from ..plan import Plan
@@ -92,8 +93,8 @@ def required(model: PreTrainedModel, parts: Collection[str]) -> list[str]:
     embeddings are required.
     """
     prefix = model.base_model_prefix
-    known = set(parts) | set(getattr(model, "all_tied_weights_keys", None) or {})
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    known = set(parts) | set(tied_weights(model))
+    ignored = [re.compile(pattern) for pattern in may_be_missing(model)]
     names = [name for name in model.state_dict() if name not in known and not any(p.search(name) for p in ignored)]
     if saved_class(model.config) is None and hasattr(model, prefix):
         head = model.get_output_embeddings()
@@ -158,7 +159,7 @@ def _is_held(model: PreTrainedModel, names: Collection[str]) -> Callable[[str], 
     """A function that says if a tensor of `model` is among `names`, under its own name or that of a tensor tied to it."""
     prefix = model.base_model_prefix
     tied: dict[str, list[str]] = {}
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for target, source in tied_weights(model).items():
         tied.setdefault(source, []).append(target)
     return lambda name: any(alias in names for same in (name, *tied.get(name, ())) for alias in aliases(same, prefix))
 

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from tabulate import tabulate
 
 from ..config import LittleBitConfig
+from ..internals.transformers import plain_upload
 from ..load.source import HUB_ID, find_source, quantization_of
 from .size import SizeReport, format_bytes, size_report
 
@@ -123,7 +124,7 @@ def upload_with_card(model: Any, working_dir: str | os.PathLike[str], repo_id: s
     size = sum(os.path.getsize(file) for file in weights)
     ours = model_card(model, repo_id, report=replace(size_report(model), file_bytes=size or None))
     merge(ModelCard.load(path) if os.path.isfile(path) else None, ours).save(path)
-    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+    return plain_upload(model, working_dir, repo_id, *args, **kwargs)
 
 
 def _base_model(config: LittleBitConfig) -> str | None:
@@ -145,8 +146,8 @@ def _body(
     base, name = _base_model(config), repo_id or "PATH_OR_REPOSITORY"
     of = f"of [{base}](https://huggingface.co/{base}) " if base else ""
     title = repo_id.rpartition("/")[2] if repo_id else f"{report.architecture}, {report.bpw:.2g} bits per weight"
-    kind = report.architecture
-    kind = "AutoModelForCausalLM" if kind.endswith("ForCausalLM") else kind
+    model_class = report.architecture
+    model_class = "AutoModelForCausalLM" if model_class.endswith("ForCausalLM") else model_class
     sections = [
         f"# {title}",
         f"A version {of}whose linear layers are products of binary matrices and 16-bit scales, at {report.bpw:.3g} bits "
@@ -162,7 +163,7 @@ def _body(
         "## Size",
         tabulate(_size_rows(report), ["", "this model"], "github", disable_numparse=True),
         "## Use",
-        _usage(kind, name, variant),
+        _usage(model_class, name, variant),
         "Without the plugin, transformers refuses this checkpoint with an error about tensor shapes.",
     ]
     if evaluation:
@@ -196,7 +197,7 @@ def _size_rows(report: SizeReport) -> list[tuple[str, str]]:
     ]
 
 
-def _usage(kind: str, name: str, variant: str | None) -> str:
+def _usage(model_class: str, name: str, variant: str | None) -> str:
     which = f', variant="{variant}"' if variant else ""
     lines = [
         "```bash",
@@ -205,9 +206,9 @@ def _usage(kind: str, name: str, variant: str | None) -> str:
         "",
         "```python",
         "import hf_littlebit  # registers the method with transformers",
-        f"from transformers import AutoTokenizer, {kind}",
+        f"from transformers import AutoTokenizer, {model_class}",
         "",
-        f'model = {kind}.from_pretrained("{name}"{which})',
+        f'model = {model_class}.from_pretrained("{name}"{which})',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "```",
     ]

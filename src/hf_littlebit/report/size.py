@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..config import LittleBitConfig
+from ..internals.transformers import tied_weights
 from ..load.conversion import part_shapes
 from ..load.meta_model import empty_model
 from ..load.source import Source, find_source, quantization_of
@@ -61,7 +62,7 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class SizeReport:
-    """See `size_report`. Sizes in bytes; `file_bytes` is None where there is no file."""
+    """What `size_report` found out about a model. Sizes are in bytes; `file_bytes` is None where there is no file."""
 
     architecture: str
     format: str
@@ -179,11 +180,18 @@ def _choose(name: str, own: LittleBitConfig | None, given: LittleBitConfig | Non
 
 def _stored(model: Any) -> Header:
     """The tensors that saving `model` writes: each tied weight once."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    kinds = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "uint8": "U8", "bool": "BOOL"}
-    kinds.update({f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)})
+    tied = tied_weights(model)
+    stored_names = {
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "float32": "F32",
+        "float64": "F64",
+        "uint8": "U8",
+        "bool": "BOOL",
+    }
+    stored_names.update({f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)})
     return {
-        name: (kinds[str(value.dtype).removeprefix("torch.")], tuple(value.shape), "the model")
+        name: (stored_names[str(value.dtype).removeprefix("torch.")], tuple(value.shape), "the model")
         for name, value in model.state_dict().items()
         if name not in tied
     }
@@ -193,14 +201,14 @@ def _predicted(model: Any, plan: Plan, config: LittleBitConfig) -> Header:
     """The tensors that a dense `model` will be saved in, with 16 bits for what is kept."""
     replaced = {weight.name for weight in plan.weights}
     header = {
-        name: ("BF16" if kind in FLOATS else kind, shape, file)
-        for name, (kind, shape, file) in _stored(model).items()
+        name: ("BF16" if stored_dtype in FLOATS else stored_dtype, shape, file)
+        for name, (stored_dtype, shape, file) in _stored(model).items()
         if name not in replaced
     }
-    kinds = {1: "U8", 2: "BF16", 4: "I32"} if config.format == "packed" else {4: "F32"}
+    by_itemsize = {1: "U8", 2: "BF16", 4: "I32"} if config.format == "packed" else {4: "F32"}
     for weight in plan.weights:
         for name, (shape, dtype) in part_shapes(weight, config).items():
-            header[name] = (kinds[dtype.itemsize], shape, "")
+            header[name] = (by_itemsize[dtype.itemsize], shape, "")
     return header
 
 
@@ -254,9 +262,9 @@ def _layer(weight: WeightPlan, config: LittleBitConfig, header: Header) -> Layer
                 f"{name} is missing; the checkpoint is incomplete, or it is of another model than its config.json"
             )
         if _bytes(header[name]) != math.prod(shape) * dtype.itemsize:
-            kind, found, file = header[name]
+            stored_dtype, found, file = header[name]
             raise ValueError(
-                f"{name} is {kind} {list(found)} in {file}, but the config (bpw {config.bpw:g}, format "
+                f"{name} is {stored_dtype} {list(found)} in {file}, but the config (bpw {config.bpw:g}, format "
                 f"{config.format!r}) implies {dtype} {list(shape)}; the file is damaged or its config.json was changed"
             )
         total += _bytes(header[name])

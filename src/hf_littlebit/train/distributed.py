@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..internals import deepspeed as deepspeed_doors
+
 __all__ = [
     "broadcast_from_rank0",
     "check_optimizer",
@@ -32,12 +34,12 @@ __all__ = [
 
 def is_partitioned(values: Iterable[Tensor]) -> bool:
     """True where ZeRO-3 has taken the parameters apart."""
-    return any(hasattr(value, "ds_id") for value in values)
+    return any(deepspeed_doors.is_partitioned(value) for value in values)
 
 
 def is_sharded(values: Iterable[Tensor]) -> bool:
     """True where a process holds only a part of each parameter (FSDP2, ZeRO-3)."""
-    return any(isinstance(value, DTensor) or hasattr(value, "ds_id") for value in values)
+    return any(isinstance(value, DTensor) or deepspeed_doors.is_partitioned(value) for value in values)
 
 
 def local_part(value: Any) -> tuple[Tensor, int | None]:
@@ -56,12 +58,8 @@ def local_part(value: Any) -> tuple[Tensor, int | None]:
             return local, 0
         first = min(rows, -(-rows // mesh.size(-1)) * coordinate[-1])
         return local, first * (value.numel() // max(rows, 1))
-    if hasattr(value, "ds_id"):
-        part, size = value.ds_tensor.detach().flatten(), value.ds_tensor.ds_numel
-        if part.numel() < size:
-            return part.new_empty(0), None
-        first = size * dist.get_rank(value.ds_process_group)
-        return part[: max(0, min(size, value.ds_numel - first))], first
+    if deepspeed_doors.is_partitioned(value):
+        return deepspeed_doors.local_part(value)
     return value.detach().flatten(), 0
 
 
@@ -120,7 +118,7 @@ def gather(model: nn.Module) -> dict[str, Tensor]:
             full = placed.full_tensor()
             if main:
                 whole[name] = full.to("cpu", copy=True)
-        elif hasattr(value, "ds_id"):
+        elif deepspeed_doors.is_partitioned(value):
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([value]):
@@ -143,7 +141,7 @@ def check_optimizer(optimizer: Any, latents: list[nn.Parameter], scales: list[nn
             "all latents and scales are frozen, so there is nothing to train; set requires_grad_(True) on them"
         )
     found = {value: decay for value, decay in _decays(optimizer).items() if value in known}
-    if not found and _zero_groups(optimizer) is None:
+    if not found and deepspeed_doors.stepped_groups(optimizer) is None:
         raise ValueError(
             "the optimizer holds none of the latents: it was made before the model was converted. Leave `optimizers=` out, or "
             "convert first with latent_model(model, config)"
@@ -157,29 +155,10 @@ def check_optimizer(optimizer: Any, latents: list[nn.Parameter], scales: list[nn
 
 def _decays(optimizer: Any) -> dict[int, float]:
     """{id of a model's parameter: its weight decay} of any engine's optimizer; empty if it does not tell."""
-    groups = _zero_groups(optimizer)
+    groups = deepspeed_doors.stepped_groups(optimizer)
     if groups is None:
         groups = [(group["params"], group) for group in getattr(optimizer, "param_groups", [])]
     return {id(value): group.get("weight_decay", 0.0) for values, group in groups for value in values}
-
-
-def _zero_groups(optimizer: Any) -> list[tuple[list[nn.Parameter], dict[str, Any]]] | None:
-    """[(a model's parameters, their group of options)] of a DeepSpeed optimizer, which itself steps flat copies of them.
-
-    None for another optimizer. Empty if this version of DeepSpeed keeps them elsewhere.
-    """
-    if not type(optimizer).__name__.startswith("DeepSpeed"):
-        return None
-    while optimizer is not None:
-        for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
-            parts = getattr(optimizer, name, None)
-            if parts:
-                # ZeRO-3 cuts large groups into smaller ones.
-                origin = getattr(optimizer, "sub_group_to_group_id", None) or range(len(parts))
-                options = optimizer.optimizer.param_groups
-                return [(list(values), options[origin[index]]) for index, values in enumerate(parts)]
-        optimizer = getattr(optimizer, "optimizer", None)
-    return []
 
 
 def run_partitioned(model: nn.Module) -> Any:

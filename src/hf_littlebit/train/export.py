@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from ..internals.transformers import whole_models
 from ..load.convert import pack_model
-from ..load.meta_model import model_class, whole_models
+from ..load.meta_model import model_class
 from ..load.source import UNFIT, quantization_of
 
 __all__ = ["latent_checkpoint", "pack_what_is_saved", "packed_model", "saved_config"]

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..config import LittleBitConfig
 from ..initialize.calibration import calibrate
+from ..internals.transformers import has_adapters
 from ..layers.sign import ALPHA, SIGN_GRADIENTS
 from ..load.convert import (
     balance_scales,
@@ -234,7 +235,7 @@ class TrainingSession:
 
     def refuse_adapters(self, model: PreTrainedModel) -> None:
         """PEFT freezes the model below its adapters, so there would be no bits to train."""
-        if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        if has_adapters(model):
             raise ValueError(
                 "the model has PEFT adapters, which train without LittleBitCallback; the callback trains the bits themselves"
             )

@@ -36,7 +36,7 @@ from ...plan import plan_model
 from ..size import format_bytes
 from .clock import PARTS, Clock, HostClock, Ticks
 from .contender import Contender, Setting
-from .machine import growth, machine, wait
+from .machine import PeakMemory, machine, wait
 from .trace import Trace
 
 __all__ = ["Bench", "Models", "Speed", "bench", "compare", "load_models"]
@@ -72,7 +72,7 @@ class Speed:
 
 @dataclass
 class Bench:
-    """See `bench`."""
+    """What `bench` measured: a model, how it was asked to generate, and the figures of each of its forms."""
 
     model: str
     bpw: float  # real, over the replaced layers
@@ -215,9 +215,9 @@ def load_models(
         )
     kept = dtype or compat.resolve_dtype(source.config.dtype or torch.bfloat16)
     contenders = {}
-    for kind in ("packed",) if packed_only else ("dense", "packed"):
-        method = None if kind == "dense" else used
-        contenders[kind] = Contender(source, plan, method, kept, torch.device(device))
+    for form in ("packed",) if packed_only else ("dense", "packed"):
+        method = None if form == "dense" else used
+        contenders[form] = Contender(source, plan, method, kept, torch.device(device))
     if share_inputs:
         contenders["shared"] = contenders["packed"].sharing()
     return Models(os.path.basename(name.rstrip("/")), plan.bpw, torch.device(device), contenders)
@@ -293,15 +293,15 @@ class _Run:
         warm_up = 0 if mode == "plain" and device.type == "cpu" else WARM_UP[mode]
         if mode == "plain" and warm_up:
             # What plain generate keeps for the next call (a cache, a graph) counts: there is nothing else to make ready.
-            with growth(device) as grown:
+            with PeakMemory(device) as memory:
                 for _ in range(warm_up + 1):
                     self.generate()
-            return grown[0]
+            return memory.growth
         for _ in range(warm_up):
             self.generate()
-        with growth(device) as grown:
+        with PeakMemory(device) as memory:
             self.generate()
-        return grown[0]
+        return memory.growth
 
     def generate(self, streamer: Ticks | None = None) -> None:
         self.contender.generate(self.tokens, self.setting, streamer)

@@ -127,13 +127,13 @@ def groups_of(model: Any, plan: Plan) -> dict[nn.Module, str]:
     planned, head = plan.by_module(), model.get_output_embeddings()
     groups: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        class_name = type(module).__name__
         if name in planned:
             groups[module] = LAYERS
         elif module is head:
             groups[module] = HEAD
-        elif "Attention" in kind:
+        elif "Attention" in class_name:
             groups[module] = ATTENTION
-        elif "Norm" in kind:
+        elif "Norm" in class_name:
             groups[module] = NORMS
     return groups

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 
 from ...config import LittleBitConfig
+from ...internals.transformers import compile_on_every_device
 from ...layers.linear import LittleBitLinear
 from ...layers.shared_input import share_inputs, unshare_inputs
 from ...load.meta_model import empty_model, model_class
@@ -75,7 +76,7 @@ class Contender:
     ):
         self.device = device
         self.compile_config = CompileConfig()
-        self.compile_config._compile_all_devices = True  # type: ignore[assignment]  # else a CPU is left out
+        compile_on_every_device(self.compile_config)
         self.loaded = not os.path.isfile(source.name) and (source.quantization is None) == (quantization is None)
         start = time.perf_counter()
         if self.loaded:
@@ -95,7 +96,7 @@ class Contender:
         self.shared_groups: list[Any] = []  # of every packed layer, once it shared inputs
 
     def sharing(self) -> Contender:
-        """The same model, weights at the same places in memory, with layers of one input in one call; this one is without."""
+        """A second contender with this one's model and weights, whose layers of one input run in one call; this one's do not."""
         other = copy.copy(self)
         self.shared, other.shared = False, True
         return other

@@ -5,37 +5,47 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...kernels import cpu, gpu
+from ...kernels import backend, cpu, gpu
 
-__all__ = ["cpu_name", "growth", "kernel", "machine", "wait"]
+__all__ = ["PeakMemory", "cpu_name", "kernel", "machine", "wait"]
 
 
-@contextmanager
-def growth(device: torch.device) -> Iterator[list[int | None]]:
-    """A list that holds, after the block, by how many bytes memory grew at most in it; None where nothing tells."""
-    result: list[int | None] = [None]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield result
-        result[0] = torch.cuda.max_memory_allocated(device) - before
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-        first = _status("VmHWM")
-    except (OSError, StopIteration):
-        yield result
-        return
-    yield result
-    result[0] = max(0, _status("VmHWM") - first)  # Linux counts in batches of pages
+class PeakMemory:
+    """By how many bytes the memory in use grew at most inside a `with` block, on a GPU or, for a CPU, of this process.
+
+    Afterwards `growth` holds the bytes, or None where the system does not tell: only Linux lets a process set its peak back.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.growth: int | None = None
+        self._before: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            return self
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+            self._before = _status("VmHWM")
+        except (OSError, StopIteration):
+            self._before = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is None:
+            return
+        if self.device.type == "cuda":
+            self.growth = torch.cuda.max_memory_allocated(self.device) - self._before
+        else:
+            self.growth = max(0, _status("VmHWM") - self._before)  # Linux counts in batches of pages
 
 
 def _status(key: str) -> int:
@@ -45,6 +55,7 @@ def _status(key: str) -> int:
 
 
 def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -62,13 +73,13 @@ def cpu_name() -> str:
 
 def kernel(device: str = "cpu") -> str:
     """What computes the packed layers there: an instruction set ("amx"), "triton 3.6.0", or "reference" (plain torch)."""
-    kind, asked = torch.device(device).type, os.environ.get("LITTLEBIT_BACKEND")
+    device_type, asked = torch.device(device).type, backend.asked()
     if asked == "reference":
         return "reference"
     # Asked for on a CPU, triton interprets; loading the library would then put its operators before triton's.
-    if kind == "cpu" and asked != "triton":
+    if device_type == "cpu" and asked != "triton":
         return cpu.select() if cpu.load() else "reference"
-    if kind in (*gpu.DEVICES, "cpu") and gpu.load():
+    if device_type in (*gpu.DEVICES, "cpu") and gpu.load():
         return f"triton {importlib.import_module('triton').__version__}"
     return "reference"
 
@@ -76,10 +87,10 @@ def kernel(device: str = "cpu") -> str:
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures of a benchmark depend on: the machine, its load, the versions."""
     packages = ("torch", "transformers", "hf-littlebit")
-    kind = torch.device(device).type
-    backend: Any = getattr(torch, kind, None)
+    device_type = torch.device(device).type
+    namespace: Any = getattr(torch, device_type, None)  # torch.cuda, torch.xpu ...
     return {
-        "device": backend.get_device_name(device) if hasattr(backend, "get_device_name") else kind,
+        "device": namespace.get_device_name(device) if hasattr(namespace, "get_device_name") else device_type,
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

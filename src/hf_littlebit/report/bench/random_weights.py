@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...config import LittleBitConfig
+from ...internals.transformers import tied_weights
 from ...load.conversion import part_shapes
 from ...plan import Plan
 
@@ -31,16 +32,16 @@ def random_state(
         # Scales that keep the variance: activations that overflow or vanish would be slow for reasons of their own.
         sizes = {"scale_out": 1, "scale_rank": sum(weight.ranks), "scale_in": weight.in_features}
         assert config is not None
-        for name, (shape, kind) in part_shapes(weight, config).items():
-            if kind.is_floating_point:
+        for name, (shape, dtype_of_part) in part_shapes(weight, config).items():
+            if dtype_of_part.is_floating_point:
                 size = next(size for part, size in sizes.items() if name.endswith(part))
-                state[name] = torch.full(shape, size**-0.5, dtype=kind, device=device)
+                state[name] = torch.full(shape, size**-0.5, dtype=dtype_of_part, device=device)
             else:
-                limits = torch.iinfo(kind)
-                words = torch.empty(shape, dtype=kind, device=device)
+                limits = torch.iinfo(dtype_of_part)
+                words = torch.empty(shape, dtype=dtype_of_part, device=device)
                 state[name] = words.random_(limits.min, limits.max, generator=draw)
     replaced = {weight.name for weight in plan.weights}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_weights(model)
     tile = (0.02 * torch.randn(TILE, generator=draw, device=device)).to(dtype)
     for name, value in model.state_dict().items():
         if name in replaced or name in tied:

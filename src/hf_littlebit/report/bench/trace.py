@@ -55,8 +55,8 @@ class Trace(Ticks):
 
     def __init__(self, device: torch.device):
         super().__init__()
-        kinds = {"cuda": torch.profiler.ProfilerActivity.CUDA, "xpu": torch.profiler.ProfilerActivity.XPU}
-        self.activity = kinds.get(device.type)
+        activities = {"cuda": torch.profiler.ProfilerActivity.CUDA, "xpu": torch.profiler.ProfilerActivity.XPU}
+        self.activity = activities.get(device.type)
         self.profiler: Any = None
         self.steps = 0
 

@@ -1,0 +1,309 @@
+"""The private doors of transformers: names that its documentation does not mention, and that a release may change.
+
+Every function here is one door. Its text says what needs it, and what the public way is, or would be if there were one. All
+of them were tested with transformers 5.17 to 5.24; tests/test_internals.py walks through each with real models, so a
+release that moves a door fails there, by name, before it fails in a loading or a training.
+
+Methods that transformers calls and hf-littlebit overrides in a subclass (those of HfQuantizer) are no doors: compat.py
+checks that they exist. What differs between the versions of transformers is in compat.py too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from transformers import CompileConfig, PretrainedConfig, PreTrainedModel
+
+__all__ = [
+    "PREPARE_CACHE",
+    "apply_gate",
+    "attention_implementation",
+    "before_random_fill",
+    "cache_request",
+    "compile_on_every_device",
+    "compiles_whole",
+    "empty_of_class",
+    "fp32_modules",
+    "gates_its_experts",
+    "has_adapters",
+    "has_unknown_state",
+    "is_quiet_hook",
+    "longest_cache",
+    "mark_quantized",
+    "marked_initialized",
+    "may_be_missing",
+    "plain_saving",
+    "plain_upload",
+    "register",
+    "save_under_held_names",
+    "tied_weights",
+    "unmark_quantized",
+    "upload_through",
+    "whole_models",
+]
+
+# Where `generate` makes the cache; a model that has a function of this name on its instance is asked instead of its class.
+# `generate` has decided the mode of decoding, the batch and the length by then. Public way: none; cache_implementation in the
+# generation config is saved with the model, and holds on every device.
+PREPARE_CACHE = "_prepare_cache_for_generation"
+
+# All that a layer of a static cache remembers.
+_STATIC_LAYER = {
+    *("keys", "values", "cumulative_length", "is_initialized", "max_cache_len", "device", "dtype"),
+    *("batch_size", "num_heads", "k_head_dim", "v_head_dim"),
+}
+_STATIC_STATES: dict[type, set[str]] = {
+    StaticLayer: _STATIC_LAYER,
+    StaticSlidingWindowLayer: _STATIC_LAYER | {"cumulative_length_int", "_is_croppable"},
+}
+
+
+# -- registering ------------------------------------------------------------------------------------------------------------
+
+
+def register(name: str, config_class: type, quantizer_class: type) -> None:
+    """Make `name` a quantization method of transformers; a second call changes nothing.
+
+    The two registering functions are public, but they raise at a second call, so their mappings are looked into. Only config
+    classes in the tuple LOADING_ATTRIBUTES_CONFIG_TYPES may override options of a saved model when it is loaded (dequantize,
+    share_inputs), and there is no public way into that tuple.
+    """
+    from transformers.quantizers import auto
+
+    if name not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(name)(config_class)
+    if name not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(name)(quantizer_class)
+    types = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    if config_class not in types:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, config_class)  # type: ignore[assignment]
+
+
+# -- what a model says about its weights --------------------------------------------------------------------------------------
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """{name of a weight: name of the weight that it is tied to}, empty for a module that is no model of transformers.
+
+    A tied weight is saved once, under the second name, so sizes and complete checkpoints depend on it. Public way: none; to
+    compare the addresses of all weights fails for models on the meta device.
+    """
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def may_be_missing(model: nn.Module) -> list[str]:
+    """Patterns of names that a complete checkpoint may lack, because the model's code computes these weights.
+
+    Without it such a weight would be reported as missing from the checkpoint. Public way: none.
+    """
+    return [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
+
+
+def fp32_modules(model: nn.Module) -> set[str]:
+    """Names of modules, or parts of names, whose weights the model's own code needs in fp32.
+
+    They stay dense, and keep their dtype when the model is cast, e.g. T5's `wo`. Public way: none.
+    """
+    names: set[str] = set()
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        names.update(getattr(model, attribute, None) or ())
+    return names
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT adapters are attached, by PEFT itself or by `model.add_adapter`.
+
+    Such a model trains its adapters and not its bits. Public way: `model.active_adapters()`, which raises without PEFT and
+    for models without adapters.
+    """
+    return bool(getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False))
+
+
+# -- loading ------------------------------------------------------------------------------------------------------------------
+
+
+def marked_initialized(value: nn.Parameter) -> nn.Parameter:
+    """`value`, marked as initialized, so that `from_pretrained` does not draw random numbers for it.
+
+    A dense checkpoint that is quantized while it loads does not hold the parts of the packed layers, so these would count as
+    missing. Public way: a `_init_weights` that knows every layer, but it is a method of the model's class, not of the layer's.
+    """
+    value._is_hf_initialized = True  # type: ignore[attr-defined]
+    return value
+
+
+def before_random_fill(model: PreTrainedModel, check: Callable[[Any], None]) -> None:
+    """Call `check(loading_info)` once, when `from_pretrained` knows what is missing and has not yet filled it at random.
+
+    from_pretrained calls `mark_tied_weights_as_initialized` right before it fills missing weights with random numbers. The
+    method is replaced on this one instance, and puts itself back when it is called. Public way: `output_loading_info=True`
+    tells only afterwards, when the random numbers cannot be told from weights, and only whoever asked for it.
+    """
+
+    def replacement(loading_info: Any) -> None:
+        del model.mark_tied_weights_as_initialized
+        model.mark_tied_weights_as_initialized(loading_info)
+        check(loading_info)
+
+    model.mark_tied_weights_as_initialized = replacement  # type: ignore[method-assign]
+
+
+def empty_of_class(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model of just this class from `config`, with weights as its class initializes them.
+
+    `from_config` is public, but only the Auto classes have it, and they choose another class than a checkpoint's own where a
+    model has several heads. Calling the class itself does not settle the dtype and the attention implementation.
+    """
+    return model_class._from_config(config)
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Models that are made inside this block are whole, also while DeepSpeed ZeRO-3 trains another one.
+
+    transformers would give each process a part of them, which all processes have to do at the same time. It remembers the
+    DeepSpeed config of the training in a module's variable. Public way: `unset_hf_deepspeed_config` clears the variable, but
+    nothing public reads it, to put it back.
+    """
+    from transformers.integrations import deepspeed
+
+    former = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = former
+
+
+def mark_quantized(config: PretrainedConfig) -> None:
+    """Say in `config` that its model is quantized, as `from_pretrained` says it of one that it has quantized.
+
+    Flash attention then takes the dtype of its inputs from the config, not from a weight, which may be packed. Public way: none.
+    """
+    config._is_quantized = True  # type: ignore[attr-defined]
+
+
+def unmark_quantized(config: PretrainedConfig) -> None:
+    """Undo `mark_quantized`, for a model that has become dense."""
+    vars(config).pop("_is_quantized", None)
+
+
+# -- saving -------------------------------------------------------------------------------------------------------------------
+
+
+def save_under_held_names(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` write the tensors of `model` under the names that they have in it.
+
+    It would turn the names back to an older layout otherwise (Mixtral's `block_sparse_moe`), and a Trainer that restores a
+    checkpoint by name would miss them. An empty list of conversions means that there is nothing to turn back; an absent one
+    is worked out anew. Public way: `save_original_format=False` of save_pretrained, which whoever saves has to say.
+    """
+    model._weight_conversions = []  # type: ignore[assignment]
+
+
+def upload_through(model: PreTrainedModel, upload: Callable[..., Any]) -> None:
+    """Make `push_to_hub` call `upload(model, folder, repo_id, ...)` where it would upload what it saved in `folder`.
+
+    Then the model card can be written into the folder first. Public way: none; push_to_hub writes a card of its own, nearly
+    empty, and gives a class no say in it.
+    """
+    model._upload_modified_files = partial(upload, model)  # type: ignore[method-assign]
+
+
+def plain_upload(model: PreTrainedModel, folder: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """The upload of transformers itself, for a function that `upload_through` was given."""
+    return type(model)._upload_modified_files(model, folder, repo_id, *args, **kwargs)
+
+
+def plain_saving(model: PreTrainedModel) -> None:
+    """Undo `save_under_held_names` and `upload_through`: the model is saved and shared as its class does it."""
+    for attribute in ("_weight_conversions", "_upload_modified_files"):
+        vars(model).pop(attribute, None)
+
+
+# -- layers -------------------------------------------------------------------------------------------------------------------
+
+
+def gates_its_experts(experts_class: type[nn.Module]) -> bool:
+    """Whether a class of stacked experts has the gate as a method, as transformers' `use_experts_implementation` gives it.
+
+    Such classes keep their forward elsewhere, so that one forward serves all of them. Public way: none.
+    """
+    return hasattr(experts_class, "_apply_gate")
+
+
+def apply_gate(experts_class: type[nn.Module], module: nn.Module, gate_up: Tensor) -> Tensor:
+    """The gated activation of `gate_up` [tokens, 2 * intermediate] -> [tokens, intermediate], as the class computes it.
+
+    Models differ here (limits, slopes, an order of their own), so it is not written a second time. Public way: none.
+    """
+    return experts_class._apply_gate(module, gate_up)  # type: ignore[attr-defined]
+
+
+# -- generating ---------------------------------------------------------------------------------------------------------------
+
+
+def attention_implementation(config: PretrainedConfig) -> str | None:
+    """The attention in use, e.g. "sdpa" or "eager".
+
+    Public way: `attn_implementation` is an argument of from_pretrained and set_attn_implementation, but nothing public
+    returns what was chosen.
+    """
+    return getattr(config, "_attn_implementation", None)
+
+
+def compiles_whole(model: PreTrainedModel) -> bool:
+    """Whether the model's authors say that its decode step can be compiled whole, and so works on a static cache.
+
+    Public way: none.
+    """
+    return model._can_compile_fullgraph
+
+
+def longest_cache(model: PreTrainedModel) -> int:
+    """The number of tokens of the longest static cache that `generate` made for this model so far; 0 if it made none.
+
+    It makes no shorter one later, so this counts for the memory that the next one takes. Public way: none.
+    """
+    return max(0, getattr(model, "_previous_max_cache_length", 0))
+
+
+def cache_request(model: PreTrainedModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: argument} of a call of PREPARE_CACHE on `model` with `args` and `kwargs`, whichever of them have names.
+
+    Known are generation_config, model_kwargs, generation_mode, batch_size and max_cache_length.
+    """
+    return inspect.signature(getattr(type(model), PREPARE_CACHE)).bind(model, *args, **kwargs).arguments
+
+
+def has_unknown_state(layer: Any) -> bool:
+    """Whether a layer of a static cache remembers more than what is known of its class.
+
+    A decode step that is replayed runs no Python, so what a layer counts has to be advanced by hand; what is unknown cannot
+    be. Public way: none; the attributes of a cache layer are not documented.
+    """
+    return not vars(layer).keys() <= _STATIC_STATES.get(type(layer), set())
+
+
+def is_quiet_hook(hook: Any) -> bool:
+    """Whether a module's hook is one of those with which transformers collects hidden states and attentions.
+
+    They stay on a model once they were used, and do nothing in a forward that does not ask for them. Public way: none.
+    """
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+def compile_on_every_device(config: CompileConfig) -> None:
+    """Make `generate` compile the decode step on a CPU too, where it leaves `config` aside otherwise.
+
+    Public way: none; without it `--compile` on a CPU would measure eager code.
+    """
+    config._compile_all_devices = True  # type: ignore[assignment]
