@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitLinear
 from hf_littlebit.initialize.factorize import factorize
-from hf_littlebit.layers.linear import latent_parts, pack_parts
+from hf_littlebit.layers.parts import latent_parts, pack_parts
 from hf_littlebit.layers.sign import ALPHA, latent_sign
 
 SIZES = [(48, 64, (16,)), (33, 70, (16, 8)), (96, 40, (40, 40))]
@@ -50,6 +50,16 @@ def test_pack_and_unpack_are_exact(size):
     twin = packed.unpack()
     assert all(p.requires_grad and p.dtype == torch.float32 for p in twin.parameters())
     assert torch.equal(twin(torch.eye(size[1])), latent(torch.eye(size[1])))
+
+
+@pytest.mark.parametrize("ranks", [(12,), (33, 7, 20)], ids=str)
+def test_ranks_that_fill_no_whole_byte(ranks):
+    packed, latent = pair(48, 64, ranks)
+    torch.testing.assert_close(packed.dense(), latent.dense(), rtol=0, atol=0)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(packed(x), nn.functional.linear(x, packed.dense(), packed.bias), rtol=1e-4, atol=1e-4)
+    again = packed.unpack().pack()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in packed.state_dict().items())
 
 
 def test_zero_latents_count_as_plus_one():

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import linear, linear_grad, linears
 
-from hf_littlebit.kernels import factor_shapes, gpu
+from hf_littlebit.kernels import PARTS, factor_shapes, gpu
 
 CASES = Path(__file__).with_name("triton_cases.py")
 FILES = (CASES, CASES.with_name("triton_cases_groups.py"))
@@ -26,7 +27,6 @@ has_gpu = any(getattr(torch, kind).is_available() for kind in gpu.DEVICES)
 compiles = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"
 )
-NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
 STAGES = {"nvidia": ["stage_one", "stage_two"], "amd": ["_stage_one", "_stage_two"]}  # decode.py, gemv.py
 POINTERS = {
     torch.float32: "*fp32",
@@ -101,14 +101,14 @@ def launches(monkeypatch, vendor):
             parts = {
                 name: torch.empty(size, dtype=kind) for name, (size, kind) in factor_shapes(into, out, ranks).items()
             }
-            layers.append([*map(parts.get, NAMES), torch.empty(out, dtype=dtype), ranks])
+            layers.append([*map(parts.get, PARTS), torch.empty(out, dtype=dtype), ranks])
         x = torch.empty(tokens, shapes[0][0 if gradient else 1], dtype=dtype)
         if gradient:
-            gpu.littlebit_linear_grad(x, *layers[0][:7], layers[0][8])
+            linear_grad(gpu, x, *layers[0][:7], layers[0][8])
         elif len(layers) == 1:
-            gpu.littlebit_linear(x, *layers[0])
+            linear(gpu, x, *layers[0])
         else:
-            gpu.littlebit_linears(x, layers)
+            linears(gpu, x, layers)
         return list(found)
 
     yield launch
@@ -290,15 +290,15 @@ PRODUCT = """
 import torch, hf_littlebit.kernels as k
 byte, one = torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1)
 parts = (torch.zeros(0, 1, dtype=torch.int32), byte, None, byte, one, one[0], one)
-print({call}(one, *parts, None, [1]).item())
+print({call}(one, [k.PackedLayer(*parts, None, [1])])[0].item())
 """
 
 
 @interprets
 def test_cpu_tensors_need_the_interpreter():
-    done = python("-c", PRODUCT.format(call="k.littlebit_linear"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="1")
+    done = python("-c", PRODUCT.format(call="k.products"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="1")
     assert done.stdout == "1.0\n", done.stderr
-    done = python("-c", PRODUCT.format(call="k.littlebit_linear"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="0")
+    done = python("-c", PRODUCT.format(call="k.products"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="0")
     assert "RuntimeError: LITTLEBIT_BACKEND=triton, but triton compiles for GPUs only" in done.stderr
-    done = python("-c", PRODUCT.format(call="k.gpu.littlebit_linear"), LITTLEBIT_BACKEND="", TRITON_INTERPRET="0")
+    done = python("-c", PRODUCT.format(call="k.gpu.products"), LITTLEBIT_BACKEND="", TRITON_INTERPRET="0")
     assert "RuntimeError: x is on the CPU" in done.stderr

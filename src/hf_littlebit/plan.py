@@ -9,7 +9,7 @@ were replaced, so that no rule of this or another version, or of the class it is
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import nn
 
 from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of, matches
 from .layers.experts import LittleBitExperts, expert_sizes, is_stack
-from .layers.linear import FactorModule, part_name
+from .layers.linear import FactorModule
+from .layers.parts import PACKED_PARTS, part_name, stored_ranks
 
 __all__ = ["Plan", "WeightPlan", "aliases", "fp32_modules", "needs_fp32", "plan_model"]
 
@@ -131,6 +132,8 @@ def plan_model(
 
     Args:
         stored: names of the tensors of a quantized model or its file; a weight is replaced if its parts are among them.
+            Its ranks are those of the model's layer, or else of the shapes, where `stored` maps names to what verify.py
+            reads of a file: (dtype, shape, file). What neither says is taken from the config.
         saved: names of the tensors that a dense checkpoint to be read holds, where that is of another class; what it
             lacks is new and stays dense.
 
@@ -154,6 +157,8 @@ def plan_model(
         )
     plan.unused = walk.unused()
     _share_leftover(plan)
+    if stored is not None:
+        plan.weights = [replace(each, ranks=_found_ranks(model, each, config, stored)) for each in plan.weights]
     return plan
 
 
@@ -162,6 +167,26 @@ def aliases(name: str, prefix: str) -> tuple[str, ...]:
     if not prefix:
         return (name,)
     return (name, name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
+
+
+def _found_ranks(
+    model: nn.Module, weight: WeightPlan, config: LittleBitConfig, stored: Collection[str]
+) -> tuple[int, ...]:
+    """The ranks that a weight of a quantized model or file has, whatever its config would give a new one."""
+    module = model.get_submodule(weight.module)
+    if isinstance(module, FactorModule):
+        return module.ranks_of(weight.weight)
+    if not isinstance(stored, Mapping):
+        return weight.ranks
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in PACKED_PARTS:
+        name = f"{weight.module}.{part_name(weight.weight, part)}"
+        for alias in aliases(name, getattr(model, "base_model_prefix", "")):
+            if alias in stored:
+                shape = stored[alias][1]
+                shapes[part] = shape if weight.weight == "weight" else shape[1:]
+    size = weight.out_features, weight.in_features
+    return stored_ranks(shapes, size, weight.ranks, config.format == "latent")
 
 
 def _share_leftover(plan: Plan) -> None:

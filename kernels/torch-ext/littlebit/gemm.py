@@ -16,15 +16,17 @@ one every CARRY steps. Devices without matrix units for bf16 compute in plain.py
 """
 
 import functools
-from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, NamedTuple, Tuple
 
 import torch
 
-from . import plain, products, scaled, tuning, unpacked
+from . import plain, scaled, tile_products, tuning, unpacked
+from .launch import Step
+from .parts import PackedLayer, operands
 from .signs import padded
 from .tiles import in_units
 
-__all__ = ["form_of", "launches", "product"]
+__all__ = ["form_of", "launches"]
 
 CARRY = 256  # summed places
 
@@ -113,25 +115,16 @@ def _plan(
 
 
 def launches(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: torch.Tensor,
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    y: torch.Tensor,
-    config: Any,
-    transposed: bool = False,
-) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
-    """(kernel, grid, arguments, options) of every launch of `product`, in order; its scratch is allocated here."""
-    if transposed:
-        first, first_tail, scale_first, second, second_tail, scale_last = u, u_tail, scale_out, v, v_tail, scale_in
-    else:
-        first, first_tail, scale_first, second, second_tail, scale_last = v, v_tail, scale_in, u, u_tail, scale_out
+    x: torch.Tensor, layer: PackedLayer, y: torch.Tensor, config: Any, transposed: bool = False
+) -> Iterator[Step]:
+    """(kernel, grid, arguments, options) of every launch of a layer's product, in order; its scratch is allocated here.
+
+    Args:
+        x: [tokens, in_features], whose rows are contiguous; layer: checked and contiguous (bound.py); y: [tokens, out_features].
+        config: a tuning.Tiles. transposed: the gradient, which reads x [tokens, out_features] and writes y [tokens, in_features].
+    """
+    ranks, scale_rank, bias = layer.ranks, layer.scale_rank, layer.bias
+    (first, first_tail, scale_first), (last, last_tail, scale_last) = operands(layer, transposed)
     (tokens, features), made, device = x.shape, y.shape[1], x.device
     plan = _plan(
         features, made, tuple(ranks), config, scale_last.dtype == torch.bfloat16, transposed, *tuning.abilities(device)
@@ -161,12 +154,12 @@ def launches(
                 (bytes_of, first_tail, features, tuple(ranks)),
                 plan.tails,
             )
-        if second_tail is not None:
+        if last_tail is not None:
             total = scale_rank.shape[0]
-            second_tail, bytes_of = torch.empty(1, total, dtype=torch.int32, device=device), second_tail
-            yield scaled.tail_rows, (-(-total // 256),), (bytes_of, second_tail, total, (made,)), plan.tails
+            last_tail, bytes_of = torch.empty(1, total, dtype=torch.int32, device=device), last_tail
+            yield scaled.tail_rows, (-(-total // 256),), (bytes_of, last_tail, total, (made,)), plan.tails
     yield (
-        products.expand,
+        tile_products.expand,
         (-(-tokens // config.tokens_one), plan.blocks_one, plan.splits_one),
         (
             terms,
@@ -190,12 +183,12 @@ def launches(
             plan.combine,
         )
     yield (
-        products.contract,
+        tile_products.contract,
         (-(-tokens // config.tokens_two), plan.blocks_two, sums_two),
         (
             terms,
-            second,
-            second_tail,
+            last,
+            last_tail,
             scale_last,
             bias,
             y,
@@ -225,30 +218,3 @@ def form_of(config: Any, dtype: torch.dtype) -> Tuple[Any, bool]:
     if config.unpacked and config.terms == 1 and dtype == torch.bfloat16:
         return unpacked.launches, False
     return launches, True
-
-
-def product(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: torch.Tensor,
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    y: torch.Tensor,
-    config: Any,
-    transposed: bool = False,
-) -> None:
-    """y [tokens, out_features] of x [tokens, in_features], whose rows are contiguous; parts checked and contiguous.
-
-    Args:
-        transposed: the gradient; x is [tokens, out_features] and y [tokens, in_features].
-        config: a tuning.Tiles.
-    """
-    form, _ = form_of(config, y.dtype)
-    parts = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias)
-    for kernel, grid, arguments, options in form(x, *parts, ranks, y, config, transposed):
-        kernel[grid](*arguments, **options)

@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Step
+from .parts import PackedLayer, few_tokens
 from .tiles import block_count, in_units, locate, rank_sum, word_tile
 
 __all__ = ["launches"]
@@ -215,27 +217,24 @@ def _plan(in_features: int, outs: Tuple[int, ...], ranks: Tuple[Tuple[int, ...],
 
 
 def launches(
-    x: torch.Tensor, layers: Sequence[Sequence[Any]], results: Sequence[torch.Tensor], config: Any
-) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
+    x: torch.Tensor, layers: Sequence[PackedLayer], results: Sequence[torch.Tensor], config: Any
+) -> Iterator[Step]:
     """(kernel, grid, arguments, options) of both launches of results[i] [tokens, out_features] of layers[i] and x.
 
     Args:
         x: [tokens, in_features], whose rows are contiguous.
-        layers: (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) each, checked and contiguous.
+        layers: checked and contiguous.
         config: a tuning.Decode: tile sizes, warps and the number of splits, of all layers.
     """
     tokens, in_features = x.shape
     outs = tuple([y.shape[1] for y in results])
-    plan = _plan(in_features, outs, tuple([layer[8] for layer in layers]), config)
+    plan = _plan(in_features, outs, tuple([tuple(layer.ranks) for layer in layers]), config)
     partial = torch.empty(tokens, plan.splits, plan.width, dtype=torch.float32, device=x.device)
-    ones, twos = [], []
-    for (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, _), y, out in zip(layers, results, outs):  # noqa: B905
-        ones.append((v, v_tail, scale_in))
-        twos.append((u, u_tail, scale_out, scale_rank, bias, y, out))
+    ones, twos = few_tokens(layers, results)
     yield (
         _stage_one,
         (plan.blocks_one, plan.splits, tokens),
-        (x, tuple(ones), partial, in_features, x.stride(0), plan.span, plan.ranks),
+        (x, ones, partial, in_features, x.stride(0), plan.span, plan.ranks),
         {
             "UNITS": plan.units,
             "BLOCK_N": config.columns_one,
@@ -246,7 +245,7 @@ def launches(
     yield (
         _stage_two,
         (plan.blocks_two, tokens),
-        (partial, tuple(twos), plan.ranks),
+        (partial, twos, plan.ranks),
         {
             "UNITS": plan.units,
             "SPLITS": plan.splits,

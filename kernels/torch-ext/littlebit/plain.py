@@ -7,12 +7,14 @@
 F, G, i and o as in gemm.py. Tiles of ±1 are made from words in registers; x is scaled where it is loaded.
 """
 
-from typing import Any, Iterator, Optional, Sequence, Tuple
+from typing import Any, Iterator
 
 import torch
 import triton
 import triton.language as tl
 
+from .launch import Step
+from .parts import PackedLayer, operands
 from .tiles import in_units, locate, rank_sum, sign_tile
 
 __all__ = ["launches"]
@@ -139,25 +141,11 @@ def _contract(
 
 
 def launches(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: torch.Tensor,
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    y: torch.Tensor,
-    config: Any,
-    transposed: bool = False,
-) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
+    x: torch.Tensor, layer: PackedLayer, y: torch.Tensor, config: Any, transposed: bool = False
+) -> Iterator[Step]:
     """As `gemm.launches`."""
-    if transposed:
-        first, first_tail, scale_first, second, second_tail, scale_last = u, u_tail, scale_out, v, v_tail, scale_in
-    else:
-        first, first_tail, scale_first, second, second_tail, scale_last = v, v_tail, scale_in, u, u_tail, scale_out
+    ranks, scale_rank, bias = layer.ranks, layer.scale_rank, layer.bias
+    (first, first_tail, scale_first), (last, last_tail, scale_last) = operands(layer, transposed)
     (tokens, features), total, made = x.shape, scale_rank.shape[0], y.shape[1]
     units, unit = in_units(ranks)
     block_k = 32 * config.words
@@ -192,7 +180,7 @@ def launches(
     yield (
         _contract,
         (-(-tokens // config.tokens_two), -(-made // config.outputs)),
-        (latent, second, second_tail, scale_last, bias, y, tokens, made, units),
+        (latent, last, last_tail, scale_last, bias, y, tokens, made, units),
         {
             **shared,
             "BLOCK_M": config.tokens_two,

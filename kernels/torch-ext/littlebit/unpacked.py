@@ -5,14 +5,15 @@ goes. A slab holds ±scale of some ranks or outputs in bf16, contiguous along th
 One bf16 term only, bf16 in and out. As everywhere in this form the sums run in pair order (signs.py).
 """
 
-from typing import Any, Iterator, Optional, Sequence, Tuple
+from typing import Any, Iterator, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
 from . import scaled
-from .packing import factor_shape
+from .launch import Step
+from .parts import PackedLayer, Place, operands, places
 from .signs import across_words, along_words, padded, pair_of, sign_tile, tail_word
 
 __all__ = ["SLAB", "launches"]
@@ -85,23 +86,20 @@ def _slabs(made: int, width: int) -> Iterator[Tuple[int, int]]:
         yield first, min(first + rows, made)
 
 
+def _factors(layer: PackedLayer, path: Place) -> Tuple[Tuple[Any, Any], Tuple[Any, Any]]:
+    """(words, tail) of the path's V and of its U^T; a path without a tail has None."""
+    assert layer.v is not None
+    v_tail = None if layer.v_tail is None else layer.v_tail[:, path.columns]
+    u_tail = None if layer.u_tail is None or path.tail.start == path.tail.stop else layer.u_tail[path.tail]
+    return (layer.v[:, path.columns], v_tail), (layer.u[path.words], u_tail)
+
+
 def launches(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: torch.Tensor,
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    y: torch.Tensor,
-    config: Any,
-    transposed: bool = False,
-) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
+    x: torch.Tensor, layer: PackedLayer, y: torch.Tensor, config: Any, transposed: bool = False
+) -> Iterator[Step]:
     """As `gemm.launches`; the dense products are done between the launches, by the generator itself."""
-    scale_first, scale_last = (scale_out, scale_in) if transposed else (scale_in, scale_out)
+    ranks, scale_rank, bias = layer.ranks, layer.scale_rank, layer.bias
+    scale_first, scale_last = [operand.scale for operand in operands(layer, transposed)]
     (tokens, features), made, device = x.shape, y.shape[1], x.device
     width = -(-features // _STEP) * _STEP
     slots = padded(ranks, _STEP)
@@ -119,16 +117,14 @@ def launches(
         (x, scale_first, terms, tokens, features, x.stride(0), tokens, width),
         {"PATHS": len(ranks), "TERMS": 1, "ROWS": 4, "BLOCK": 2048, "EARLY": False, "num_warps": 4},
     )
-    before = words = tails = slot = 0
+    slot = 0
     sides = []
-    for path, (rank, count) in enumerate(zip(ranks, slots)):  # noqa: B905 Python 3.9
-        rows, bytes_of = factor_shape(rank)
-        ranked = slice(before, before + rank)
-        inner = u[words : words + rows], None if u_tail is None or not bytes_of else u_tail[tails : tails + bytes_of]
-        outer = v[:, ranked], None if v_tail is None else v_tail[:, ranked]
-        one, two = (inner, outer) if transposed else (outer, inner)
-        sides.append((two, scale_last[path], rank, slot))
-        gain = scale_rank[ranked]
+    for index, (path, count) in enumerate(zip(places(ranks), slots)):  # noqa: B905 Python 3.9
+        rank = path.rank
+        inner, outer = _factors(layer, path)
+        one, two = (outer, inner) if transposed else (inner, outer)
+        sides.append((two, scale_last[index], rank, slot))
+        gain = scale_rank[path.columns]
         for first, last in _slabs(count, width):
             slab = scratch[: (last - first) * width].view(last - first, width)
             yield (
@@ -137,8 +133,8 @@ def launches(
                 (*one, gain, slab, first, rank, features, one[0].stride(0), width),
                 {**options, "ORDERED": True},
             )
-            torch.mm(terms[path], slab.T, out=latent[:, slot + first : slot + last])
-        before, words, tails, slot = before + rank, words + rows, tails + bytes_of, slot + count
+            torch.mm(terms[index], slab.T, out=latent[:, slot + first : slot + last])
+        slot += count
     for first, last in _slabs(made, slot):
         rows = -(-(last - first) // _ROWS)
         slab = scratch[: rows * _ROWS * slot].view(rows * _ROWS, slot)

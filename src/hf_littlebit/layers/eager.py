@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..kernels import gpu
+from ..kernels import PackedLayer, gpu
 
 __all__ = ["Repeated", "repeated", "unseen"]
 
@@ -73,7 +73,7 @@ class Repeated:
         return type(None), ()
 
 
-def repeated(x: Tensor, layers: Sequence[Sequence[Any]], holders: Sequence[dict[str, Any]]) -> Repeated | None:
+def repeated(x: Tensor, layers: Sequence[PackedLayer], holders: Sequence[dict[str, Any]]) -> Repeated | None:
     """What to keep after a product of `layers` (as `ops.linears` takes them) with x; None where it cannot be repeated."""
     if not x.is_cuda or not gpu.load():
         return None

@@ -18,18 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import PackedLayer
 from . import ops
-from .linear import (
-    LATENT_PARTS,
-    PACKED_PARTS,
-    FactorModule,
-    autocast_input,
-    latent_parts,
-    latent_paths,
-    latent_product,
-    pack_parts,
-    unpack_paths,
-)
+from .linear import FactorModule, autocast_input, latent_product
+from .parts import LATENT_PARTS, PACKED_PARTS, latent_parts, latent_paths, pack_parts, unpack_paths
 from .path import Path, dense_weight
 from .sign import ALPHA
 
@@ -92,9 +84,8 @@ class LittleBitExperts(FactorModule):
         self.path_ranks = {weight: list(rank) for weight, rank in ranks.items()}
         self.latent = latent
         self.sign_gradient, self.alpha = "smooth", ALPHA
-        declare = self.declare_latent if latent else self.declare_packed
         for weight, (count, out_features, in_features) in self.sizes.items():
-            declare(weight, (out_features, in_features), self.path_ranks[weight], device, (count,))
+            self.declare_parts(weight, (out_features, in_features), self.path_ranks[weight], latent, device, (count,))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
@@ -122,7 +113,7 @@ class LittleBitExperts(FactorModule):
         ranks = self.path_ranks[weight]
         if self.latent:
             return latent_product(x, self.parts(weight, LATENT_PARTS, expert), ranks, self)
-        return ops.linear(x, list(self.parts(weight, PACKED_PARTS, expert).values()), None, ranks)
+        return ops.linear(x, PackedLayer(**self.parts(weight, PACKED_PARTS, expert), bias=None, ranks=ranks))
 
     def paths(self, weight: str, expert: int) -> list[Path]:
         """The factors of one matrix of the stack."""
@@ -163,6 +154,9 @@ class LittleBitExperts(FactorModule):
         for key, child in self.named_children():
             module.add_module(key, child)
         return module.train(self.training)
+
+    def ranks_of(self, weight: str) -> tuple[int, ...]:
+        return tuple(self.path_ranks[weight])
 
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{weight}={size}, ranks={self.path_ranks[weight]}" for weight, size in self.sizes.items())

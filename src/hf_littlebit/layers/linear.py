@@ -6,12 +6,7 @@ LittleBitLinear        U, V as bits (kernels/packing.py), h, l, g as 16-bit floa
 LatentLittleBitLinear  U, V as fp32 latents whose sign is used, h, l, g as fp32 rounded to 16 bits in the forward; trainable.
 
 Both are `nn.Linear`s whose `.weight` is their U: transformers without this plugin then meets a tensor of the wrong shape
-and refuses the checkpoint, and PEFT attaches adapters as to any linear layer. `pack` and `unpack` are exact: the signs and
-the rounded scales are the same on both sides, so packing what was unpacked gives the same bits.
-
-The parts of one weight are parameters named after it, so that the 3-D weights of mixture-of-experts layers
-(experts.py) can use the same functions: for the weight "weight" they are weight (U), weight_tail, v, v_tail, scale_out,
-scale_rank and scale_in; for "gate_up_proj" they are gate_up_proj (U), gate_up_proj_tail, gate_up_proj_v, and so on.
+and refuses the checkpoint, and PEFT attaches adapters as to any linear layer. parts.py says what a weight is stored in.
 """
 
 from __future__ import annotations
@@ -22,83 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.packing import factor_shapes, pack_signs, unpack_signs
+from ..kernels import PackedLayer
 from . import ops
 from .eager import repeated
 from .latent_matmul import factored_product
+from .parts import (
+    LATENT_PARTS,
+    PACKED_PARTS,
+    latent_parts,
+    latent_paths,
+    pack_parts,
+    part_name,
+    part_shapes,
+    unpack_paths,
+)
 from .path import Path, dense_weight
 from .sign import ALPHA, SignGradient
 
-__all__ = ["LatentLittleBitLinear", "LittleBitLinear", "autocast_input", "latent_parts", "pack_parts", "part_name"]
-
-PACKED_PARTS = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
-LATENT_PARTS = ("u", "v", "scale_out", "scale_rank", "scale_in")
-UNPACKED_LATENT = 0.02  # |latent| that `unpack` gives a bare sign: small enough for SmoothSign's gradient to move it
-
-
-def part_name(weight: str, part: str) -> str:
-    """The parameter that holds `part` of the weight called `weight` in its module."""
-    if part == "u":
-        return weight
-    if part == "u_tail":
-        return f"{weight}_tail"
-    return part if weight == "weight" else f"{weight}_{part}"
-
+__all__ = ["FactorModule", "LatentLittleBitLinear", "LittleBitLinear", "autocast_input"]
 
 FORWARD_PARAMETERS = (*(part_name("weight", part) for part in PACKED_PARTS), "bias")
-
-
-def pack_parts(paths: Sequence[Path], scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Factors as the packed parts of packing.py, parts of zero rows left out (but for "u")."""
-    rows = [pack_signs(path.u.T) for path in paths]
-    words, tail = pack_signs(torch.cat([path.v for path in paths], dim=1))
-    parts = {
-        "u": torch.cat([row[0] for row in rows]),
-        "u_tail": torch.cat([row[1] for row in rows]),
-        "v": words,
-        "v_tail": tail,
-        "scale_out": torch.stack([path.scale_out for path in paths]).to(scale_dtype),
-        "scale_rank": torch.cat([path.scale_rank for path in paths]).to(scale_dtype),
-        "scale_in": torch.stack([path.scale_in for path in paths]).to(scale_dtype),
-    }
-    return {part: value for part, value in parts.items() if part == "u" or value.shape[0]}
-
-
-def latent_parts(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Factors as fp32 latents: u [out, R] and v [in, R] with the paths side by side, scales as in packing.py."""
-    parts = {
-        "u": torch.cat([path.u for path in paths], dim=1),
-        "v": torch.cat([path.v for path in paths], dim=1),
-        "scale_out": torch.stack([path.scale_out for path in paths]),
-        "scale_rank": torch.cat([path.scale_rank for path in paths]),
-        "scale_in": torch.stack([path.scale_in for path in paths]),
-    }
-    # Contiguous: fused optimizers pair a parameter with its restored state by memory order.
-    return {part: value.float().contiguous() for part, value in parts.items()}
-
-
-def unpack_paths(parts: dict[str, Tensor | None], ranks: Sequence[int]) -> list[Path]:
-    """Packed parts of one weight as factors, with ±UNPACKED_LATENT for latents and the stored scales in fp32."""
-    u, u_tail, v, v_tail = (parts.get(part) for part in PACKED_PARTS[:4])
-    h, l, g = (parts[part].float() for part in PACKED_PARTS[4:])  # type: ignore[union-attr]  # noqa: E741
-    v_signs = unpack_signs(v, v_tail, g.shape[-1])
-    paths, word, byte, column = [], 0, 0, 0
-    for index, rank in enumerate(ranks):
-        words, tail = rank // 32, rank % 32 // 8
-        rows_tail = None if u_tail is None else u_tail[byte : byte + tail]
-        u_signs = unpack_signs(u[word : word + words], rows_tail, rank)  # type: ignore[index]
-        columns = slice(column, column + rank)
-        latents = (UNPACKED_LATENT * u_signs.T.contiguous(), UNPACKED_LATENT * v_signs[:, columns].contiguous())
-        paths.append(Path(*latents, h[index], l[columns], g[index]))
-        word, byte, column = word + words, byte + tail, column + rank
-    return paths
-
-
-def latent_paths(parts: dict[str, Tensor], ranks: Sequence[int], scale_dtype: torch.dtype) -> list[Path]:
-    """Latent parts of one weight as factors, with the scales rounded as in the forward."""
-    u, v = (parts[part].detach().split(list(ranks), dim=-1) for part in LATENT_PARTS[:2])
-    h, l, g = (parts[part].detach().to(scale_dtype).float() for part in LATENT_PARTS[2:])  # noqa: E741
-    return [Path(*path) for path in zip(u, v, h, l.split(list(ranks)), g, strict=True)]
 
 
 class FactorModule(nn.Module):
@@ -120,26 +58,27 @@ class FactorModule(nn.Module):
         self.register_parameter(part_name(weight, part), value)
         self.part_dtypes[part_name(weight, part)] = dtype
 
-    def declare_packed(
-        self, weight: str, size: tuple[int, int], ranks: Sequence[int], device: Any, lead: tuple[int, ...] = ()
-    ):
-        """Register the packed parts of a weight of `size` (out, in); `lead` is (experts,) for a stack of weights."""
-        shapes = factor_shapes(size[1], size[0], ranks, self.scale_dtype)
-        for part in PACKED_PARTS:
+    def declare_parts(
+        self,
+        weight: str,
+        size: tuple[int, int],
+        ranks: Sequence[int],
+        latent: bool,
+        device: torch.device | str | None,
+        lead: tuple[int, ...] = (),
+    ) -> None:
+        """Register the parts of a weight of `size` (out, in); `lead` is (experts,) for a stack of weights."""
+        shapes = part_shapes(*size, ranks, latent, self.scale_dtype)
+        for part in LATENT_PARTS if latent else PACKED_PARTS:
             if part in shapes:
                 shape, dtype = shapes[part]
-                self.declare(weight, part, (*lead, *shape), dtype, device, train=False)
+                self.declare(weight, part, (*lead, *shape), dtype, device, train=latent)
             else:
                 self.register_parameter(part_name(weight, part), None)
 
-    def declare_latent(
-        self, weight: str, size: tuple[int, int], ranks: Sequence[int], device: Any, lead: tuple[int, ...] = ()
-    ):
-        """Register the latent parts of a weight of `size` (out, in), fp32 whatever the model's dtype."""
-        total, paths = sum(ranks), len(ranks)
-        shapes = ((size[0], total), (size[1], total), (paths, size[0]), (total,), (paths, size[1]))
-        for part, shape in zip(LATENT_PARTS, shapes, strict=True):
-            self.declare(weight, part, (*lead, *shape), torch.float32, device, train=True)
+    def ranks_of(self, weight: str) -> tuple[int, ...]:
+        """The ranks of the paths of the weight called `weight`."""
+        raise NotImplementedError
 
     def parts(self, weight: str, kinds: Sequence[str], index: int | None = None) -> dict[str, Any]:
         """{part: parameter or None} of `weight`, or of the `index`-th weight of a stack."""
@@ -213,7 +152,7 @@ class LittleBitLinear(FactorModule, nn.Linear):
         self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
         # First: transformers takes a model's dtype from its first floating parameter, which should not be a scale.
         self.register_parameter("bias", _bias(out_features, bias, device, dtype))
-        self.declare_packed("weight", (out_features, in_features), ranks, device)
+        self.declare_parts("weight", (out_features, in_features), ranks, False, device)
 
     def forward(self, x: Tensor) -> Tensor:
         group = self.group
@@ -226,20 +165,20 @@ class LittleBitLinear(FactorModule, nn.Linear):
             found = self._repeated(x, (self._parameters,))
             if found is not None:
                 return found[0]
-        *parts, bias = self.factors()
-        y = ops.linear(x, parts, bias, self.ranks)
+        layer = self.packed()
+        y = ops.linear(x, layer)
         if y.is_cuda and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            self._repeated = repeated(x, ((*parts, bias, self.ranks),), (self._parameters,))
+            self._repeated = repeated(x, (layer,), (self._parameters,))
         return y
 
-    def factors(self) -> list[Tensor | None]:
-        """The parts as `ops.linear` takes them, and the bias."""
+    def packed(self) -> PackedLayer:
+        """The layer's parts as the kernels take them."""
         held = self._parameters
         try:
             # Eight times Module.__getattr__ would cost as much as the whole product of a small layer.
-            return [held[name] for name in FORWARD_PARAMETERS]
+            return PackedLayer._make([*[held[name] for name in FORWARD_PARAMETERS], self.ranks])
         except KeyError:  # a wrapper (parametrizations, sharding) keeps them elsewhere
-            return [getattr(self, name) for name in FORWARD_PARAMETERS]
+            return PackedLayer._make([*[getattr(self, name) for name in FORWARD_PARAMETERS], self.ranks])
 
     def paths(self) -> list[Path]:
         """The factors, with ±UNPACKED_LATENT for latents."""
@@ -257,6 +196,9 @@ class LittleBitLinear(FactorModule, nn.Linear):
         twin.fill("weight", latent_parts(self.paths()))
         twin.bias = self.bias
         return twin.train(self.training)
+
+    def ranks_of(self, weight: str) -> tuple[int, ...]:
+        return tuple(self.ranks)
 
     def extra_repr(self) -> str:
         return _describe(self)
@@ -279,7 +221,7 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
         self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
         self.sign_gradient, self.alpha = "smooth", ALPHA
         self.register_parameter("bias", _bias(out_features, bias, device, dtype))
-        self.declare_latent("weight", (out_features, in_features), ranks, device)
+        self.declare_parts("weight", (out_features, in_features), ranks, True, device)
 
     def forward(self, x: Tensor) -> Tensor:
         x = autocast_input(x)
@@ -302,6 +244,9 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
         twin.fill("weight", pack_parts(self.paths(), self.scale_dtype))
         twin.bias = self.bias
         return twin.train(self.training)
+
+    def ranks_of(self, weight: str) -> tuple[int, ...]:
+        return tuple(self.ranks)
 
     def extra_repr(self) -> str:
         return _describe(self)

@@ -141,12 +141,12 @@ class SharedInput:
                 return [*again]
         layers = []
         for member in members:
-            parts = member.factors()
-            u = parts[0]
+            layer = member.packed()
+            u = layer.u
             # A part that is released (offloaded, or sharded and not gathered) is on meta or has no elements.
             if u is None or u.device != x.device or u.dim() != 2:
                 return None
-            layers.append((*parts, member.ranks))
+            layers.append(layer)
         results: Results = [*ops.linears(x, layers)]
         if not torch.compiler.is_compiling() and x.is_cuda:
             self._repeated = repeated(x, layers, holders)

@@ -25,7 +25,8 @@ from ..config import LittleBitConfig
 from ..generate.generation import fast_generate, plain_generate
 from ..initialize.calibration import Importance
 from ..layers.experts import LittleBitExperts
-from ..layers.linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, part_name
+from ..layers.linear import FactorModule, LatentLittleBitLinear
+from ..layers.parts import LATENT_PARTS, part_name
 from ..layers.shared_input import share_as_asked
 from ..plan import Plan, fp32_modules, needs_fp32, plan_model
 from .conversion import factor_weight
