@@ -75,14 +75,15 @@ def launches(monkeypatch, vendor):
     """A function that calls gpu.py on CPU tensors and returns the launches that it would do on an H200, or for AMD."""
     import triton
 
-    from hf_littlebit.kernels import tuning
+    from hf_littlebit.kernels import gemm, tuning
 
     found = []
-    monkeypatch.setattr(tuning, "abilities", lambda device: (vendor == "nvidia",) * 2)
-    monkeypatch.setattr(tuning, "_multiplies_bf16", lambda device: vendor == "nvidia")
-    monkeypatch.setattr(tuning, "_memory", lambda device: SHARED[vendor])
+    for module in (gpu, gemm):
+        monkeypatch.setattr(module, "abilities", lambda device: (vendor == "nvidia",) * 2)
+    monkeypatch.setattr(tuning, "multiplies_bf16", lambda device: vendor == "nvidia")
+    monkeypatch.setattr(tuning, "shared_memory", lambda device: SHARED[vendor])
     monkeypatch.setattr(gpu, "interpreted", lambda: True)
-    monkeypatch.setattr(tuning, "_cores", lambda device: 132)
+    monkeypatch.setattr(tuning, "cores", lambda device: 132)
     monkeypatch.setattr(
         triton.runtime.JITFunction,
         "run",

@@ -14,6 +14,7 @@ from test_cpu import layer, worst
 
 from hf_littlebit import LittleBitLinear
 from hf_littlebit.kernels import bound, candidates, gpu, launch, reference, trial, tuner, tuning
+from hf_littlebit.kernels.device import abilities
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else next((kind for kind in gpu.DEVICES if getattr(torch, kind).is_available()), "cpu")
@@ -145,7 +146,7 @@ def test_decode_with_fewer_splits(monkeypatch, traffic):
     decode._plan.cache_clear()
     x = torch.randn(tokens, shape[1])
     y = linear(gpu, *put(x, *parts), None, shape[2])
-    plan = decode._plan(shape[1], shape[:1], shape[2:], 4, 4, tuning.few(), tuning.abilities(torch.device(DEVICE)))
+    plan = decode._plan(shape[1], shape[:1], shape[2:], 4, 4, tuning.few(), abilities(torch.device(DEVICE)))
     decode._plan.cache_clear()
     assert plan.splits * plan.one["ROUNDS"] >= 5 and plan.splits == (1 if traffic == 0 else 2)
     assert worst(y.cpu(), x, dense.T, size.T) < 1e-6

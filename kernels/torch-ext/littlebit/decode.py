@@ -116,7 +116,7 @@ def launches(
         x: [tokens, in_features], one to four tokens, whose rows are contiguous.
         layers: checked and contiguous, of at most
             config.warps_two paths.
-        config: a tuning.Few. abilities: as `tuning.abilities` gives them for x's device.
+        config: a tuning.Few. abilities: as `device.abilities` gives them for x's device.
     """
     tokens, in_features = x.shape
     outs = tuple([y.shape[1] for y in results])

@@ -20,7 +20,8 @@ from typing import Any, Iterator, NamedTuple, Tuple
 
 import torch
 
-from . import plain, scaled, tile_products, tuning, unpacked
+from . import plain, scaled, tile_products, unpacked
+from .device import abilities
 from .launch import Step
 from .parts import PackedLayer, operands
 from .signs import padded
@@ -127,7 +128,7 @@ def launches(
     (first, first_tail, scale_first), (last, last_tail, scale_last) = operands(layer, transposed)
     (tokens, features), made, device = x.shape, y.shape[1], x.device
     plan = _plan(
-        features, made, tuple(ranks), config, scale_last.dtype == torch.bfloat16, transposed, *tuning.abilities(device)
+        features, made, tuple(ranks), config, scale_last.dtype == torch.bfloat16, transposed, *abilities(device)
     )
     width, slots, units = plan.width, plan.slots, plan.units
     height = -(-tokens // plan.rows) * plan.rows

@@ -21,6 +21,7 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple
 import torch
 
 from .bound import Bound, bind, checked, find, forget
+from .device import abilities
 from .launch import Step, record, run
 from .parts import PackedLayer
 
@@ -154,7 +155,7 @@ def _steps(
         outs, ranks = tuple([y.shape[1] for y in flat]), tuple([layer.ranks for layer in ready])
         few = tuning.few(device, outs, features, ranks)
         if few is not None:
-            return kernels.decode.launches(rows, ready, flat, few, tuning.abilities(device)), True
+            return kernels.decode.launches(rows, ready, flat, few, abilities(device)), True
         return kernels.gemv.launches(rows, ready, flat, tuning.decode_group(device, outs, features, ranks)), True
     forms = []
     for layer in ready:

@@ -16,9 +16,10 @@ import torch
 
 from . import reference
 from .candidates import Case
+from .device import abilities
 from .launch import Step, run
 from .parts import PARTS, PackedLayer, factor_shapes
-from .tuning import Decode, Few, abilities
+from .tuning import Decode, Few
 
 __all__ = ["Job", "Trial", "current_device", "kinds", "launches", "random_layer", "run_once"]
 
