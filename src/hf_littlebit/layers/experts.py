@@ -97,16 +97,15 @@ class LittleBitExperts(FactorModule):
             if expert >= count:
                 continue
             token, choice = torch.where(top_k_index == expert)
-            inner = self._product(first, expert, hidden_states[token])
-            inner = self._gate(inner)
-            inner = self._product(last, expert, inner) * top_k_weights[token, choice, None]
-            out.index_add_(0, token, inner.to(out.dtype))
+            hidden = self._gate(self._product(first, expert, hidden_states[token]))
+            chosen = self._product(last, expert, hidden) * top_k_weights[token, choice, None]
+            out.index_add_(0, token, chosen.to(out.dtype))
         return out
 
-    def _gate(self, inner: Tensor) -> Tensor:
+    def _gate(self, hidden: Tensor) -> Tensor:
         if getattr(self, "has_gate", True):
-            return self.source_class._apply_gate(self, inner)  # type: ignore[attr-defined]
-        return self.act_fn(inner)  # type: ignore[operator]
+            return self.source_class._apply_gate(self, hidden)  # type: ignore[attr-defined]
+        return self.act_fn(hidden)  # type: ignore[operator]
 
     def _product(self, weight: str, expert: int, x: Tensor) -> Tensor:
         x = autocast_input(x)

@@ -1,9 +1,9 @@
 """The quantized linear layer, packed for inference and latent for training.
 
-    y = sum_p h_p * (U_p (l_p * (V_p^T (g_p * x)))) + bias          (LittleBit, arXiv 2506.13771, eq. 5)
+    y = sum_p scale_out_p * (U_p (scale_rank_p * (V_p^T (scale_in_p * x)))) + bias      (LittleBit, arXiv 2506.13771, eq. 5)
 
-LittleBitLinear        U, V as bits (kernels/packing.py), h, l, g as 16-bit floats; all frozen, gradient for x and the bias.
-LatentLittleBitLinear  U, V as fp32 latents whose sign is used, h, l, g as fp32 rounded to 16 bits in the forward; trainable.
+LittleBitLinear        U and V as bits, the scales as 16-bit floats; all frozen, with a gradient for x and the bias.
+LatentLittleBitLinear  U and V as fp32 latents whose sign is used, the scales as fp32 rounded to 16 bits in the forward; trainable.
 
 Both are `nn.Linear`s whose `.weight` is their U: transformers without this plugin then meets a tensor of the wrong shape
 and refuses the checkpoint, and PEFT attaches adapters as to any linear layer. parts.py says what a weight is stored in.
@@ -80,9 +80,9 @@ class FactorModule(nn.Module):
         """The ranks of the paths of the weight called `weight`."""
         raise NotImplementedError
 
-    def parts(self, weight: str, kinds: Sequence[str], index: int | None = None) -> dict[str, Any]:
+    def parts(self, weight: str, names: Sequence[str], index: int | None = None) -> dict[str, Any]:
         """{part: parameter or None} of `weight`, or of the `index`-th weight of a stack."""
-        values = {part: getattr(self, part_name(weight, part)) for part in kinds}
+        values = {part: getattr(self, part_name(weight, part)) for part in names}
         if index is None:
             return values
         return {part: None if value is None else value[index] for part, value in values.items()}
@@ -118,9 +118,9 @@ class FactorModule(nn.Module):
 
 def autocast_input(x: Tensor) -> Tensor:
     """x as `nn.Linear` would take it: cast to the autocast dtype where autocast is on."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return x.to(torch.get_autocast_dtype(device_type))
     return x
 
 
@@ -129,7 +129,7 @@ class LittleBitLinear(FactorModule, nn.Linear):
 
     Args:
         ranks: rank of each path.
-        dtype: of the bias. scale_dtype: of h, l and g, whatever the model is cast to.
+        dtype: of the bias. scale_dtype: of the scales, whatever the model is cast to.
 
     The parts are uninitialised until they are loaded or filled. x [..., in_features] of fp32, bf16 or fp16.
     """
@@ -255,8 +255,8 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
 def latent_product(x: Tensor, parts: dict[str, Tensor], ranks: Sequence[int], layer: Any) -> Tensor:
     """The layer's product on latent parts, in x's dtype; `layer` gives scale_dtype, sign_gradient and alpha."""
     gradient = SignGradient(layer.sign_gradient, layer.alpha)
-    u, v, h, l, g = (parts[part] for part in LATENT_PARTS)  # noqa: E741
-    return factored_product(x, u, v, h, l, g, tuple(ranks), layer.scale_dtype, gradient)
+    u, v, scale_out, scale_rank, scale_in = (parts[part] for part in LATENT_PARTS)
+    return factored_product(x, u, v, scale_out, scale_rank, scale_in, tuple(ranks), layer.scale_dtype, gradient)
 
 
 def _bias(size: int, bias: bool, device: Any, dtype: torch.dtype | None) -> nn.Parameter | None:

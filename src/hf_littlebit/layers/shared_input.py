@@ -111,7 +111,7 @@ class SharedInput:
         return result
 
     def _product_in_trace(self, place: int, x: Tensor) -> Tensor | None:
-        """The same with what torch.compile can follow: it sees which tensors are one, but neither threads nor changes."""
+        """`product` by what torch.compile can follow: it sees which tensors are one, but neither threads nor changes."""
         if self._traced is not None:
             held, results = self._traced
             result = results[place]
@@ -163,9 +163,9 @@ class SharedInput:
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What a result depends on besides x's identity and the weights. A tensor made under inference_mode counts no changes."""
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if kind == "cuda" else None
+    device_type = x.device.type
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if device_type == "cuda" else None
     return 0 if x.is_inference() else x._version, autocast, torch.is_inference_mode_enabled(), stream
 
 
