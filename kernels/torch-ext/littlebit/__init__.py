@@ -154,23 +154,23 @@ def _choice() -> Any:
 
 
 @functools.lru_cache(maxsize=None)
-def _accelerated(kind: str) -> Any:
+def _accelerated(device_type: str) -> Any:
     """The module for tensors on devices of this type; errors as `_choice`."""
     name = _asked()
-    known = kind in gpu.DEVICES
-    if name == "reference" or kind == "meta":
+    known = device_type in gpu.DEVICES
+    if name == "reference" or device_type == "meta":
         return reference
     if known and gpu.load():
         return gpu
     why = (
         gpu.missing()
         if known
-        else f"there are no kernels for {kind} devices, only for {', '.join(gpu.DEVICES)} and cpu"
+        else f"there are no kernels for {device_type} devices, only for {', '.join(gpu.DEVICES)} and cpu"
     )
     if name == "triton":
         raise RuntimeError(f"LITTLEBIT_BACKEND=triton, but {why}; or unset the variable")
     warnings.warn(
-        f"littlebit: {why}. Packed layers run in plain torch on {kind}, which unpacks them at every call and is slower than "
+        f"littlebit: {why}. Packed layers run in plain torch on {device_type}, which unpacks them at every call and is slower than "
         "the dense layer; to silence this, set LITTLEBIT_BACKEND=reference.",
         stacklevel=4,
     )

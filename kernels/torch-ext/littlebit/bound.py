@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 
 from .launch import Recorded
-from .parts import PARTS, PackedLayer, factor_shapes
+from .parts import PARTS, PackedLayer, part_shapes
 
 __all__ = ["Bound", "bind", "checked", "find", "forget", "known"]
 
@@ -174,18 +174,12 @@ def forget() -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _expected(in_features: int, out_features: int, ranks: Tuple[int, ...]) -> List[Tuple[Tuple[int, ...], str]]:
-    """(shape, kind) of every part: int32, uint8 or float; a part of no rows has the shape (0, columns)."""
+def _expected(in_features: int, out_features: int, ranks: Tuple[int, ...]) -> List[Tuple[Tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of every part, in the order of PARTS; a floating dtype stands for all that the kernels take."""
     if not ranks or min(ranks) < 1:
         raise RuntimeError(f"ranks is {list(ranks)}, but a layer has one path or more, each of rank 1 or more")
-    shapes = factor_shapes(in_features, out_features, ranks)
-    kinds = {torch.int32: "int32", torch.uint8: "uint8"}
-    absent = {"u": "int32", "u_tail": "uint8", "v": "int32", "v_tail": "uint8"}
-    found = []
-    for name in PARTS:
-        shape, dtype = shapes.get(name, ((0, out_features if name[0] == "u" else sum(ranks)), None))
-        found.append((shape, kinds.get(dtype, "float") if dtype else absent[name]))
-    return found
+    shapes = part_shapes(in_features, out_features, ranks)
+    return [shapes[name] for name in PARTS]
 
 
 def checked(x: torch.Tensor, layer: PackedLayer, transposed: bool) -> PackedLayer:
@@ -203,7 +197,7 @@ def checked(x: torch.Tensor, layer: PackedLayer, transposed: bool) -> PackedLaye
     if not x.dim() or x.shape[-1] != features:
         raise RuntimeError(f"x is {list(x.shape)}, but its last dimension must be {features}")
     ready: List[Any] = []
-    for name, part, (shape, kind) in zip(PARTS, parts, _expected(scale_in.shape[1], scale_out.shape[1], ranks)):  # noqa: B905
+    for name, part, (shape, dtype) in zip(PARTS, parts, _expected(scale_in.shape[1], scale_out.shape[1], ranks)):  # noqa: B905
         if part is None:
             if shape[0]:
                 raise RuntimeError(f"{name} is missing: the layer needs {list(shape)}")
@@ -213,9 +207,9 @@ def checked(x: torch.Tensor, layer: PackedLayer, transposed: bool) -> PackedLaye
             raise RuntimeError(f"{name} is {list(part.shape)}, but must be {list(shape)}")
         if part.device != x.device:
             raise RuntimeError(f"{name} is on {part.device}, but x is on {x.device}; move both to one device")
-        right = part.dtype in _DTYPES if kind == "float" else str(part.dtype) == f"torch.{kind}"
-        if not right:
-            raise RuntimeError(f"{name} is {part.dtype}, but must be {kind if kind != 'float' else 'a float'}")
+        if part.dtype != dtype and not (dtype.is_floating_point and part.dtype in _DTYPES):
+            wanted = "a float" if dtype.is_floating_point else str(dtype).replace("torch.", "")
+            raise RuntimeError(f"{name} is {part.dtype}, but must be {wanted}")
         ready.append(part.contiguous() if shape[0] else None)
     if bias is not None and (tuple(bias.shape) != (scale_out.shape[1],) or bias.device != x.device):
         raise RuntimeError(

@@ -108,53 +108,58 @@ def products(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool = 
 
 def scaled_signs(
     latent: torch.Tensor,
-    outer: torch.Tensor,
-    inner: Optional[torch.Tensor],
+    scale_feature: torch.Tensor,
+    scale_rank: Optional[torch.Tensor],
     ranks: Sequence[int],
     dtype: torch.dtype,
     width: Optional[int] = None,
 ) -> torch.Tensor:
-    """outer * sign(latent) * inner, [rows, R] of `dtype` (fp32, bf16 or fp16); sign(±0) is +1. With `width` zeros follow in
-    every row: [rows, width].
+    """scale_feature * sign(latent) * scale_rank, [rows, R] of `dtype` (fp32, bf16 or fp16); sign(±0) is +1.
 
-    The product is fp32, rounded once.
+    The product is fp32, rounded once. With `width` zeros follow in every row: [rows, width].
 
     Args:
         latent: [rows, R], fp32, the paths side by side; R is the sum of `ranks`.
-        outer: fp32, a scale for each row, [paths, rows]. inner: fp32, one for each column, [R], or None for ones.
+        scale_feature: fp32, a scale for each row, [paths, rows]. scale_rank: fp32, one for each column, [R], or None for ones.
 
     Raises:
         RuntimeError: a wrong shape, dtype or device; or there is no compiled kernel.
     """
-    return _loaded().scaled_signs(latent, outer, inner, ranks, dtype, latent.shape[-1] if width is None else width)
+    return _loaded().scaled_signs(
+        latent, scale_feature, scale_rank, ranks, dtype, latent.shape[-1] if width is None else width
+    )
 
 
 def scaled_signs_grad(
     grad: torch.Tensor,
     latent: torch.Tensor,
-    outer: torch.Tensor,
-    inner: Optional[torch.Tensor],
+    scale_feature: torch.Tensor,
+    scale_rank: Optional[torch.Tensor],
     ranks: Sequence[int],
     alpha: Optional[float],
 ) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-    """The gradients of `scaled_signs` with respect to latent, outer and inner (None without), fp32, from the one of its
-    result, `grad` [rows, R or more] of fp32, bf16 or fp16, of which the first R columns count.
+    """The gradients of `scaled_signs` with respect to latent, scale_feature and scale_rank (None without), fp32.
+
+    Args:
+        grad: the gradient of its result, [rows, R or more] of fp32, bf16 or fp16, of which the first R columns count.
 
     The sign's slope is alpha * (1 - tanh(alpha * latent)^2), or, where `alpha` is None, 1 for |latent| < 1 and 0 elsewhere
     (LittleBit, arXiv 2506.13771, section 3.3). Sums are fp32 over 32 rows at a time, and the same bits for any number of
     threads. Errors as `scaled_signs`.
     """
-    of_latent, of_outer, of_inner = _loaded().scaled_signs_grad(grad, latent, outer, inner, ranks, alpha)
-    return of_latent, of_outer, None if inner is None else of_inner
+    of_latent, of_feature, of_rank = _loaded().scaled_signs_grad(grad, latent, scale_feature, scale_rank, ranks, alpha)
+    return of_latent, of_feature, None if scale_rank is None else of_rank
 
 
-def _scaled_signs_fake(latent: Any, outer: Any, inner: Any, ranks: Any, dtype: torch.dtype, width: int) -> torch.Tensor:
+def _scaled_signs_fake(
+    latent: Any, scale_feature: Any, scale_rank: Any, ranks: Any, dtype: torch.dtype, width: int
+) -> torch.Tensor:
     return latent.new_empty((latent.shape[0], width), dtype=dtype)
 
 
-def _scaled_signs_grad_fake(grad: Any, latent: Any, outer: Any, inner: Any, ranks: Any, alpha: Any) -> Any:
+def _scaled_signs_grad_fake(grad: Any, latent: Any, scale_feature: Any, scale_rank: Any, ranks: Any, alpha: Any) -> Any:
     return (
         latent.new_empty(latent.shape),
-        outer.new_empty(outer.shape),
-        latent.new_empty(0 if inner is None else inner.shape),
+        scale_feature.new_empty(scale_feature.shape),
+        latent.new_empty(0 if scale_rank is None else scale_rank.shape),
     )

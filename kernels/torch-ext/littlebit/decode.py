@@ -1,7 +1,7 @@
 """One to four tokens by matrix units: layers that read the same tokens, in two Triton launches that cover all layers and paths.
 
-    stage one    partial[s, t, j] = sum over split s of  g_p[k] x[t, k] V[k, j]          p: the path of column j
-    stage two    y[t, n] = sum_p h_p[n] sum_j (l[j] sum_s partial[s, t, j]) U[j, n] + bias[n]
+    stage one    partial[s, t, j] = sum over split s of  scale_in[p, k] x[t, k] V[k, j]          p: the path of column j
+    stage two    y[t, n] = sum_p scale_out[p, n] sum_j (scale_rank[j] sum_s partial[s, t, j]) U[j, n] + bias[n]
 
 So few tokens are a matter of latency: a layer's words fit into the registers of the whole device. Every program asks for its
 words first, waits for what the kernel before it writes (programmatic dependent launch, where the device has it), and then

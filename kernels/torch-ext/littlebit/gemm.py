@@ -1,11 +1,11 @@
 """Many tokens: the layer and its gradient with respect to x, as two products whose left operand is made of words.
 
-    scale        terms[p, t, k] = i_p[k] x[t, k]                                     scaled.py: cut into bf16 terms, reordered
-    expand       latent[t, j] = l[j] sum_k F[k, j] terms[p, t, k]                     p: the path of rank j
-    contract     y[t, n] = sum_p o_p[n] sum_j G_p[j, n] latent[t, j] + bias[n]
+    scale        terms[p, t, k] = scale_first[p, k] x[t, k]                           scaled.py: cut into bf16 terms, reordered
+    expand       rank_acts[t, j] = scale_rank[j] sum_k F[k, j] terms[p, t, k]         p: the path of rank j
+    contract     y[t, n] = sum_p scale_last[p, n] sum_j G_p[j, n] rank_acts[t, j] + bias[n]
 
-    forward      F = V, i = scale_in,  G = U,   o = scale_out
-    gradient     F = U^T, i = scale_out,  G = V^T,  o = scale_in:  the same words, read across (TRANSPOSED)
+    forward      F = V,    scale_first = scale_in,     G = U,      scale_last = scale_out
+    gradient     F = U^T,  scale_first = scale_out,    G = V^T,    scale_last = scale_in: the same words, read across (TRANSPOSED)
 
 The products compute [outputs, tokens] tiles: matrix units take their left operand from registers, where the signs are made
 (signs.py), and the right one, plain bf16 with the sum's axis contiguous, from shared memory, where asynchronous copies put
@@ -38,7 +38,7 @@ class _Plan(NamedTuple):
     units: Tuple[int, ...]
     unit: int
     width: int  # slots of a row of x
-    slots: int  # of a row of the latent
+    slots: int  # of a row of the activations in rank space
     pad: int  # of a path's slots
     blocks_one: int  # of ranks
     blocks_two: int  # of outputs

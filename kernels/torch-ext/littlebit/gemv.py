@@ -1,7 +1,7 @@
 """One to four tokens without matrix units: layers that read the same tokens, in two Triton launches that cover all paths.
 
-    stage one    partial[t, s, j] = sum over split s of  g_p[k] x[t, k] V[k, j]          p: the path of column j
-    stage two    y[t, n] = sum_p h_p[n] sum_j (l[j] sum_s partial[t, s, j]) U[j, n] + bias[n]
+    stage one    partial[t, s, j] = sum over split s of  scale_in[p, k] x[t, k] V[k, j]          p: the path of column j
+    stage two    y[t, n] = sum_p scale_out[p, n] sum_j (scale_rank[j] sum_s partial[t, s, j]) U[j, n] + bias[n]
 
 For devices whose matrix units take no bf16; decode.py is faster where they do. A bit flips the sign of an fp32 number by an
 exclusive or, so every product is exact and the sums are fp32. Stage one has few columns and a long sum, so it is cut into
@@ -123,7 +123,7 @@ def _stage_one(
 
 
 @triton.jit
-def _latent(partial, scale_rank, row, before, rank, width, SPLITS: tl.constexpr, BLOCK_W: tl.constexpr):
+def _rank_acts(partial, scale_rank, row, before, rank, width, SPLITS: tl.constexpr, BLOCK_W: tl.constexpr):
     """Scaled sums of the splits, [32, BLOCK_W], from word row `row` of a path on."""
     j = (row + tl.arange(0, BLOCK_W))[None, :] * 32 + tl.arange(0, 32)[:, None]
     values = tl.zeros([32, BLOCK_W], tl.float32)
@@ -162,7 +162,7 @@ def _layer_two(
         for row in range(0, tl.cdiv(rank, 32), BLOCK_W):
             rows = row + BLOCK_W + tl.arange(0, BLOCK_W)
             next_words = word_tile(u, u_tail, rows, columns, rank, out_features, out_features)
-            values = _latent(partial, scale_rank, row, before, rank, width, SPLITS, BLOCK_W)
+            values = _rank_acts(partial, scale_rank, row, before, rank, width, SPLITS, BLOCK_W)
             path_sum += _signed_sum(values, words)
             words = next_words
         scale = tl.load(scale_out + path * out_features + columns, mask=inside, other=0.0).to(tl.float32)

@@ -20,7 +20,17 @@ import torch
 
 from .packing import factor_shape
 
-__all__ = ["PARTS", "Operand", "PackedLayer", "Place", "factor_shapes", "few_tokens", "operands", "places"]
+__all__ = [
+    "PARTS",
+    "Operand",
+    "PackedLayer",
+    "Place",
+    "factor_shapes",
+    "few_tokens",
+    "operands",
+    "part_shapes",
+    "places",
+]
 
 
 class PackedLayer(NamedTuple):
@@ -66,14 +76,14 @@ def places(ranks: Sequence[int]) -> List[Place]:
     return found
 
 
-def factor_shapes(
+def part_shapes(
     in_features: int, out_features: int, ranks: Sequence[int], scale_dtype: torch.dtype = torch.bfloat16
 ) -> Dict[str, Tuple[Tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every stored part of a layer: {part: (shape, dtype)}, absent parts left out."""
+    """Shape and dtype of every part of a layer: {part: (shape, dtype)}, those of no rows too."""
     last = places(ranks)[-1]
     words, tail = factor_shape(in_features)
     paths, total = len(ranks), last.columns.stop
-    shapes = {
+    return {
         "u": ((last.words.stop, out_features), torch.int32),
         "u_tail": ((last.tail.stop, out_features), torch.uint8),
         "v": ((words, total), torch.int32),
@@ -82,6 +92,13 @@ def factor_shapes(
         "scale_rank": ((total,), scale_dtype),
         "scale_in": ((paths, in_features), scale_dtype),
     }
+
+
+def factor_shapes(
+    in_features: int, out_features: int, ranks: Sequence[int], scale_dtype: torch.dtype = torch.bfloat16
+) -> Dict[str, Tuple[Tuple[int, ...], torch.dtype]]:
+    """`part_shapes` of the parts that are stored: all that have rows, and u."""
+    shapes = part_shapes(in_features, out_features, ranks, scale_dtype)
     return {part: entry for part, entry in shapes.items() if part == "u" or entry[0][0] > 0}
 
 
@@ -95,9 +112,9 @@ class Operand(NamedTuple):
 
 def operands(layer: PackedLayer, transposed: bool) -> Tuple[Operand, Operand]:
     """The factor that x meets first and the one it meets last: V and U, or for the gradient (transposed) U and V."""
-    inner = Operand(layer.v, layer.v_tail, layer.scale_in)
-    outer = Operand(layer.u, layer.u_tail, layer.scale_out)
-    return (outer, inner) if transposed else (inner, outer)
+    of_v = Operand(layer.v, layer.v_tail, layer.scale_in)
+    of_u = Operand(layer.u, layer.u_tail, layer.scale_out)
+    return (of_u, of_v) if transposed else (of_v, of_u)
 
 
 def few_tokens(

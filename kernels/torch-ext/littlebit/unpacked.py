@@ -97,14 +97,14 @@ def _factors(layer: PackedLayer, path: Place) -> Tuple[Tuple[Any, Any], Tuple[An
 def launches(
     x: torch.Tensor, layer: PackedLayer, y: torch.Tensor, config: Any, transposed: bool = False
 ) -> Iterator[Step]:
-    """As `gemm.launches`; the dense products are done between the launches, by the generator itself."""
+    """What `gemm.launches` yields; the dense products are done between the launches, by the generator itself."""
     ranks, scale_rank, bias = layer.ranks, layer.scale_rank, layer.bias
     scale_first, scale_last = [operand.scale for operand in operands(layer, transposed)]
     (tokens, features), made, device = x.shape, y.shape[1], x.device
     width = -(-features // _STEP) * _STEP
     slots = padded(ranks, _STEP)
     terms = torch.empty(len(ranks), tokens, width, dtype=torch.bfloat16, device=device)
-    latent = torch.empty(tokens, sum(slots), dtype=torch.bfloat16, device=device)
+    rank_acts = torch.empty(tokens, sum(slots), dtype=torch.bfloat16, device=device)
     largest = max(
         [(last - first) * width for count in slots for first, last in _slabs(count, width)]
         + [-(-(last - first) // _ROWS) * _ROWS * sum(slots) for first, last in _slabs(made, sum(slots))]
@@ -121,8 +121,8 @@ def launches(
     sides = []
     for index, (path, count) in enumerate(zip(places(ranks), slots)):  # noqa: B905 Python 3.9
         rank = path.rank
-        inner, outer = _factors(layer, path)
-        one, two = (outer, inner) if transposed else (inner, outer)
+        of_v, of_u = _factors(layer, path)
+        one, two = (of_u, of_v) if transposed else (of_v, of_u)
         sides.append((two, scale_last[index], rank, slot))
         gain = scale_rank[path.columns]
         for first, last in _slabs(count, width):
@@ -133,7 +133,7 @@ def launches(
                 (*one, gain, slab, first, rank, features, one[0].stride(0), width),
                 {**options, "ORDERED": True},
             )
-            torch.mm(terms[index], slab.T, out=latent[:, slot + first : slot + last])
+            torch.mm(terms[index], slab.T, out=rank_acts[:, slot + first : slot + last])
         slot += count
     for first, last in _slabs(made, slot):
         rows = -(-(last - first) // _ROWS)
@@ -147,6 +147,6 @@ def launches(
             )
         signs = slab[: last - first].T
         if bias is None:
-            torch.mm(latent, signs, out=y[:, first:last])
+            torch.mm(rank_acts, signs, out=y[:, first:last])
         else:
-            torch.addmm(bias[first:last].to(y.dtype), latent, signs, out=y[:, first:last])
+            torch.addmm(bias[first:last].to(y.dtype), rank_acts, signs, out=y[:, first:last])
