@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..kernels import PackedLayer, gpu
+from ..kernels.bound import Bound
 
 __all__ = ["Repeated", "repeated", "unseen"]
 
@@ -53,7 +54,7 @@ class Repeated:
 
     __slots__ = ("_addresses", "_bound", "_names")
 
-    def __init__(self, holders: Sequence[dict[str, Any]], bound: Any):
+    def __init__(self, holders: Sequence[dict[str, Any]], bound: Bound):
         self._bound = bound
         self._names = [[*holder, *map(id, holder.values())] for holder in holders]
         self._addresses = _addresses(holders)

@@ -13,7 +13,6 @@ expert (gpt-oss, Llama 4) are not covered and stay dense; plan.py counts them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from . import ops
 from .linear import FactorModule, autocast_input, latent_product
 from .parts import LATENT_PARTS, PACKED_PARTS, latent_parts, latent_paths, pack_parts, unpack_paths
 from .path import Path, dense_weight
-from .sign import ALPHA
 
 __all__ = ["LittleBitExperts", "expert_sizes", "is_stack"]
 
@@ -67,7 +65,7 @@ class LittleBitExperts(FactorModule):
         source: nn.Module,
         ranks: Mapping[str, Sequence[int]],
         latent: bool = False,
-        device: Any = None,
+        device: torch.device | str | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
     ):
         super().__init__(scale_dtype)
@@ -83,7 +81,6 @@ class LittleBitExperts(FactorModule):
         self.source_class = type(source)
         self.path_ranks = {weight: list(rank) for weight, rank in ranks.items()}
         self.latent = latent
-        self.sign_gradient, self.alpha = "smooth", ALPHA
         for weight, (count, out_features, in_features) in self.sizes.items():
             self.declare_parts(weight, (out_features, in_features), self.path_ranks[weight], latent, device, (count,))
 

@@ -12,14 +12,14 @@ and refuses the checkpoint, and PEFT attaches adapters as to any linear layer. p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import PackedLayer
 from . import ops
-from .eager import repeated
+from .eager import Repeated, repeated
 from .latent_matmul import factored_product
 from .parts import (
     LATENT_PARTS,
@@ -44,13 +44,21 @@ class FactorModule(nn.Module):
 
     scale_dtype: torch.dtype
     part_dtypes: dict[str, torch.dtype]  # of the declared parts, by parameter name
+    sign_gradient: str = "smooth"  # what passes the sign of latents backward, and its steepness (sign.py)
+    alpha: float = ALPHA
 
     def __init__(self, scale_dtype: torch.dtype):
         nn.Module.__init__(self)
         self.scale_dtype, self.part_dtypes = scale_dtype, {}
 
     def declare(
-        self, weight: str, part: str, shape: Sequence[int], dtype: torch.dtype, device: Any, train: bool
+        self,
+        weight: str,
+        part: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        train: bool,
     ) -> None:
         """Register an uninitialised parameter for one part of `weight`."""
         value = nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device=device), requires_grad=train)
@@ -124,7 +132,56 @@ def autocast_input(x: Tensor) -> Tensor:
     return x
 
 
-class LittleBitLinear(FactorModule, nn.Linear):
+class _FactoredLinear(FactorModule, nn.Linear):
+    """What packed and latent linear layers have in common: sizes, bias, and the parts of the weight "weight"."""
+
+    latent: ClassVar[bool]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ranks: Sequence[int],
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        scale_dtype: torch.dtype = torch.bfloat16,
+    ):
+        FactorModule.__init__(self, scale_dtype)
+        self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
+        # First: transformers takes a model's dtype from its first floating parameter, which should not be a scale.
+        value = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", value)
+        self.declare_parts("weight", (out_features, in_features), ranks, self.latent, device)
+
+    def ranks_of(self, weight: str) -> tuple[int, ...]:
+        return tuple(self.ranks)
+
+    def paths(self) -> list[Path]:
+        """The factors in fp32, as initialisers make them (path.py)."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight this layer stands for, [out_features, in_features] of `dtype`, without gradients."""
+        return dense_weight(self.paths()).to(dtype)
+
+    def _twin(self, form: type[Twin], parts: dict[str, Tensor]) -> Twin:
+        """A layer of the other form with these parts and this layer's bias."""
+        bias = self.bias is not None
+        twin = form(self.in_features, self.out_features, self.ranks, bias, "meta", scale_dtype=self.scale_dtype)
+        twin.fill("weight", parts)
+        twin.bias = self.bias
+        return twin.train(self.training)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, ranks={self.ranks}, bias={self.bias is not None}"
+
+
+Twin = TypeVar("Twin", bound=_FactoredLinear)
+
+
+class LittleBitLinear(_FactoredLinear):
     """A linear layer on packed bits. `.weight` is U's words, int32 [sum_p r_p // 32, out_features].
 
     Args:
@@ -134,25 +191,10 @@ class LittleBitLinear(FactorModule, nn.Linear):
     The parts are uninitialised until they are loaded or filled. x [..., in_features] of fp32, bf16 or fp16.
     """
 
-    group: Any = None  # a shared.SharedInput whose member `place` this layer is
+    latent = False
+    group: Any = None  # a shared_input.SharedInput whose member `place` this layer is
     place = 0
-    _repeated: Any = None  # an eager.Repeated of this layer alone
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        ranks: Sequence[int],
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        scale_dtype: torch.dtype = torch.bfloat16,
-    ):
-        FactorModule.__init__(self, scale_dtype)
-        self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
-        # First: transformers takes a model's dtype from its first floating parameter, which should not be a scale.
-        self.register_parameter("bias", _bias(out_features, bias, device, dtype))
-        self.declare_parts("weight", (out_features, in_features), ranks, False, device)
+    _repeated: Repeated | None = None  # what this layer alone launched before
 
     def forward(self, x: Tensor) -> Tensor:
         group = self.group
@@ -184,44 +226,15 @@ class LittleBitLinear(FactorModule, nn.Linear):
         """The factors, with ±UNPACKED_LATENT for latents."""
         return unpack_paths(self.parts("weight", PACKED_PARTS), self.ranks)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight this layer stands for, [out_features, in_features]."""
-        return dense_weight(self.paths()).to(dtype)
-
     def unpack(self) -> LatentLittleBitLinear:
         """The trainable twin: same signs, same scales."""
-        twin = LatentLittleBitLinear(
-            self.in_features, self.out_features, self.ranks, self.bias is not None, "meta", scale_dtype=self.scale_dtype
-        )
-        twin.fill("weight", latent_parts(self.paths()))
-        twin.bias = self.bias
-        return twin.train(self.training)
-
-    def ranks_of(self, weight: str) -> tuple[int, ...]:
-        return tuple(self.ranks)
-
-    def extra_repr(self) -> str:
-        return _describe(self)
+        return self._twin(LatentLittleBitLinear, latent_parts(self.paths()))
 
 
-class LatentLittleBitLinear(FactorModule, nn.Linear):
+class LatentLittleBitLinear(_FactoredLinear):
     """A linear layer on latents. `.weight` is U's latent, fp32 [out_features, sum_p r_p]; arguments as LittleBitLinear."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        ranks: Sequence[int],
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        scale_dtype: torch.dtype = torch.bfloat16,
-    ):
-        FactorModule.__init__(self, scale_dtype)
-        self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
-        self.sign_gradient, self.alpha = "smooth", ALPHA
-        self.register_parameter("bias", _bias(out_features, bias, device, dtype))
-        self.declare_parts("weight", (out_features, in_features), ranks, True, device)
+    latent = True
 
     def forward(self, x: Tensor) -> Tensor:
         x = autocast_input(x)
@@ -232,36 +245,13 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
         """The latents, with the scales rounded as in the forward."""
         return latent_paths(self.parts("weight", LATENT_PARTS), self.ranks, self.scale_dtype)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight this layer stands for, [out_features, in_features]."""
-        return dense_weight(self.paths()).to(dtype)
-
     def pack(self) -> LittleBitLinear:
         """The packed twin: the latents' signs, the scales rounded to `scale_dtype`."""
-        twin = LittleBitLinear(
-            self.in_features, self.out_features, self.ranks, self.bias is not None, "meta", scale_dtype=self.scale_dtype
-        )
-        twin.fill("weight", pack_parts(self.paths(), self.scale_dtype))
-        twin.bias = self.bias
-        return twin.train(self.training)
-
-    def ranks_of(self, weight: str) -> tuple[int, ...]:
-        return tuple(self.ranks)
-
-    def extra_repr(self) -> str:
-        return _describe(self)
+        return self._twin(LittleBitLinear, pack_parts(self.paths(), self.scale_dtype))
 
 
-def latent_product(x: Tensor, parts: dict[str, Tensor], ranks: Sequence[int], layer: Any) -> Tensor:
+def latent_product(x: Tensor, parts: dict[str, Tensor], ranks: Sequence[int], layer: FactorModule) -> Tensor:
     """The layer's product on latent parts, in x's dtype; `layer` gives scale_dtype, sign_gradient and alpha."""
     gradient = SignGradient(layer.sign_gradient, layer.alpha)
     u, v, scale_out, scale_rank, scale_in = (parts[part] for part in LATENT_PARTS)
     return factored_product(x, u, v, scale_out, scale_rank, scale_in, tuple(ranks), layer.scale_dtype, gradient)
-
-
-def _bias(size: int, bias: bool, device: Any, dtype: torch.dtype | None) -> nn.Parameter | None:
-    return nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if bias else None
-
-
-def _describe(layer: Any) -> str:
-    return f"in_features={layer.in_features}, out_features={layer.out_features}, ranks={layer.ranks}, bias={layer.bias is not None}"
