@@ -218,9 +218,10 @@ class LittleBitLinear(_FactoredLinear):
         held = self._parameters
         try:
             # Eight times Module.__getattr__ would cost as much as the whole product of a small layer.
-            return PackedLayer._make([*[held[name] for name in FORWARD_PARAMETERS], self.ranks])
+            parts = [held[name] for name in FORWARD_PARAMETERS]
         except KeyError:  # a wrapper (parametrizations, sharding) keeps them elsewhere
-            return PackedLayer._make([*[getattr(self, name) for name in FORWARD_PARAMETERS], self.ranks])
+            parts = [getattr(self, name) for name in FORWARD_PARAMETERS]
+        return PackedLayer._make((*parts, self.ranks))
 
     def paths(self) -> list[Path]:
         """The factors, with ±UNPACKED_LATENT for latents."""
