@@ -165,7 +165,7 @@ def test_a_group_compiles_into_one_graph(pair):
 def test_without_the_kernels_nothing_is_kept(monkeypatch):
     layer = made()
     x = torch.ones(1, 64)
-    factors = [*layer.factors(), layer.ranks]
+    factors = layer.packed()
     assert eager.repeated(x, [factors], [layer._parameters]) is None  # a CPU tensor
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(gpu, "load", lambda: False)
@@ -175,7 +175,7 @@ def test_without_the_kernels_nothing_is_kept(monkeypatch):
 def test_what_is_kept_after_a_product(monkeypatch):
     layer, bound = made(), Bound()
     x = torch.ones(1, 64)
-    factors = [*layer.factors(), layer.ranks]
+    factors = layer.packed()
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(gpu, "load", lambda: True)
     monkeypatch.setattr(gpu, "bound", lambda x, layers: bound)

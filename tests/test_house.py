@@ -42,6 +42,7 @@ FLOORS = [
 FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}
 FILES = {path.relative_to(ROOT).with_suffix("").parts: path for path in ROOT.rglob("*.py")}
 FILES = {parts: path for parts, path in FILES.items() if parts[0] != "kernels"}
+KERNELS = {path.stem: path for path in (ROOT / "kernels").glob("*.py")}
 
 
 def imports(parts: tuple[str, ...]) -> set[tuple[str, ...]]:
@@ -62,6 +63,17 @@ def imports(parts: tuple[str, ...]) -> set[tuple[str, ...]]:
     return found
 
 
+def kernel_imports(name: str) -> set[str]:
+    """The kernels' files that one of them imports, in whatever place; the package's own file where a name is none of theirs."""
+    found = set()
+    for node in ast.walk(ast.parse(KERNELS[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, f"{name} imports from outside of the kernels"
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {each if each in KERNELS else "__init__" for each in names}
+    return found
+
+
 def test_no_wing_imports_upwards():
     for parts in FILES:
         for other in imports(parts):
@@ -72,6 +84,7 @@ def test_no_wing_imports_upwards():
 
 def test_no_file_imports_itself_by_way_of_others():
     TopologicalSorter({parts: imports(parts) for parts in FILES}).prepare()  # raises CycleError with the circle
+    TopologicalSorter({name: kernel_imports(name) for name in KERNELS}).prepare()
 
 
 OURS = {"self", "cls"}

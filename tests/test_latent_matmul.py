@@ -9,9 +9,9 @@ import torch
 
 from hf_littlebit.layers import latent_matmul
 from hf_littlebit.layers.latent_matmul import factored_product
-from hf_littlebit.layers.sign import SignGradient, latent_sign
+from hf_littlebit.layers.sign import SignGradient, sign
 
-KINDS = [SignGradient("smooth", 100.0), SignGradient("smooth", 7.0), SignGradient("ste")]
+GRADIENTS = [SignGradient("smooth", 100.0), SignGradient("smooth", 7.0), SignGradient("ste")]
 SIZES = [(1, 1, (1,)), (5, 7, (3,)), (33, 70, (16, 8)), (48, 17, (2, 5, 8))]
 
 
@@ -26,16 +26,35 @@ def operands(out, inp, ranks, dtype=torch.float64):
     return [value.requires_grad_() for value in values]
 
 
-def written_out(x, u, v, h, l, g, ranks, gradient):  # noqa: E741
-    columns = zip(*(value.split(list(ranks), dim=-1) for value in (u, v, l)), strict=True)
+class Signed(torch.autograd.Function):
+    """The sign with the slope of its surrogate as a derivative, by the formulas of sign.py."""
+
+    @staticmethod
+    def forward(ctx, latent, gradient):
+        ctx.save_for_backward(latent)
+        ctx.gradient = gradient
+        return sign(latent)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (latent,) = ctx.saved_tensors
+        surrogate, alpha = ctx.gradient
+        slope = (latent.abs() < 1).to(latent.dtype)
+        if surrogate == "smooth":
+            slope = alpha * (1 - torch.tanh(alpha * latent) ** 2)
+        return grad * slope, None
+
+
+def written_out(x, u, v, scale_out, scale_rank, scale_in, ranks, gradient):
+    columns = zip(*(value.split(list(ranks), dim=-1) for value in (u, v, scale_rank)), strict=True)
     y = 0
-    for path, (u_path, v_path, l_path) in enumerate(columns):
-        u_path, v_path = (latent_sign(value, gradient.kind, gradient.alpha) for value in (u_path, v_path))
-        y = y + ((x * g[path]) @ v_path * l_path) @ u_path.T * h[path]
+    for path, (u_path, v_path, rank_path) in enumerate(columns):
+        u_path, v_path = (Signed.apply(value, gradient) for value in (u_path, v_path))
+        y = y + ((x * scale_in[path]) @ v_path * rank_path) @ u_path.T * scale_out[path]
     return y
 
 
-@pytest.mark.parametrize("gradient", KINDS, ids=str)
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_product_and_gradients_are_the_formula(size, gradient):
     *_, ranks = size
@@ -52,11 +71,11 @@ def test_product_and_gradients_are_the_formula(size, gradient):
 @pytest.mark.parametrize("wanted", range(6))
 def test_only_the_wanted_gradients_are_made(wanted):
     inputs = [value.requires_grad_(at == wanted) for at, value in enumerate(operands(33, 70, (16, 8)))]
-    factored_product(*inputs, (16, 8), torch.float64, KINDS[0]).sum().backward()
+    factored_product(*inputs, (16, 8), torch.float64, GRADIENTS[0]).sum().backward()
     assert [value.grad is not None for value in inputs] == [at == wanted for at in range(6)]
 
 
-@pytest.mark.parametrize("gradient", KINDS, ids=str)
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=str)
 def test_bf16_activations_have_fp32_gradients(gradient):
     """As under autocast: everything within bf16's rounding of the fp32 figures."""
     inputs = operands(48, 70, (16, 8), torch.float32)
@@ -75,7 +94,7 @@ def test_bf16_activations_have_fp32_gradients(gradient):
 def test_scales_are_rounded_and_their_gradients_are_not():
     inputs = operands(48, 70, (16, 8), torch.float32)
     rounded = [*inputs[:3], *(value.detach().bfloat16().float().requires_grad_() for value in inputs[3:])]
-    ys = [factored_product(*values, (16, 8), torch.bfloat16, KINDS[0]) for values in (inputs, rounded)]
+    ys = [factored_product(*values, (16, 8), torch.bfloat16, GRADIENTS[0]) for values in (inputs, rounded)]
     assert torch.equal(*ys)
     grads = [torch.autograd.grad(y.square().sum(), v) for y, v in zip(ys, (inputs, rounded), strict=True)]
     assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
@@ -85,7 +104,7 @@ def test_the_compiled_library_computes_what_torch_does(monkeypatch):
     """Bit for bit forward, and within fp32's rounding backward; without the library there is nothing to compare."""
     if not latent_matmul.compiled():
         pytest.skip("the compiled CPU kernel is not built, or LITTLEBIT_BACKEND asks for plain torch")
-    for gradient in KINDS:
+    for gradient in GRADIENTS:
         found = []
         for compiled in (True, False):
             monkeypatch.setattr(latent_matmul, "_compiled", lambda latent, compiled=compiled: compiled)

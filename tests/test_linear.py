@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitLinear
 from hf_littlebit.initialize.factorize import factorize
-from hf_littlebit.layers.linear import latent_parts, pack_parts
-from hf_littlebit.layers.sign import ALPHA, latent_sign
+from hf_littlebit.layers.parts import latent_parts, pack_parts
+from hf_littlebit.layers.sign import ALPHA, SignGradient, sign, times_slope
 
 SIZES = [(48, 64, (16,)), (33, 70, (16, 8)), (96, 40, (40, 40))]
 
@@ -52,6 +52,16 @@ def test_pack_and_unpack_are_exact(size):
     assert torch.equal(twin(torch.eye(size[1])), latent(torch.eye(size[1])))
 
 
+@pytest.mark.parametrize("ranks", [(12,), (33, 7, 20)], ids=str)
+def test_ranks_that_fill_no_whole_byte(ranks):
+    packed, latent = pair(48, 64, ranks)
+    torch.testing.assert_close(packed.dense(), latent.dense(), rtol=0, atol=0)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(packed(x), nn.functional.linear(x, packed.dense(), packed.bias), rtol=1e-4, atol=1e-4)
+    again = packed.unpack().pack()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in packed.state_dict().items())
+
+
 def test_zero_latents_count_as_plus_one():
     _, latent = pair(48, 64, (16,))
     with torch.no_grad():
@@ -89,18 +99,14 @@ def test_latent_gradients_reach_every_part():
 
 
 def test_sign_gradients_follow_their_formulas():
-    x = torch.tensor([-2.0, -0.01, -0.0, 0.0, 0.003, 0.7, 1.5], requires_grad=True)
+    x = torch.tensor([-2.0, -0.01, -0.0, 0.0, 0.003, 0.7, 1.5])
+    assert sign(x).tolist() == [-1, -1, 1, 1, 1, 1, 1]
     weight = torch.arange(1.0, 8.0)
     for gradient, expected in (
-        ("smooth", ALPHA * (1 - torch.tanh(ALPHA * x.detach()) ** 2)),
-        ("ste", (x.detach().abs() < 1).float()),
+        ("smooth", ALPHA * (1 - torch.tanh(ALPHA * x) ** 2)),
+        ("ste", (x.abs() < 1).float()),
     ):
-        y = latent_sign(x, gradient)
-        assert y.tolist() == [-1, -1, 1, 1, 1, 1, 1]
-        (grad,) = torch.autograd.grad((y * weight).sum(), x)
-        torch.testing.assert_close(grad, expected * weight)
-    with pytest.raises(ValueError, match="smooth, ste"):
-        latent_sign(x, "tanh")
+        torch.testing.assert_close(times_slope(weight, x, SignGradient(gradient)), expected * weight)
 
 
 @pytest.mark.parametrize("tokens", [(0, 64), (64,), (1, 1, 64)])

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
-from hf_littlebit.layers.linear import part_name
+from hf_littlebit.layers.parts import part_name
 from hf_littlebit.load.convert import (
     balance_scales,
     factor_modules,

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from families import config, equal_states, load, logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_littlebit import LittleBitConfig
+from hf_littlebit import LittleBitConfig, size_report, unpack_model
+from hf_littlebit.layers.parts import latent_parts, pack_parts, part_name, part_shapes, stored_ranks
+from hf_littlebit.layers.path import Path
 from hf_littlebit.load import conversion
 
 
@@ -42,6 +45,31 @@ def edit_tensors(folder, change):
 
 
 NAME = "model.layers.1.mlp.down_proj"
+
+
+def shorten(tensors, part, axis):
+    """Half of a part, along an axis."""
+    value = tensors[f"{NAME}.{part}"]
+    tensors[f"{NAME}.{part}"] = value.narrow(axis, 0, value.shape[axis] // 2).clone()
+
+
+def exchange(tensors, *ranks, format="packed"):
+    """Put a layer of other ranks in the place of one; returns it."""
+    bias = tensors[f"{NAME}.bias"]
+    out_features, in_features = len(bias), tensors[f"{NAME}.scale_in"].shape[1]
+    paths = [
+        Path(
+            torch.randn(out_features, rank),
+            torch.randn(in_features, rank),
+            *map(torch.rand, (out_features, rank, in_features)),
+        )
+        for rank in ranks
+    ]
+    parts = pack_parts(paths, torch.bfloat16) if format == "packed" else latent_parts(paths)
+    for name in [name for name in tensors if name.startswith(f"{NAME}.") and not name.endswith("bias")]:
+        del tensors[name]
+    tensors.update({f"{NAME}.{part_name('weight', part)}": value for part, value in parts.items()})
+    return paths
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 3000, -1])
@@ -79,6 +107,9 @@ def test_every_flipped_header_byte_is_noticed_or_harmless(copy):
         (lambda t: t.pop("model.norm.weight"), r"missing .*model\.norm\.weight"),
         (lambda t: t.pop(f"{NAME}.bias"), r"missing .*bias"),
         (lambda t: t.update({f"{NAME}.v": t[f"{NAME}.v"][:-1].clone()}), rf"{NAME}\.v is I32 .* implies I32"),
+        (lambda t: shorten(t, "v", 1), rf"{NAME}\.v is I32 \[\d+, 24\] .* implies I32 \[\d+, 48\]"),
+        (lambda t: shorten(t, "scale_rank", 0), rf"{NAME}\.scale_rank is BF16 \[24\] .* implies BF16 \[48\]"),
+        (lambda t: shorten(t, "weight_tail", 0), rf"{NAME}\.weight_tail is U8 .* ranks \[24, 24\] .* implies U8"),
         (lambda t: t.update({f"{NAME}.v": t[f"{NAME}.v"].float()}), rf"{NAME}\.v is F32 .* implies I32"),
         (lambda t: t.update({f"{NAME}.scale_in": t[f"{NAME}.scale_in"].half()}), "is F16 .* implies BF16"),
         (lambda t: t[f"{NAME}.scale_in"].fill_(torch.nan), rf"{NAME}\.scale_in holds NaN or Inf"),
@@ -93,8 +124,6 @@ def test_changed_tensors(copy, change, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bpw": 1.5}, "implies"),
-        ({"residual": False}, "implies"),
         ({"format": "latent"}, "implies F32"),
         ({"format_version": 99}, "upgrade with: pip install -U hf-littlebit"),
         ({"bpw": None}, "bpw is missing"),
@@ -105,6 +134,64 @@ def test_changed_tensors(copy, change, message):
 def test_changed_configs(copy, changes, message):
     edit_config(copy, **changes)
     with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+@pytest.mark.parametrize("changes", [{"bpw": 1.5}, {"residual": False}])
+def test_the_file_says_its_ranks(copy, changes):
+    """The config's arithmetic says what a new layer gets; what a saved one has is in its shapes."""
+    reference = load(copy)
+    edit_config(copy, **changes)
+    model = load(copy)
+    equal_states(model, reference)
+    assert model.get_submodule(NAME).ranks == reference.get_submodule(NAME).ranks
+    assert [weight.ranks for weight in model.hf_quantizer.plan.weights] == [
+        weight.ranks for weight in reference.hf_quantizer.plan.weights
+    ]
+
+
+@pytest.mark.parametrize("ranks", [(12,), (40,), (16, 16), (8, 8, 8)], ids=str)
+def test_a_layer_of_other_ranks_than_the_config_gives(copy, tmp_path, ranks):
+    paths = []
+    edit_tensors(copy, lambda t: paths.extend(exchange(t, *ranks)))
+    model = load(copy)
+    layer = model.get_submodule(NAME)
+    assert layer.ranks == list(ranks)
+    expected = sum(replace(path, **rounded(path)).dense() for path in paths)
+    torch.testing.assert_close(layer.dense(), expected, rtol=1e-5, atol=1e-5)
+    x = torch.randn(3, layer.in_features)
+    torch.testing.assert_close(layer(x), x @ layer.dense().T + layer.bias, rtol=1e-4, atol=1e-4)
+    assert next(row.ranks for row in size_report(str(copy)).layers if row.module == NAME) == ranks
+    model.save_pretrained(tmp_path / "again")
+    equal_states(load(tmp_path / "again"), model)
+    latent = unpack_model(load(copy))
+    assert latent.get_submodule(NAME).ranks == list(ranks)
+    latent.save_pretrained(tmp_path / "latent")
+    equal_states(load(tmp_path / "latent"), latent)
+
+
+def rounded(path):
+    """The scales as a packed layer stores them."""
+    return {name: getattr(path, name).bfloat16().float() for name in ("scale_out", "scale_rank", "scale_in")}
+
+
+def test_experts_of_other_ranks_than_the_config_gives(family_dir, tmp_path):
+    model = load(family_dir("mixtral"), quantization_config=LittleBitConfig(2.5, init="dual_svid"))
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, bpw=1.0)
+    equal_states(load(tmp_path), model)
+
+
+def test_paths_of_unequal_ranks_are_what_the_config_says(copy):
+    """Shapes say what the ranks add up to, not how paths share it; without the config's word, paths are equal."""
+    size = (64, 96)
+    shapes = {part: shape for part, (shape, _) in part_shapes(*size, (24, 8), False, torch.bfloat16).items()}
+    assert stored_ranks(shapes, size, (24, 8), False) == (24, 8)
+    assert stored_ranks(shapes, size, (32,), False) == (16, 16)
+    shapes = {part: shape for part, (shape, _) in part_shapes(*size, (40, 8), False, torch.bfloat16).items()}
+    assert stored_ranks(shapes, size, (40, 8), False) == (40, 8)
+    edit_tensors(copy, lambda t: exchange(t, 40, 8))
+    with pytest.raises(ValueError, match=rf"{NAME}\.weight is I32 \[1, \d+\] .* ranks \[24, 24\] .* implies I32 \[0, "):
         load(copy)
 
 

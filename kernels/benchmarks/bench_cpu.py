@@ -18,10 +18,10 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
-from hf_littlebit.kernels import cpu, factor_shapes, reference, unpack_signs
+from hf_littlebit.kernels import PARTS, PackedLayer, cpu, factor_shapes, places, reference, unpack_signs
 
 from hf_littlebit.report.bench.machine import cpu_name
 
@@ -40,36 +40,36 @@ def ranks_of(out: int, into: int, bpw: float) -> List[int]:
     return [max(8, int(rank) // 8 * 8)] * 2
 
 
-def layer(out: int, into: int, ranks: List[int], seed: int) -> List[torch.Tensor]:
-    """Random packed parts."""
+def layer(out: int, into: int, ranks: List[int], seed: int) -> PackedLayer:
+    """A layer of random bits, without bias."""
     draw = torch.Generator().manual_seed(seed)
-    parts = []
-    for shape, dtype in factor_shapes(into, out, ranks).values():
+    parts: Dict[str, Any] = dict.fromkeys(PARTS)
+    for name, (shape, dtype) in factor_shapes(into, out, ranks).items():
         if dtype == torch.int32:
-            parts.append(torch.randint(-(2**31), 2**31, shape, generator=draw, dtype=torch.int64).to(dtype))
+            parts[name] = torch.randint(-(2**31), 2**31, shape, generator=draw, dtype=torch.int64).to(dtype)
         elif dtype == torch.uint8:
-            parts.append(torch.randint(0, 256, shape, generator=draw, dtype=torch.int64).to(dtype))
+            parts[name] = torch.randint(0, 256, shape, generator=draw, dtype=torch.int64).to(dtype)
         else:
-            parts.append(torch.randn(shape, generator=draw).to(dtype))
-    names = list(factor_shapes(into, out, ranks))
-    by_name = dict(zip(names, parts))  # noqa: B905 Python 3.9
-    return [by_name.get(name) for name in ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")]
+            parts[name] = torch.randn(shape, generator=draw).to(dtype)
+    return PackedLayer(**parts, bias=None, ranks=ranks)
 
 
-def error(parts: List[torch.Tensor], ranks: List[int], x: torch.Tensor) -> float:
+def clone(layer: PackedLayer) -> PackedLayer:
+    """The layer in other memory."""
+    return PackedLayer._make([*[None if part is None else part.clone() for part in layer[:7]], None, layer.ranks])
+
+
+def error(layer: PackedLayer, x: torch.Tensor) -> float:
     """Of the fp32 product, relative to the sum of magnitudes."""
-    u, u_tail, v, v_tail, h, ell, g = parts
-    signs, y, size = unpack_signs(v, v_tail, x.shape[-1], torch.float64), 0.0, 0.0
-    word = byte = column = 0
-    for path, rank in enumerate(ranks):
-        words, tail = rank // 32, -(-(rank % 32) // 8)
-        side = unpack_signs(u[word : word + words], None if u_tail is None else u_tail[byte : byte + tail], rank)
-        columns = slice(column, column + rank)
-        scaled, l_path, h_path = x.double() * g[path].double(), ell[columns].double(), h[path].double()
-        y = y + (scaled @ signs[:, columns] * l_path) @ side.double() * h_path
-        size = size + scaled.abs().sum(-1, keepdim=True) * l_path.abs().sum() * h_path.abs()
-        word, byte, column = word + words, byte + tail, column + rank
-    return ((cpu.littlebit_linear(x, *parts, None, ranks) - y).abs() / size).max().item()
+    signs, y, size = unpack_signs(layer.v, layer.v_tail, x.shape[-1], torch.float64), 0.0, 0.0
+    scales_out, scale_rank, scales_in = layer.scale_out.double(), layer.scale_rank.double(), layer.scale_in.double()
+    for place, scale_out, scale_in in zip(places(layer.ranks), scales_out, scales_in):  # noqa: B905 Python 3.9
+        tail = None if layer.u_tail is None else layer.u_tail[place.tail]
+        side = unpack_signs(layer.u[place.words], tail, place.rank, torch.float64)
+        scaled, middle = x.double() * scale_in, scale_rank[place.columns]
+        y = y + (scaled @ signs[:, place.columns] * middle) @ side * scale_out
+        size = size + scaled.abs().sum(-1, keepdim=True) * middle.abs().sum() * scale_out.abs()
+    return ((cpu.products(x, (layer,))[0] - y).abs() / size).max().item()
 
 
 def turns(candidates: Candidates, rounds: int) -> Dict[str, float]:
@@ -104,13 +104,13 @@ def measure(out: int, into: int, rounds: int) -> Iterator[dict]:
     packed = {}
     for bpw in BPW:
         copies = [layer(out, into, ranks[bpw], seed) for seed in range(2)]
-        count = 1 + COLD // sum(part.nbytes for part in copies[0] if part is not None)
-        copies += [[None if p is None else p.clone() for p in copies[i % 2]] for i in range(count - 2)]
+        count = 1 + COLD // sum(part.nbytes for part in copies[0][:7] if part is not None)
+        copies += [clone(copies[i % 2]) for i in range(count - 2)]
         packed[bpw] = copies
     for batch in BATCHES:
         x = torch.randn(batch, into, generator=torch.Generator().manual_seed(1))
         half = x.bfloat16()
-        wrong = {bpw: error(packed[bpw][0], ranks[bpw], x) for bpw in BPW}
+        wrong = {bpw: error(packed[bpw][0], x) for bpw in BPW}
         for bpw in BPW:
             assert wrong[bpw] < 1e-6, f"{out}x{into} at {bpw}, batch {batch}: error {wrong[bpw]:.1e}, limit 1e-6"
         candidates: Candidates = {
@@ -119,9 +119,9 @@ def measure(out: int, into: int, rounds: int) -> Iterator[dict]:
         }
         plain: Candidates = {}
         for bpw in BPW:
-            c, r = packed[bpw], ranks[bpw]
-            candidates[f"packed {bpw}"] = lambda i, c=c, r=r, x=half: cpu.littlebit_linear(x, *c[i % len(c)], None, r)
-            plain[f"reference {bpw}"] = lambda i, c=c, r=r, x=half: reference.littlebit_linear(x, *c[0], None, r)
+            c = packed[bpw]
+            candidates[f"packed {bpw}"] = lambda i, c=c, x=half: cpu.products(x, (c[i % len(c)],))
+            plain[f"reference {bpw}"] = lambda i, c=c, x=half: reference.products(x, (c[0],))
         times = turns(candidates, rounds if batch == 1 else max(3, rounds // 3))
         if batch == 1:
             times.update(turns(plain, 1))
@@ -135,10 +135,10 @@ def measure(out: int, into: int, rounds: int) -> Iterator[dict]:
 
 def call() -> Dict[str, float]:
     """Microseconds of a call that has next to nothing to compute: 32 x 32."""
-    half, weight, parts = torch.randn(1, 32).bfloat16(), torch.randn(32, 32).bfloat16(), layer(32, 32, [8], 0)
+    half, weight, one = torch.randn(1, 32).bfloat16(), torch.randn(32, 32).bfloat16(), (layer(32, 32, [8], 0),)
     candidates: Candidates = {
         "bf16": lambda _: [torch.nn.functional.linear(half, weight) for _ in range(100)],
-        "packed": lambda _: [cpu.littlebit_linear(half, *parts, None, [8]) for _ in range(100)],
+        "packed": lambda _: [cpu.products(half, one) for _ in range(100)],
     }
     return {name: round(seconds * 1e4, 2) for name, seconds in turns(candidates, 10).items()}
 

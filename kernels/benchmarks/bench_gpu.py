@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from hf_littlebit.kernels import factor_shapes, gpu, reference
+from hf_littlebit.kernels import PARTS, PackedLayer, factor_shapes, gpu, reference
 from record import Record
 from turns import MOST, floor, turns
 
@@ -36,7 +36,6 @@ BATCHES = (1, 4, 16, 64, 512, 2048)  # tokens
 GRADIENT = (512, 2048)  # tokens of the gradient: there is none at a few
 DEVICE = "cuda"
 COLD = 256 << 20  # bytes of copies that are rotated: several times the L2 cache
-NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
 SHARED = {"q/k/v": ((4096, 4096),) * 3, "gate/up": ((11008, 4096),) * 2}  # (out, in) of layers that read the same x
 LIMIT = 5e-3  # of the error's norm, relative to the result's: bf16 in and out
 Call = Callable[[int], Any]
@@ -71,16 +70,16 @@ def ranks_of(out: int, into: int, bpw: float, paths: int) -> List[int]:
     return [max(8, int(rank) // 8 * 8)] * paths
 
 
-def layer(out: int, into: int, ranks: Sequence[int]) -> List[Optional[torch.Tensor]]:
-    """Random packed parts on the GPU; scales near those of a real layer, so that results are near 1."""
-    parts: Dict[str, torch.Tensor] = {}
+def layer(out: int, into: int, ranks: Sequence[int]) -> PackedLayer:
+    """A layer of random bits on the GPU, without bias; scales near those of a real layer, so that results are near 1."""
+    parts: Dict[str, Any] = dict.fromkeys(PARTS)
     for name, (shape, dtype) in factor_shapes(into, out, ranks).items():
         if dtype.is_floating_point:
             parts[name] = (0.1 + torch.rand(shape, device=DEVICE)).to(dtype)
         else:
             info = torch.iinfo(dtype)
             parts[name] = torch.randint(info.min, info.max, shape, device=DEVICE, dtype=torch.int64).to(dtype)
-    return [parts.get(name) for name in NAMES]
+    return PackedLayer(**parts, bias=None, ranks=ranks)
 
 
 def copies_of(make: Callable[[], Any], size: int) -> List[Any]:
@@ -138,14 +137,9 @@ def rival_copies(out: int, into: int) -> List[Any]:
 def product(place: Place, ranks: Tuple[int, ...], x: torch.Tensor) -> Tuple[Call, Callable[[], torch.Tensor]]:
     """The call of the packed layer's copies, and the exact result of the first."""
     copies = packed_copies(place.out, place.into, ranks)
-    if place.gradient:
-        return (
-            lambda index: gpu.littlebit_linear_grad(x, *copies[index % len(copies)], ranks),
-            lambda: reference.littlebit_linear_grad(x.float(), *copies[0], ranks),
-        )
     return (
-        lambda index: gpu.littlebit_linear(x, *copies[index % len(copies)], None, ranks),
-        lambda: reference.littlebit_linear(x.float(), *copies[0], None, ranks),
+        lambda index: gpu.products(x, (copies[index % len(copies)],), place.gradient)[0],
+        lambda: reference.products(x.float(), (copies[0],), place.gradient)[0],
     )
 
 
@@ -193,14 +187,14 @@ def measure_shared(name: str, bpw: float, paths: int, rounds: int) -> dict:
     """A row: microseconds of one call for each layer, and of one call for all, of one token."""
     sizes = [(out, into, ranks_of(out, into, bpw, paths)) for out, into in SHARED[name]]
     size = sum(sum(ranks) * (out + into) // 8 for out, into, ranks in sizes)
-    groups = copies_of(lambda: [(*layer(*one), None, one[2]) for one in sizes], size)
+    groups = copies_of(lambda: [layer(*one) for one in sizes], size)
     x = torch.randn(1, sizes[0][1], device=DEVICE).bfloat16()
 
     def apart(index: int) -> List[torch.Tensor]:
-        return [gpu.littlebit_linear(x, *one) for one in groups[index % len(groups)]]
+        return [gpu.products(x, (one,))[0] for one in groups[index % len(groups)]]
 
     def together(index: int) -> List[torch.Tensor]:
-        return gpu.littlebit_linears(x, groups[index % len(groups)])
+        return gpu.products(x, groups[index % len(groups)])
 
     wrong = error(lambda: torch.cat(together(0), -1), lambda: torch.cat(apart(0), -1).float())
     if not wrong < LIMIT:
@@ -223,19 +217,13 @@ def warm(share: str, found: Sequence[Place], kinds: Sequence[Tuple[float, int]],
             one = layer(place.out, place.into, ranks)
             x = input_of(place)
             what = f"{place} at {bpw}, {paths} path(s)"
-            if place.gradient:
-                record.attempt(what, lambda: gpu.littlebit_linear_grad(x, *one, ranks))  # noqa: B023
-            else:
-                record.attempt(what, lambda: gpu.littlebit_linear(x, *one, None, ranks))  # noqa: B023
+            record.attempt(what, lambda: gpu.products(x, (one,), place.gradient))  # noqa: B023
     if part == 1:
         for name in SHARED:
             for bpw, paths in kinds:
-                layers = [
-                    (*layer(*size, ranks_of(*size, bpw, paths)), None, ranks_of(*size, bpw, paths))
-                    for size in SHARED[name]
-                ]
+                layers = [layer(*size, ranks_of(*size, bpw, paths)) for size in SHARED[name]]
                 x = torch.randn(1, SHARED[name][0][1], device=DEVICE).bfloat16()
-                record.attempt(f"{name} at {bpw}, {paths} path(s)", lambda: gpu.littlebit_linears(x, layers))  # noqa: B023
+                record.attempt(f"{name} at {bpw}, {paths} path(s)", lambda: gpu.products(x, layers))  # noqa: B023
     wait(torch.device(DEVICE))
 
 

@@ -6,7 +6,7 @@ candidates in turns, the median of the blocks.
 
     nn.Linear               bf16, the mark to reach                     three of them   as for q, k and v
     LittleBitLinear         the module, one path (ADMM's) and two       q/k/v           three modules, apart and sharing x
-    gpu.littlebit_linear    the kernels' door: checks and launches, without the module and the registered operator
+    gpu.products            the kernels' door: checks and launches, without the module and the registered operator
 
 Without a GPU the launches go to a driver that does nothing (idle_driver.py): what they cost before the driver is real.
 Prints a table in microseconds, then one line of JSON.
@@ -61,7 +61,7 @@ def calls(tokens: int, device: str) -> Dict[str, Call]:
     sharing = nn.ModuleDict({name: module(1, device) for name in names})
     share_inputs(sharing)
     layers = [sharing[name] for name in names]
-    *parts, bias = one.factors()
+    layer = (one.packed(),)
 
     def each(of: Any) -> Call:
         return lambda: [layer(x) for layer in of]
@@ -70,7 +70,7 @@ def calls(tokens: int, device: str) -> Dict[str, Call]:
         "nn.Linear": lambda: dense[0](x),
         "LittleBitLinear, one path": lambda: one(x),
         "LittleBitLinear, two paths": lambda: two(x),
-        "gpu.littlebit_linear, one path": lambda: gpu.littlebit_linear(x, *parts, bias, one.ranks),
+        "gpu.products, one path": lambda: gpu.products(x, layer),
         "q/k/v: nn.Linear": each(dense),
         "q/k/v: apart": each(apart),
         "q/k/v: sharing x": each(layers),

@@ -204,7 +204,7 @@ Tensor linear_grad(const Tensor& grad, const Tensor& u, Part u_tail, Part v, Par
 }
 
 // A factor in training, its arrays as in Bound.
-struct Factor {
+struct LatentFactor {
   std::vector<Tensor> copies;
   std::vector<int64_t> ranks;
   littlebit::Latents latents{};
@@ -233,7 +233,7 @@ struct Factor {
     return "[" + text + "]";
   }
 
-  Factor(const Tensor& latent, const Tensor& outer, const Part& inner, std::vector<int64_t> path_ranks)
+  LatentFactor(const Tensor& latent, const Tensor& scale_feature, const Part& scale_rank, std::vector<int64_t> path_ranks)
       : ranks(std::move(path_ranks)) {
     for (const int64_t r : ranks) {
       check(r >= 0 && r <= kMaxRank, "a rank is ", r, ", but must be from 0 to ", kMaxRank);
@@ -243,17 +243,17 @@ struct Factor {
     const int64_t rows = latent.size(0), paths = static_cast<int64_t>(ranks.size());
     latents.rows = rows, latents.paths = paths, latents.ranks = ranks.data();
     latents.values = values(latent, "latent", {rows, rank});
-    latents.outer = values(outer, "outer", {paths, rows});
-    if (inner) latents.inner = values(*inner, "inner", {rank});
+    latents.scale_feature = values(scale_feature, "scale_feature", {paths, rows});
+    if (scale_rank) latents.scale_rank = values(*scale_rank, "scale_rank", {rank});
   }
 
-  Factor(const Factor&) = delete;
-  Factor& operator=(const Factor&) = delete;
+  LatentFactor(const LatentFactor&) = delete;
+  LatentFactor& operator=(const LatentFactor&) = delete;
 };
 
-Tensor scaled_signs(const Tensor& latent, const Tensor& outer, Part inner, std::vector<int64_t> ranks, int32_t dtype,
-                    int64_t width) {
-  Factor factor(latent, outer, inner, std::move(ranks));
+Tensor scaled_signs(const Tensor& latent, const Tensor& scale_feature, Part scale_rank, std::vector<int64_t> ranks,
+                    int32_t dtype, int64_t width) {
+  LatentFactor factor(latent, scale_feature, scale_rank, std::move(ranks));
   check(width >= factor.rank && width <= kMaxRank, "width is ", width, ", but must be from ", factor.rank, " to ",
         kMaxRank);
   factor.latents.stride = width;
@@ -263,21 +263,21 @@ Tensor scaled_signs(const Tensor& latent, const Tensor& outer, Part inner, std::
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> scaled_signs_grad(const Tensor& grad, const Tensor& latent, const Tensor& outer,
-                                                     Part inner, std::vector<int64_t> ranks, std::optional<double> alpha) {
-  Factor factor(latent, outer, inner, std::move(ranks));
+std::tuple<Tensor, Tensor, Tensor> scaled_signs_grad(const Tensor& grad, const Tensor& latent, const Tensor& scale_feature,
+                                                     Part scale_rank, std::vector<int64_t> ranks, std::optional<double> alpha) {
+  LatentFactor factor(latent, scale_feature, scale_rank, std::move(ranks));
   const littlebit::Latents& latents = factor.latents;
   const Dtype dtype = dtype_of(grad.dtype(), "grad");
   factor.latents.stride = grad.dim() == 2 ? std::max(grad.size(1), factor.rank) : factor.rank;
   const Array given = {factor.plain(grad, "grad", {latents.rows, latents.stride}).data(), dtype};
   const float steepness = static_cast<float>(alpha.value_or(0.0));
   const auto made = [&](const std::vector<int64_t>& sizes) { return Tensor::empty(sizes, aoti_torch_dtype_float32(), latent); };
-  Tensor of_latent = made({latents.rows, factor.rank}), of_outer = made({latents.paths, latents.rows});
-  Tensor of_inner = made({inner ? factor.rank : 0});  // a result may not be missing
+  Tensor of_latent = made({latents.rows, factor.rank}), of_feature = made({latents.paths, latents.rows});
+  Tensor of_rank = made({scale_rank ? factor.rank : 0});  // a result may not be missing
   const auto data = [](const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data()); };
-  littlebit::scaled_signs_grad(latents, given, alpha ? &steepness : nullptr, data(of_latent), data(of_outer),
-                               data(of_inner), pool());
-  return {std::move(of_latent), std::move(of_outer), std::move(of_inner)};
+  littlebit::scaled_signs_grad(latents, given, alpha ? &steepness : nullptr, data(of_latent), data(of_feature),
+                               data(of_rank), pool());
+  return {std::move(of_latent), std::move(of_feature), std::move(of_rank)};
 }
 
 std::string select_isa(std::string isa) {

@@ -168,20 +168,21 @@ double check_latents(int64_t rows, std::vector<int64_t> ranks, Dtype dtype, bool
   const size_t size = static_cast<size_t>(rows * rank);
   const int64_t stride = rank + below(3);
   const float steepness = 3.0f;
-  std::vector<float> latent(size), outer(static_cast<size_t>(paths * rows)), inner(static_cast<size_t>(scaled ? rank : 0));
+  std::vector<float> latent(size), scale_feature(static_cast<size_t>(paths * rows));
+  std::vector<float> scale_rank(static_cast<size_t>(scaled ? rank : 0));
   for (float& number : latent) number = static_cast<float>(2 * uniform());
-  for (std::vector<float>* scales : {&outer, &inner}) {
+  for (std::vector<float>* scales : {&scale_feature, &scale_rank}) {
     for (float& number : *scales) number = static_cast<float>(exact());
   }
-  const littlebit::Latents latents = {rows, paths, ranks.data(), latent.data(), outer.data(), scaled ? inner.data() : nullptr,
-                                      stride};
+  const littlebit::Latents latents = {rows, paths, ranks.data(), latent.data(), scale_feature.data(),
+                                      scaled ? scale_rank.data() : nullptr, stride};
   const littlebit::Pool runner = {pool, threads};
   Buffer y(dtype, rows * stride);
   const Buffer grad(dtype, rows * stride);
-  std::vector<float> latent_grad(size), outer_grad(outer.size()), inner_grad(inner.size());
+  std::vector<float> latent_grad(size), feature_grad(scale_feature.size()), rank_grad(scale_rank.size());
   littlebit::scaled_signs(latents, y.bytes.data(), dtype, runner);
-  littlebit::scaled_signs_grad(latents, grad.array(), smooth ? &steepness : nullptr, latent_grad.data(), outer_grad.data(),
-                               inner_grad.data(), runner);
+  littlebit::scaled_signs_grad(latents, grad.array(), smooth ? &steepness : nullptr, latent_grad.data(), feature_grad.data(),
+                               rank_grad.data(), runner);
   double worst = 0.0;
   const auto compare = [&](double found, double right, double magnitude, double rounding) {
     const double off = std::fabs(found - right) - rounding * std::fabs(right);
@@ -191,11 +192,12 @@ double check_latents(int64_t rows, std::vector<int64_t> ranks, Dtype dtype, bool
   for (int64_t row = 0; row < rows; ++row) {
     int64_t first = 0;
     for (int64_t p = 0; p < paths; first += ranks[static_cast<size_t>(p++)]) {
-      const double h = outer[static_cast<size_t>(p * rows + row)];
+      const double h = scale_feature[static_cast<size_t>(p * rows + row)];
       double sum = 0.0, sum_size = 0.0;
       for (int64_t r = first; r < first + ranks[static_cast<size_t>(p)]; ++r) {
         const int64_t at = row * rank + r;
-        const double x = latent[static_cast<size_t>(at)], l = scaled ? inner[static_cast<size_t>(r)] : 1.0, g = grad.at(row * stride + r);
+        const double x = latent[static_cast<size_t>(at)], l = scaled ? scale_rank[static_cast<size_t>(r)] : 1.0;
+        const double g = grad.at(row * stride + r);
         const double turned = x < 0 ? -g : g, tanh = std::tanh(steepness * x);
         const double slope = smooth ? steepness * (1 - tanh * tanh) : std::fabs(x) < 1 ? 1.0 : 0.0;
         compare(y.at(row * stride + r), h * l * (x < 0 ? -1 : 1), std::fabs(h * l), kRounding[static_cast<int>(dtype)]);
@@ -204,10 +206,10 @@ double check_latents(int64_t rows, std::vector<int64_t> ranks, Dtype dtype, bool
         columns[static_cast<size_t>(r)] += turned * h, column_sizes[static_cast<size_t>(r)] += std::fabs(turned * h);
       }
       for (int64_t r = rank; r < stride; ++r) compare(y.at(row * stride + r), 0, 1, 0);
-      compare(outer_grad[static_cast<size_t>(p * rows + row)], sum, sum_size, 0);
+      compare(feature_grad[static_cast<size_t>(p * rows + row)], sum, sum_size, 0);
     }
   }
-  for (size_t r = 0; r < inner.size(); ++r) compare(inner_grad[r], columns[r], column_sizes[r], 0);
+  for (size_t r = 0; r < scale_rank.size(); ++r) compare(rank_grad[r], columns[r], column_sizes[r], 0);
   return worst;
 }
 

@@ -38,13 +38,14 @@ void transpose(const uint32_t* words, int64_t stride, int64_t rows, int64_t coun
   shared::transpose(words, stride, rows, count, out);
 }
 
-void signs(const float* latent, int64_t count, float outer, const float* inner, void* y, Dtype dtype, int64_t offset) {
-  shared::signs(latent, count, outer, inner, y, dtype, offset);
+void signs(const float* latent, int64_t count, float scale_feature, const float* scale_rank, void* y,
+           Dtype dtype, int64_t offset) {
+  shared::signs(latent, count, scale_feature, scale_rank, y, dtype, offset);
 }
 
-float signs_grad(const float* latent, Array grad, int64_t offset, int64_t count, float outer, const float* inner,
-                 const float* steepness, float* latent_grad, float* inner_grad) {
-  return shared::signs_grad(latent, grad, offset, count, outer, inner, steepness, latent_grad, inner_grad);
+float signs_grad(const float* latent, Array grad, int64_t offset, int64_t count, float scale_feature, const float* scale_rank,
+                 const float* steepness, float* latent_grad, float* rank_grad) {
+  return shared::signs_grad(latent, grad, offset, count, scale_feature, scale_rank, steepness, latent_grad, rank_grad);
 }
 
 }  // namespace

@@ -49,9 +49,10 @@ struct Kernels {
   // bit i of out[32 b + k] = bit k of words[b * stride + i], for i < count <= 32 (the rest 0) and b < rows
   void (*transpose)(const uint32_t* words, int64_t stride, int64_t rows, int64_t count, uint32_t* out);
   // latents.h: shared::signs and shared::signs_grad
-  void (*signs)(const float* latent, int64_t count, float outer, const float* inner, void* y, Dtype dtype, int64_t offset);
-  float (*signs_grad)(const float* latent, Array grad, int64_t offset, int64_t count, float outer, const float* inner,
-                      const float* steepness, float* latent_grad, float* inner_grad);
+  void (*signs)(const float* latent, int64_t count, float scale_feature, const float* scale_rank, void* y,
+                Dtype dtype, int64_t offset);
+  float (*signs_grad)(const float* latent, Array grad, int64_t offset, int64_t count, float scale_feature,
+                      const float* scale_rank, const float* steepness, float* latent_grad, float* rank_grad);
   // The product for many tokens where there is one, used from `batch` tokens on.
   void (*batch_product)(const Words& words, const Input& input, int64_t tokens, float* acc, int64_t lda);
   int64_t batch;

@@ -33,11 +33,11 @@ void each_block(const Latents& latents, const Pool& pool, const F& f) {
   });
 }
 
-// Calls f(path, its first column, its columns, its inner scales) for every path.
+// Calls f(path, its first column, its columns, its part of scale_rank) for every path.
 template <class F>
 void each_path(const Latents& latents, const F& f) {
   for (int64_t p = 0, first = 0; p < latents.paths; first += latents.ranks[p++]) {
-    f(p, first, latents.ranks[p], latents.inner ? latents.inner + first : nullptr);
+    f(p, first, latents.ranks[p], latents.scale_rank ? latents.scale_rank + first : nullptr);
   }
 }
 
@@ -48,38 +48,38 @@ void scaled_signs(const Latents& latents, void* y, Dtype dtype, const Pool& pool
   const int64_t total = width(latents), size = dtype == Dtype::f32 ? 4 : 2, rest = latents.stride - total;
   each_block(latents, pool, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      each_path(latents, [&](int64_t p, int64_t first, int64_t count, const float* inner) {
+      each_path(latents, [&](int64_t p, int64_t first, int64_t count, const float* scale_rank) {
         const float* const values = latents.values + row * total + first;
-        const float outer = latents.outer[p * latents.rows + row];
-        isa.signs(values, count, outer, inner, y, dtype, row * latents.stride + first);
+        const float scale_feature = latents.scale_feature[p * latents.rows + row];
+        isa.signs(values, count, scale_feature, scale_rank, y, dtype, row * latents.stride + first);
       });
       std::fill_n(static_cast<char*>(y) + (row * latents.stride + total) * size, rest * size, '\0');
     }
   });
 }
 
-void scaled_signs_grad(const Latents& latents, Array grad, const float* steepness, float* latent_grad, float* outer_grad,
-                       float* inner_grad, const Pool& pool) {
+void scaled_signs_grad(const Latents& latents, Array grad, const float* steepness, float* latent_grad, float* feature_grad,
+                       float* rank_grad, const Pool& pool) {
   const Kernels& isa = kernels();
   const int64_t total = width(latents), blocks = blocks_of(latents);
-  std::vector<float> sums(static_cast<size_t>(latents.inner ? blocks * total : 0));
+  std::vector<float> sums(static_cast<size_t>(latents.scale_rank ? blocks * total : 0));
   each_block(latents, pool, [&](int64_t block, int64_t begin, int64_t end) {
-    float* const columns = latents.inner ? sums.data() + block * total : nullptr;
+    float* const columns = latents.scale_rank ? sums.data() + block * total : nullptr;
     for (int64_t row = begin; row < end; ++row) {
-      each_path(latents, [&](int64_t p, int64_t first, int64_t count, const float* inner) {
+      each_path(latents, [&](int64_t p, int64_t first, int64_t count, const float* scale_rank) {
         const int64_t at = row * total + first, of_row = p * latents.rows + row;
-        outer_grad[of_row] = isa.signs_grad(latents.values + at, grad, row * latents.stride + first, count,
-                                            latents.outer[of_row], inner, steepness, latent_grad + at,
-                                            inner ? columns + first : nullptr);
+        feature_grad[of_row] = isa.signs_grad(latents.values + at, grad, row * latents.stride + first, count,
+                                            latents.scale_feature[of_row], scale_rank, steepness, latent_grad + at,
+                                            scale_rank ? columns + first : nullptr);
       });
     }
   });
-  if (!latents.inner) return;
+  if (!latents.scale_rank) return;
   std::vector<double> all(static_cast<size_t>(total));
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t i = 0; i < total; ++i) all[static_cast<size_t>(i)] += sums[static_cast<size_t>(block * total + i)];
   }
-  for (int64_t i = 0; i < total; ++i) inner_grad[i] = static_cast<float>(all[static_cast<size_t>(i)]);
+  for (int64_t i = 0; i < total; ++i) rank_grad[i] = static_cast<float>(all[static_cast<size_t>(i)]);
 }
 
 }  // namespace littlebit

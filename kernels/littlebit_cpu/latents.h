@@ -49,28 +49,28 @@ LITTLEBIT_INLINE void slopes(const float* LITTLEBIT_RESTRICT x, int64_t count, c
   }
 }
 
-// y[offset + i] = outer * sign(latent[i]) * inner[i], multiplied in fp32 and rounded once.
-LITTLEBIT_INLINE void signs(const float* LITTLEBIT_RESTRICT latent, int64_t count, float outer,
-                            const float* LITTLEBIT_RESTRICT inner, void* y, Dtype dtype, int64_t offset) {
+// y[offset + i] = scale_feature * sign(latent[i]) * scale_rank[i], multiplied in fp32 and rounded once.
+LITTLEBIT_INLINE void signs(const float* LITTLEBIT_RESTRICT latent, int64_t count, float scale_feature,
+                            const float* LITTLEBIT_RESTRICT scale_rank, void* y, Dtype dtype, int64_t offset) {
   alignas(64) float values[kColumnsOfRow];
   for (int64_t begin = 0; begin < count; begin += kColumnsOfRow) {
     const int64_t size = count - begin < kColumnsOfRow ? count - begin : kColumnsOfRow;
     const float* LITTLEBIT_RESTRICT x = latent + begin;
-    if (inner) {
-      const float* LITTLEBIT_RESTRICT scale = inner + begin;
-      for (int64_t i = 0; i < size; ++i) values[i] = with_sign_of(outer, x[i]) * scale[i];
+    if (scale_rank) {
+      const float* LITTLEBIT_RESTRICT scale = scale_rank + begin;
+      for (int64_t i = 0; i < size; ++i) values[i] = with_sign_of(scale_feature, x[i]) * scale[i];
     } else {
-      for (int64_t i = 0; i < size; ++i) values[i] = with_sign_of(outer, x[i]);
+      for (int64_t i = 0; i < size; ++i) values[i] = with_sign_of(scale_feature, x[i]);
     }
     store(values, size, y, dtype, offset + begin);
   }
 }
 
-// The gradients of `signs` from grad[offset + i]: latent_grad[i] is set, inner_grad[i] is added to (not touched where inner
-// is null), and the gradient of `outer` is returned. steepness: of the smooth gradient; null: straight through.
+// The gradients of `signs` from grad[offset + i]: latent_grad[i] is set, rank_grad[i] is added to (not touched where scale_rank
+// is null), and the gradient of `scale_feature` is returned. steepness: of the smooth gradient; null: straight through.
 LITTLEBIT_INLINE float signs_grad(const float* LITTLEBIT_RESTRICT latent, Array grad, int64_t offset, int64_t count,
-                                  float outer, const float* LITTLEBIT_RESTRICT inner, const float* steepness,
-                                  float* LITTLEBIT_RESTRICT latent_grad, float* LITTLEBIT_RESTRICT inner_grad) {
+                                  float scale_feature, const float* LITTLEBIT_RESTRICT scale_rank, const float* steepness,
+                                  float* LITTLEBIT_RESTRICT latent_grad, float* LITTLEBIT_RESTRICT rank_grad) {
   // One sum for each column of a piece, added up in halves: exact enough in fp32, and in the same order everywhere.
   alignas(64) float sums[kColumnsOfRow] = {}, values[kColumnsOfRow], slope[kColumnsOfRow];
   for (int64_t begin = 0; begin < count; begin += kColumnsOfRow) {
@@ -79,19 +79,19 @@ LITTLEBIT_INLINE float signs_grad(const float* LITTLEBIT_RESTRICT latent, Array 
     float* LITTLEBIT_RESTRICT out = latent_grad + begin;
     load(grad, offset + begin, size, values);
     slopes(x, size, steepness, slope);
-    if (inner) {
-      const float* LITTLEBIT_RESTRICT scale = inner + begin;
-      float* LITTLEBIT_RESTRICT total = inner_grad + begin;
+    if (scale_rank) {
+      const float* LITTLEBIT_RESTRICT scale = scale_rank + begin;
+      float* LITTLEBIT_RESTRICT total = rank_grad + begin;
       for (int64_t i = 0; i < size; ++i) {
         const float turned = with_sign_of(values[i], x[i]);
         sums[i] += turned * scale[i];
-        total[i] += turned * outer;
-        out[i] = values[i] * scale[i] * outer * slope[i];
+        total[i] += turned * scale_feature;
+        out[i] = values[i] * scale[i] * scale_feature * slope[i];
       }
     } else {
       for (int64_t i = 0; i < size; ++i) {
         sums[i] += with_sign_of(values[i], x[i]);
-        out[i] = values[i] * outer * slope[i];
+        out[i] = values[i] * scale_feature * slope[i];
       }
     }
   }

@@ -65,10 +65,11 @@ void each_path(const Layer& layer, const Shape& shape, const F& f) {
   }
 }
 
-// Stage 1 over the rows [begin, end) of V's words: inner[t, r] = sum_k g[k] x[t, k] V[k, r]. `next`: words used after them.
+// Stage 1 over the rows [begin, end) of V's words: rank_acts[t, r] = sum_k scale_in[k] x[t, k] V[k, r]. `next`: words used after
+// them.
 void reduce(const Kernels& isa, const Layer& layer, const Shape& shape, Array x, int64_t stride, int64_t tokens,
-            int64_t begin, int64_t end, float* inner, uintptr_t next) {
-  std::fill_n(inner, tokens * pitch(shape.rank), 0.0f);
+            int64_t begin, int64_t end, float* rank_acts, uintptr_t next) {
+  std::fill_n(rank_acts, tokens * pitch(shape.rank), 0.0f);
   // One token takes V in the order of memory, a row with all its paths: every page is then entered once.
   const bool in_order = tokens == 1;
   const int64_t step = in_order ? 1 : std::max<int64_t>(end - begin, 1);
@@ -78,23 +79,23 @@ void reduce(const Kernels& isa, const Layer& layer, const Shape& shape, Array x,
       const int64_t ahead = row * shape.rank + first + (in_order ? kFar : u.length), left = ahead - end * shape.rank;
       const bool inside = in_order ? left < 0 : p + 1 < layer.paths;
       const uintptr_t after = inside ? address(layer.v, ahead) : address(next, in_order ? left : 0);
-      multiply(isa, factor_v(layer, shape), first, u.length, row, row + step, input, tokens, inner + first,
+      multiply(isa, factor_v(layer, shape), first, u.length, row, row + step, input, tokens, rank_acts + first,
                pitch(shape.rank), after, in_order ? 0 : shape.rank);
     });
   }
 }
 
-// Between the stages: inner *= l.
-void scale_inner(const Layer& layer, const Shape& shape, int64_t tokens, float* inner) {
-  Floats l = floats(shape.rank);
-  shared::load(layer.scale_rank, 0, shape.rank, l.get());
-  for (int64_t t = 0; t < tokens; ++t, inner += pitch(shape.rank)) {
-    for (int64_t r = 0; r < shape.rank; ++r) inner[r] *= l[static_cast<size_t>(r)];
+// Between the stages: rank_acts *= scale_rank.
+void scale_rank_acts(const Layer& layer, const Shape& shape, int64_t tokens, float* rank_acts) {
+  Floats scale = floats(shape.rank);
+  shared::load(layer.scale_rank, 0, shape.rank, scale.get());
+  for (int64_t t = 0; t < tokens; ++t, rank_acts += pitch(shape.rank)) {
+    for (int64_t r = 0; r < shape.rank; ++r) rank_acts[r] *= scale[static_cast<size_t>(r)];
   }
 }
 
-// Stage 2 for the outputs [begin, end): y = sum_p h_p * (U_p inner_p) + bias. `next`: words used after U's, or 0.
-void expand(const Kernels& isa, const Layer& layer, const Shape& shape, const float* inner, int64_t tokens,
+// Stage 2 for the outputs [begin, end): y = sum_p scale_out_p * (U_p rank_acts_p) + bias. `next`: words used after U's, or 0.
+void expand(const Kernels& isa, const Layer& layer, const Shape& shape, const float* rank_acts, int64_t tokens,
             int64_t begin, int64_t end, void* y, Dtype dtype, uintptr_t next) {
   const int64_t step = std::min(end - begin, tokens > 1 ? kOutputs : kOutputsOfOne);
   const int64_t row = pitch(step);
@@ -105,7 +106,7 @@ void expand(const Kernels& isa, const Layer& layer, const Shape& shape, const fl
     const int64_t count = std::min(step, end - column);
     each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
       std::fill_n(part, tokens * row, 0.0f);
-      const Input input = {{inner + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
+      const Input input = {{rank_acts + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
       const bool last = p + 1 == layer.paths;
       const uintptr_t after = !last                 ? address(u.words, u.whole() * shape.out + column)
                               : column + step < end ? address(layer.u, column + step)
@@ -139,7 +140,7 @@ struct Call {
   int64_t stride, tokens;
   float* buffer;
 
-  float* inner(const Job& job, int64_t part) const { return buffer + job.place + part * tokens * pitch(job.shape.rank); }
+  float* rank_acts(const Job& job, int64_t part) const { return buffer + job.place + part * tokens * pitch(job.shape.rank); }
 
   // The row of V's words with which a part of stage 1 begins, and the output with which a part of stage 2 does.
   int64_t row(const Job& job, int64_t part) const {
@@ -154,23 +155,23 @@ struct Call {
   uintptr_t u(const Job& job, int64_t part, int64_t parts) const { return address(job.layer->u, output(job, part, parts)); }
 
   void first(const Job& job, int64_t part, uintptr_t next) const {
-    reduce(isa, *job.layer, job.shape, x, stride, tokens, row(job, part), row(job, part + 1), inner(job, part), next);
+    reduce(isa, *job.layer, job.shape, x, stride, tokens, row(job, part), row(job, part + 1), rank_acts(job, part), next);
   }
 
   void between(const Job& job) const {
-    float* sum = inner(job, 0);
+    float* sum = rank_acts(job, 0);
     for (int64_t part = 1; part < job.parts; ++part) {
-      const float* other = inner(job, part);
+      const float* other = rank_acts(job, part);
       for (int64_t k = 0; k < tokens * pitch(job.shape.rank); ++k) sum[k] += other[k];
     }
-    scale_inner(*job.layer, job.shape, tokens, sum);
+    scale_rank_acts(*job.layer, job.shape, tokens, sum);
   }
 
   void second(const Job& job, int64_t token, int64_t part, int64_t parts, uintptr_t next) const {
     const int64_t begin = output(job, part, parts), end = output(job, part + 1, parts);
     if (begin == end) return;
     void* y = advance(job.y, x.dtype, token * job.shape.out);
-    expand(isa, *job.layer, job.shape, inner(job, 0), tokens, begin, end, y, x.dtype, next);
+    expand(isa, *job.layer, job.shape, rank_acts(job, 0), tokens, begin, end, y, x.dtype, next);
   }
 };
 
@@ -209,16 +210,16 @@ void backward_tokens(const Kernels& isa, const Layer& layer, const Shape& shape,
   int64_t longest = 0;
   for (int64_t p = 0; p < layer.paths; ++p) longest = std::max(longest, 32 * ((layer.ranks[p] + 31) / 32));
   longest = pitch(longest);
-  Floats inner = floats(tokens * pitch(shape.rank)), wide = floats(tokens * longest);
+  Floats rank_acts = floats(tokens * pitch(shape.rank)), wide = floats(tokens * longest);
   each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
     std::fill_n(wide.get(), tokens * longest, 0.0f);
     const Input input = {grad, stride, shifted(layer.scale_out, p * shape.out), shape.out};
     multiply_transposed(isa, u, 0, shape.out, 0, u.rows(), input, tokens, wide.get(), longest);
     for (int64_t t = 0; t < tokens; ++t) {
-      std::copy_n(wide.get() + t * longest, u.length, inner.get() + t * pitch(shape.rank) + first);
+      std::copy_n(wide.get() + t * longest, u.length, rank_acts.get() + t * pitch(shape.rank) + first);
     }
   });
-  scale_inner(layer, shape, tokens, inner.get());
+  scale_rank_acts(layer, shape, tokens, rank_acts.get());
   const Factor v = factor_v(layer, shape);
   const int64_t step = kOutputs / 32, row = pitch(kOutputs);
   Floats buffer = floats(2 * tokens * row);
@@ -229,7 +230,7 @@ void backward_tokens(const Kernels& isa, const Layer& layer, const Shape& shape,
     const int64_t count = std::min(shape.in, 32 * end) - 32 * begin;
     each_path(layer, shape, [&](int64_t p, int64_t first, const Factor& u) {
       std::fill_n(part, tokens * row, 0.0f);
-      const Input input = {{inner.get() + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
+      const Input input = {{rank_acts.get() + first, Dtype::f32}, pitch(shape.rank), {}, u.length};
       multiply_transposed(isa, v, first, u.length, begin, end, input, tokens, part, row);
       const Array scale = shifted(layer.scale_in, p * shape.in);
       for (int64_t t = 0; t < tokens; ++t) {

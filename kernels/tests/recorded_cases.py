@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calls import linear, linear_grad, linears
 from hf_littlebit.kernels import dense, gpu, launch, tuning
 from idle_driver import STREAM, install
 from test_cpu import layer
@@ -66,11 +67,11 @@ def case(request, monkeypatch):
         DRIVER.launches = []
         if gradient:
             *parts, _, ranks = layers[0]
-            found = [gpu.littlebit_linear_grad(x, *parts, ranks)]
+            found = [linear_grad(gpu, x, *parts, ranks)]
         elif len(layers) == 1:
-            found = [gpu.littlebit_linear(x, *layers[0])]
+            found = [linear(gpu, x, *layers[0])]
         else:
-            found = gpu.littlebit_linears(x, layers)
+            found = linears(gpu, x, layers)
         return found, DRIVER.launches
 
     size = shapes[0][0 if gradient else 1]
@@ -248,7 +249,7 @@ def test_a_repeated_call_costs_half_of_the_front_door_at_most(tokens, monkeypatc
         return real(steps, moving, kept)
 
     monkeypatch.setattr(gpu, "record", record)
-    repeated = lambda: gpu.littlebit_linear(x, *parts, None, (96, 96))  # noqa: E731
+    repeated = lambda: linear(gpu, x, *parts, None, (96, 96))  # noqa: E731
     repeated()  # meets the layer
     repeated()
     assert len(steps) >= 2

@@ -80,8 +80,7 @@ def test_rows_of_layers(load, monkeypatch):
     bench, record = load("bench_gpu"), load("record").Record("gpu", None, {})
     monkeypatch.setattr(bench, "DEVICE", "cpu")
     monkeypatch.setattr(bench, "COLD", 1 << 16)
-    for name in ("littlebit_linear", "littlebit_linear_grad", "littlebit_linears"):
-        monkeypatch.setattr(gpu, name, getattr(reference, name))
+    monkeypatch.setattr(gpu, "products", reference.products)
 
     def turns(candidates, rounds):
         return {name: [call(index) for index in range(3)] and 2.0 + len(name) for name, call in candidates.items()}
@@ -96,7 +95,7 @@ def test_rows_of_layers(load, monkeypatch):
     assert row["apart"] == 7.0 and row["paths"] == 1
     bench.warm("1/2", [bench.Place(96, 160, 5), bench.Place(96, 160, 5, True)], kinds[:1], record)
     assert not record.failures
-    monkeypatch.setattr(gpu, "littlebit_linear", lambda *a: reference.littlebit_linear(*a) * 1.1)
+    monkeypatch.setattr(gpu, "products", lambda *a: [1.1 * y for y in reference.products(*a)])
     bench.measure(bench.Place(96, 160, 5), kinds[:1], 3, record)
     assert "the product is wrong by" in record.failures[0]["error"]
 
@@ -125,7 +124,7 @@ def test_host_time_against_a_driver_that_does_nothing(tmp_path):
     found = json.loads((tmp_path / "host.json").read_text())
     assert found["driver"] == "idle" and not found["failures"] and found["machine"]["kernel"].startswith("triton")
     names = {row["call"] for row in found["rows"]}
-    assert names >= {"LittleBitLinear, one path", "gpu.littlebit_linear, one path", "q/k/v: sharing x"}
+    assert names >= {"LittleBitLinear, one path", "gpu.products, one path", "q/k/v: sharing x"}
     assert len(found["rows"]) == 2 * len(names) and all(0 < row["us"] < 1e5 for row in found["rows"])
     assert "inference_mode, 1" in done.stdout
 

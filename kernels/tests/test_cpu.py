@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import linear, linear_grad
 from hf_littlebit.kernels import cpu, pack_signs, reference
 
 pytest_plugins = ["instruction_sets"]
@@ -60,11 +61,11 @@ def worst(result, x, matrix, size, bias=None):
 def test_products_are_exact_in_fp32(isa, shape, tokens):
     parts, dense, size = layer(*shape)
     x, bias = torch.randn(*tokens, shape[1]), torch.randn(shape[0])
-    y = cpu.littlebit_linear(x, *parts, bias, shape[2])
+    y = linear(cpu, x, *parts, bias, shape[2])
     assert y.dtype == torch.float32 and y.shape == (*tokens, shape[0])
     assert worst(y, x, dense.T, size.T, bias) < 1e-6
     grad = torch.randn_like(y)
-    dx = cpu.littlebit_linear_grad(grad, *parts, shape[2])
+    dx = linear_grad(cpu, grad, *parts, shape[2])
     assert dx.shape == x.shape and worst(dx, grad, dense, size) < 1e-6
 
 
@@ -79,9 +80,9 @@ def test_random_shapes(isa, seed):
     shape = (below(700), below(700), ranks)
     parts, dense, size = layer(*shape, scale_dtype=(torch.bfloat16, torch.float16, torch.float32)[seed % 3], seed=seed)
     x = torch.randn(below(40), shape[1], generator=draw)
-    assert worst(cpu.littlebit_linear(x, *parts, None, ranks), x, dense.T, size.T) < 1e-6
+    assert worst(linear(cpu, x, *parts, None, ranks), x, dense.T, size.T) < 1e-6
     grad = torch.randn(below(40), shape[0], generator=draw)
-    assert worst(cpu.littlebit_linear_grad(grad, *parts, ranks), grad, dense, size) < 1e-6
+    assert worst(linear_grad(cpu, grad, *parts, ranks), grad, dense, size) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -90,12 +91,12 @@ def test_half_precision_rounds_once(isa, dtype, tokens):
     shape = (333, 270, (40, 16))
     parts, dense, _ = layer(*shape)
     x = (0.05 * torch.randn(tokens, 270)).to(dtype)
-    y = cpu.littlebit_linear(x, *parts, None, shape[2])
+    y = linear(cpu, x, *parts, None, shape[2])
     exact = (x.double() @ dense.T).to(dtype)
     assert y.dtype == dtype and (y != exact).float().mean() < 0.01  # sums on a rounding edge may fall either way
     torch.testing.assert_close(y, exact)
     grad = (0.05 * torch.randn(tokens, 333)).to(dtype)
-    torch.testing.assert_close(cpu.littlebit_linear_grad(grad, *parts, shape[2]), (grad.double() @ dense).to(dtype))
+    torch.testing.assert_close(linear_grad(cpu, grad, *parts, shape[2]), (grad.double() @ dense).to(dtype))
 
 
 def test_conversions_agree_with_torch(isa):
@@ -109,7 +110,8 @@ def test_conversions_agree_with_torch(isa):
             some = x[: 1 << 12] if tokens == 1 else x
             y = torch.cat(
                 [
-                    cpu.littlebit_linear(
+                    linear(
+                        cpu,
                         piece[:, None],
                         torch.zeros(0, 1, dtype=torch.int32),
                         plus[0],
@@ -135,7 +137,7 @@ def test_conversions_agree_with_torch(isa):
         u = torch.zeros(1, count, dtype=torch.uint8)
         scales = (torch.ones(1, count), torch.zeros(1), torch.ones(1, 1))
         x = torch.ones(1, 1, dtype=dtype)
-        y = cpu.littlebit_linear(x, torch.zeros(0, count, dtype=torch.int32), u, None, plus[0], *scales, bias, [1])
+        y = linear(cpu, x, torch.zeros(0, count, dtype=torch.int32), u, None, plus[0], *scales, bias, [1])
         assert torch.equal(y[0], wide.to(dtype))
 
 
@@ -147,12 +149,12 @@ def test_strides(isa, tokens):
     views = [backing[:, 1, ::2].T, torch.randn(tokens, 99)[:, 20:90], torch.randn(2 * tokens, 70)[::2]]
     views += [torch.randn(1, 70).expand(tokens, 70), torch.randn(70, tokens, 2).permute(2, 1, 0)]
     for x in views:
-        assert worst(cpu.littlebit_linear(x, *parts, None, shape[2]), x, dense.T, size.T) < 1e-6
+        assert worst(linear(cpu, x, *parts, None, shape[2]), x, dense.T, size.T) < 1e-6
     grad = torch.randn(129, tokens).T
-    assert worst(cpu.littlebit_linear_grad(grad, *parts, shape[2]), grad, dense, size) < 1e-6
+    assert worst(linear_grad(cpu, grad, *parts, shape[2]), grad, dense, size) < 1e-6
     scattered = [torch.stack([part, part], dim=-1)[..., 0] for part in parts]
     x = views[1]
-    assert worst(cpu.littlebit_linear(x, *scattered, None, shape[2]), x, dense.T, size.T) < 1e-6
+    assert worst(linear(cpu, x, *scattered, None, shape[2]), x, dense.T, size.T) < 1e-6
 
 
 def test_parts_without_rows_may_be_none(isa):
@@ -160,7 +162,7 @@ def test_parts_without_rows_may_be_none(isa):
     parts = [part if part.shape[0] else None for part in parts]
     assert parts[1] is None and parts[3] is None
     x = torch.randn(3, 64)
-    assert worst(cpu.littlebit_linear(x, *parts, None, (32, 64)), x, dense.T, size.T) < 1e-6
+    assert worst(linear(cpu, x, *parts, None, (32, 64)), x, dense.T, size.T) < 1e-6
 
 
 def test_results_depend_on_the_number_of_threads_alone(isa, threads):
@@ -170,12 +172,12 @@ def test_results_depend_on_the_number_of_threads_alone(isa, threads):
         x = torch.randn(tokens, 1400)
         for count in (1, 2):
             threads(count)
-            y = cpu.littlebit_linear(x, *parts, None, shape[2])
-            dx = cpu.littlebit_linear_grad(y, *parts, shape[2])
+            y = linear(cpu, x, *parts, None, shape[2])
+            dx = linear_grad(cpu, y, *parts, shape[2])
             assert worst(y, x, dense.T, size.T) < 1e-6 and worst(dx, y, dense, size) < 1e-6
             for _ in range(3):
-                assert torch.equal(y, cpu.littlebit_linear(x, *parts, None, shape[2]))
-                assert torch.equal(dx, cpu.littlebit_linear_grad(y, *parts, shape[2]))
+                assert torch.equal(y, linear(cpu, x, *parts, None, shape[2]))
+                assert torch.equal(dx, linear_grad(cpu, y, *parts, shape[2]))
 
 
 @built
@@ -190,7 +192,7 @@ def test_wrong_parts_are_errors():
                 continue
             bad = [*good[:index], wrong, *good[index + 1 :]]
             with pytest.raises((RuntimeError, NotImplementedError)):
-                cpu.littlebit_linear(x, *bad, None, (16, 40))
+                linear(cpu, x, *bad, None, (16, 40))
     for arguments in (
         (x[:, :-1], None, (16, 40)),
         (x, torch.ones(32), (16, 40)),
@@ -204,7 +206,7 @@ def test_wrong_parts_are_errors():
         (x, torch.ones(1, 1, 33), (16, 40)),
     ):
         with pytest.raises(RuntimeError):
-            cpu.littlebit_linear(arguments[0], *good, *arguments[1:])
+            linear(cpu, arguments[0], *good, *arguments[1:])
     for message, index, wrong in (
         (r"u is \[0, 33\], but must be \[1, 33\]", 0, good[0][:0]),
         (r"v_tail is missing: the layer needs \[1, 56\]", 3, None),
@@ -213,12 +215,12 @@ def test_wrong_parts_are_errors():
         ("scale_in has 1 dimensions, but must have 2", 6, good[6][0]),
     ):
         with pytest.raises(RuntimeError, match=message):
-            cpu.littlebit_linear(x, *good[:index], wrong, *good[index + 1 :], None, (16, 40))
+            linear(cpu, x, *good[:index], wrong, *good[index + 1 :], None, (16, 40))
     nothing = [torch.zeros(0, 33, dtype=torch.int32), None, torch.zeros(2, 0, dtype=torch.int32), good[3][:, :0]]
     with pytest.raises(RuntimeError, match="ranks is empty"):
-        cpu.littlebit_linear(x, *nothing, torch.ones(0, 33), torch.ones(0), torch.ones(0, 70), None, ())
+        linear(cpu, x, *nothing, torch.ones(0, 33), torch.ones(0), torch.ones(0, 70), None, ())
     with pytest.raises(RuntimeError, match="float64"):
-        cpu.littlebit_linear(x.double(), *good, None, (16, 40))
+        linear(cpu, x.double(), *good, None, (16, 40))
     with pytest.raises(RuntimeError, match="no instruction set 'sse'"):
         cpu.select("sse")
 
@@ -230,11 +232,11 @@ def test_threads_of_python_may_call_at_once(threads):
     shape = (1500, 1400, (1000, 500))
     parts, *_ = layer(*shape)
     inputs = [torch.randn(tokens, 1400) for tokens in (1, 5, 64, 130)]
-    expected = [cpu.littlebit_linear(x, *parts, None, shape[2]) for x in inputs]
+    expected = [linear(cpu, x, *parts, None, shape[2]) for x in inputs]
 
     def work(_):
         return all(
-            torch.equal(cpu.littlebit_linear(x, *parts, None, shape[2]), y)
+            torch.equal(linear(cpu, x, *parts, None, shape[2]), y)
             for _ in range(5)
             for x, y in zip(inputs, expected)  # noqa: B905 Python 3.9
         )
@@ -270,12 +272,12 @@ def test_numbers_that_are_none_stay_with_their_token(isa):
         for bad in (float("inf"), float("-inf"), float("nan")):
             x = torch.randn(tokens, 75)
             x[1, 70] = bad
-            y, dx = cpu.littlebit_linear(x, *parts, None, shape[2]), torch.randn(tokens, 130)
+            y, dx = linear(cpu, x, *parts, None, shape[2]), torch.randn(tokens, 130)
             assert not y[1].isfinite().any()
             rest = torch.arange(tokens) != 1
             assert worst(y[rest], x[rest], dense.T, size.T) < 1e-6
             dx[1, 129] = bad
-            grad = cpu.littlebit_linear_grad(dx, *parts, shape[2])
+            grad = linear_grad(cpu, dx, *parts, shape[2])
             assert not grad[1].isfinite().any() and worst(grad[rest], dx[rest], dense, size) < 1e-6
 
 
@@ -288,7 +290,7 @@ def test_large_and_small_scales(isa):
         times = factors[0] * factors[1] * factors[2]
         for tokens in (1, 9):
             x = torch.randn(tokens, 90)
-            y = cpu.littlebit_linear(x, *parts[:4], *scaled, None, shape[2])
+            y = linear(cpu, x, *parts[:4], *scaled, None, shape[2])
             assert worst(y.double() / times, x, dense.T, size.T) < 1e-6
 
 
@@ -301,7 +303,7 @@ def test_half_precision_is_read_where_subnormal_floats_are_flushed():
         pytest.skip("the machine does not flush subnormal numbers")
     try:
         parts = (torch.zeros(0, 1, dtype=torch.int32), byte, None, byte, one, one[0], one)
-        assert torch.equal(cpu.littlebit_linear(x, *parts, None, [1]), x)
+        assert torch.equal(linear(cpu, x, *parts, None, [1]), x)
     finally:
         torch.set_flush_denormal(False)
 
@@ -312,6 +314,6 @@ def test_results_are_no_views(module):
     """autograd forbids to modify a view that an operator has made, and residual sums are written in place."""
     parts, *_ = layer(33, 70, (16, 40))
     for shape in ((70,), (3, 70), (2, 3, 70), (0, 70)):
-        y = module.littlebit_linear(torch.randn(*shape), *parts, None, (16, 40))
-        dx = module.littlebit_linear_grad(y, *parts, (16, 40))
+        y = linear(module, torch.randn(*shape), *parts, None, (16, 40))
+        dx = linear_grad(module, y, *parts, (16, 40))
         assert y._base is None and dx._base is None and y.is_contiguous() and dx.shape == shape

@@ -175,12 +175,12 @@ def test_wrong_shapes_are_errors():
     signs = (
         ((latent, outer, inner, (16, 8)), r"latent is \[33, 25\], but must be \[33, 24\]"),
         ((latent[0], outer, inner, ranks), "latent has 1 dimensions"),
-        ((latent, outer[:, 1:], inner, ranks), r"outer is \[2, 32\], but must be \[2, 33\]"),
-        ((latent, outer[0], inner, ranks), r"outer is \[33\], but must be \[2, 33\]"),
-        ((latent, outer, inner[1:], ranks), r"inner is \[24\], but must be \[25\]"),
+        ((latent, outer[:, 1:], inner, ranks), r"scale_feature is \[2, 32\], but must be \[2, 33\]"),
+        ((latent, outer[0], inner, ranks), r"scale_feature is \[33\], but must be \[2, 33\]"),
+        ((latent, outer, inner[1:], ranks), r"scale_rank is \[24\], but must be \[25\]"),
         ((latent, outer, inner, (-1, 26)), "a rank is -1"),
         ((latent.double(), outer, inner, ranks), "latent is float64, but must be float32"),
-        ((latent, outer.bfloat16(), inner, ranks), "outer is bfloat16, but must be float32"),
+        ((latent, outer.bfloat16(), inner, ranks), "scale_feature is bfloat16, but must be float32"),
     )
     for arguments, text in signs:
         with pytest.raises(RuntimeError, match=text):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calls import linear, linears
 from hf_littlebit.kernels import cpu
 from test_cpu import built, layer
 
@@ -23,10 +24,10 @@ def test_layers_of_one_x_have_the_bits_that_each_has_alone(isa, threads):
             torch.randn(3, 70, 1400),
         ):
             for some in (layers, layers[1:2], layers[1::2], layers[::-1]):
-                found = cpu.littlebit_linears(x, some)
-                assert all(map(torch.equal, found, [cpu.littlebit_linear(x, *each) for each in some]))
+                found = linears(cpu, x, some)
+                assert all(map(torch.equal, found, [linear(cpu, x, *each) for each in some]))
                 assert len({y.data_ptr() for y in found}) == len(some) and all(y._base is None for y in found)
-    assert cpu.littlebit_linears(x, []) == [] and cpu.littlebit_linears(x[:0], layers)[2].shape == (0, 70, 1200)
+    assert linears(cpu, x, []) == [] and linears(cpu, x[:0], layers)[2].shape == (0, 70, 1200)
 
 
 @built
@@ -34,7 +35,7 @@ def test_wrong_layers_are_errors():
     cpu.load()
     layers = [(*layer(33, 70, (16, 40))[0], None, [16, 40]), (*layer(20, 70, (8,))[0], None, [8])]
     x = torch.randn(2, 70)
-    assert len(cpu.littlebit_linears(x, layers)) == 2
+    assert len(linears(cpu, x, layers)) == 2
     for wrong, text in (
         ((*layers[1][:5], layers[1][5][1:], *layers[1][6:]), r"scale_rank is \[1, 7\], but must be \[1, 8\]"),
         ((None, *layers[1][1:]), "u, scale_out, scale_rank or scale_in of layer 1 is missing"),
@@ -42,7 +43,7 @@ def test_wrong_layers_are_errors():
         ((*layers[1][:8], [8, 8]), "but must be"),
     ):
         with pytest.raises(RuntimeError, match=text):
-            cpu.littlebit_linears(x, [layers[0], wrong])
+            linears(cpu, x, [layers[0], wrong])
     operator = torch.ops.hf_littlebit_cpu.linears
     parts = [part for each in layers for part in each[:8]]
     for arguments, text in (

@@ -56,8 +56,8 @@ def test_without_the_library_one_warning_and_the_reference():
         assert done.returncode != 0 and text in done.stderr, done.stderr
     calls = (
         "k.cpu.select()",
-        "k.cpu.littlebit_linear(one, *parts, None, [1])",
-        "k.cpu.littlebit_linear_grad(one, *parts, [1])",
+        "k.cpu.products(one, [k.PackedLayer(*parts, None, [1])])",
+        "k.cpu.products(one, [k.PackedLayer(*parts, None, [1])], True)",
     )
     for call in calls:
         done = python(f"{PRODUCT.format(library=ABSENT)}\n{call}", LITTLEBIT_BACKEND="reference")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from calls import linear, linear_grad
 from hf_littlebit.kernels import factor_shapes, pack_signs, reference, stored_bits
 from hf_littlebit.kernels import unpack_signs as unpack
-from hf_littlebit.kernels.reference import littlebit_linear, littlebit_linear_grad
 
 SHAPES = [(64, 48, (8,)), (33, 70, (16, 16)), (1, 5, (8,)), (129, 257, (40, 8)), (96, 31, (32, 32)), (20, 320, (72,))]
 
@@ -85,7 +85,7 @@ def test_product_in_fp32(shape, tokens):
     dense, parts = layer(*shape)
     x = torch.randn(*tokens, shape[1])
     bias = torch.randn(shape[0])
-    y = littlebit_linear(x, *parts.values(), bias, shape[2])
+    y = linear(reference, x, *parts.values(), bias, shape[2])
     expected = x.double() @ dense.T + bias.double()
     assert y.dtype == torch.float32 and y.shape == (*tokens, shape[0])
     if y.numel():
@@ -93,7 +93,7 @@ def test_product_in_fp32(shape, tokens):
         size = (x.double().abs() @ dense.abs().T).clamp_min(1e-30) + bias.abs()
         assert ((y - expected).abs() / size).max() < 2e-6
     grad = torch.randn_like(y)
-    dx = littlebit_linear_grad(grad, *parts.values(), shape[2])
+    dx = linear_grad(reference, grad, *parts.values(), shape[2])
     assert dx.shape == x.shape
     torch.testing.assert_close(dx.double(), grad.double() @ dense, rtol=1e-4, atol=1e-3)
 
@@ -102,7 +102,7 @@ def test_product_in_fp32(shape, tokens):
 def test_product_in_half_precision_rounds_once(dtype):
     dense, parts = layer(33, 70, (16, 16))
     x = (0.1 * torch.randn(5, 70)).to(dtype)
-    y = littlebit_linear(x, *parts.values(), None, (16, 16))
+    y = linear(reference, x, *parts.values(), None, (16, 16))
     expected = (x.double() @ dense.T).to(dtype)
     assert y.dtype == dtype
     assert (y != expected).float().mean() < 0.02  # a sum that lies on a rounding edge may fall either way
@@ -114,14 +114,14 @@ def test_absent_parts_and_strides():
     parts = {name: value if value.shape[0] else None for name, value in parts.items()}
     assert parts["u_tail"] is None and parts["v_tail"] is None
     x = torch.randn(64, 7).T
-    y = littlebit_linear(x, *parts.values(), None, (32, 64))
+    y = linear(reference, x, *parts.values(), None, (32, 64))
     torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=1e-4, atol=1e-3)
 
 
 def test_only_a_slab_is_unpacked(monkeypatch):
     _, parts = layer(129, 257, (40, 8))
     x = torch.randn(3, 257)
-    whole = littlebit_linear(x, *parts.values(), None, (40, 8))
+    whole = linear(reference, x, *parts.values(), None, (40, 8))
     sizes = []
     original = reference.unpack_signs
 
@@ -132,5 +132,5 @@ def test_only_a_slab_is_unpacked(monkeypatch):
 
     monkeypatch.setattr(reference, "unpack_signs", spy)
     monkeypatch.setattr(reference, "SLAB", 4096)
-    torch.testing.assert_close(littlebit_linear(x, *parts.values(), None, (40, 8)), whole, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(linear(reference, x, *parts.values(), None, (40, 8)), whole, rtol=1e-5, atol=1e-3)
     assert max(sizes) <= 32 * 129 and sum(sizes) == 257 * 48 + 129 * 48

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_littlebit.kernels import factor_shapes, gpu
+from calls import linear, linear_grad, linears
+from hf_littlebit.kernels import PARTS, factor_shapes, gpu
 
 CASES = Path(__file__).with_name("triton_cases.py")
 FILES = (CASES, CASES.with_name("triton_cases_groups.py"))
@@ -25,7 +26,6 @@ has_gpu = any(getattr(torch, kind).is_available() for kind in gpu.DEVICES)
 compiles = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"
 )
-NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
 STAGES = {"nvidia": ["stage_one", "stage_two"], "amd": ["_stage_one", "_stage_two"]}  # decode.py, gemv.py
 POINTERS = {
     torch.float32: "*fp32",
@@ -77,14 +77,15 @@ def vendor(request):
 def launches(monkeypatch, vendor):
     """A function that calls gpu.py on CPU tensors and returns the launches that it would do on an H200, or for AMD."""
     import triton
-    from hf_littlebit.kernels import dense, tuning
+    from hf_littlebit.kernels import dense, gemm, tuning
 
     found = []
-    monkeypatch.setattr(tuning, "abilities", lambda device: (vendor == "nvidia",) * 2)
-    monkeypatch.setattr(tuning, "_multiplies_bf16", lambda device: vendor == "nvidia")
-    monkeypatch.setattr(tuning, "_memory", lambda device: SHARED[vendor])
+    for module in (gpu, gemm):
+        monkeypatch.setattr(module, "abilities", lambda device: (vendor == "nvidia",) * 2)
+    monkeypatch.setattr(tuning, "multiplies_bf16", lambda device: vendor == "nvidia")
+    monkeypatch.setattr(tuning, "shared_memory", lambda device: SHARED[vendor])
     monkeypatch.setattr(gpu, "interpreted", lambda: True)
-    monkeypatch.setattr(tuning, "_cores", lambda device: 132)
+    monkeypatch.setattr(tuning, "cores", lambda device: 132)
     monkeypatch.setattr(dense.Dense, "__call__", lambda *_: None)
     monkeypatch.setattr(
         triton.runtime.JITFunction,
@@ -104,14 +105,14 @@ def launches(monkeypatch, vendor):
             parts = {
                 name: torch.empty(size, dtype=kind) for name, (size, kind) in factor_shapes(into, out, ranks).items()
             }
-            layers.append([*map(parts.get, NAMES), torch.empty(out, dtype=dtype), ranks])
+            layers.append([*map(parts.get, PARTS), torch.empty(out, dtype=dtype), ranks])
         x = torch.empty(tokens, shapes[0][0 if gradient else 1], dtype=dtype)
         if gradient:
-            gpu.littlebit_linear_grad(x, *layers[0][:7], layers[0][8])
+            linear_grad(gpu, x, *layers[0][:7], layers[0][8])
         elif len(layers) == 1:
-            gpu.littlebit_linear(x, *layers[0])
+            linear(gpu, x, *layers[0])
         else:
-            gpu.littlebit_linears(x, layers)
+            linears(gpu, x, layers)
         return list(found)
 
     yield launch
@@ -302,7 +303,7 @@ PRODUCT = """
 import torch, hf_littlebit.kernels as k
 byte, one = torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1)
 parts = (torch.zeros(0, 1, dtype=torch.int32), byte, None, byte, one, one[0], one)
-print({call}(one, *parts, None, [1]).item())
+print({call}(one, [k.PackedLayer(*parts, None, [1])])[0].item())
 """
 
 
@@ -310,9 +311,9 @@ print({call}(one, *parts, None, [1]).item())
 @pytest.mark.subprocess
 @interprets
 def test_cpu_tensors_need_the_interpreter():
-    done = python("-c", PRODUCT.format(call="k.littlebit_linear"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="1")
+    done = python("-c", PRODUCT.format(call="k.products"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="1")
     assert done.stdout == "1.0\n", done.stderr
-    done = python("-c", PRODUCT.format(call="k.littlebit_linear"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="0")
+    done = python("-c", PRODUCT.format(call="k.products"), LITTLEBIT_BACKEND="triton", TRITON_INTERPRET="0")
     assert "RuntimeError: LITTLEBIT_BACKEND=triton, but triton compiles for GPUs only" in done.stderr
-    done = python("-c", PRODUCT.format(call="k.gpu.littlebit_linear"), LITTLEBIT_BACKEND="", TRITON_INTERPRET="0")
+    done = python("-c", PRODUCT.format(call="k.gpu.products"), LITTLEBIT_BACKEND="", TRITON_INTERPRET="0")
     assert "RuntimeError: x is on the CPU" in done.stderr

@@ -20,7 +20,7 @@ def fresh(monkeypatch, tmp_path):
     """No tile sizes of a file, and a device of 132 cores."""
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
     monkeypatch.setenv("LITTLEBIT_TILES", str(tmp_path))
-    monkeypatch.setattr(tuning, "_cores", lambda device: 132)
+    monkeypatch.setattr(tuning, "cores", lambda device: 132)
     tuning.forget()
     yield
     monkeypatch.undo()
@@ -48,7 +48,7 @@ def test_every_case_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("units", [True, False])
 def test_candidates_are_sizes_that_the_kernels_take(monkeypatch, dtype, units):
-    monkeypatch.setattr(tuning, "_multiplies_bf16", lambda device: units)
+    monkeypatch.setattr(tuning, "multiplies_bf16", lambda device: units)
     tuning.forget()
     met = set()
     for case in cases(dtype):
@@ -279,7 +279,7 @@ def test_more_tokens_need_no_other_kernels(monkeypatch):
     """What triton_cases.py asserts on a GPU, by what kernels are specialized on: 3, 100 or 1,000 tokens compile nothing."""
     trial = pytest.importorskip("hf_littlebit.kernels.trial")
     pytest.importorskip("triton")
-    monkeypatch.setattr(tuning, "_memory", lambda device: 227 << 10)
+    monkeypatch.setattr(tuning, "shared_memory", lambda device: 227 << 10)
 
     def kernels(tokens):
         found = set()

@@ -60,7 +60,7 @@ def test_precision_follows_the_dtype():
 
 
 def test_a_group_takes_the_tiles_of_its_widest_layer(fresh, monkeypatch):
-    monkeypatch.setattr(tuning, "_cores", lambda device: 16)
+    monkeypatch.setattr(tuning, "cores", lambda device: 16)
     alone = tuning.decode(CPU, 4096, 4096, (80, 80))
     assert tuning.decode_group(CPU, (4096,), 4096, ((80, 80),)) == alone
     assert tuning.decode_group(CPU, (1024, 4096, 1024), 4096, ((24, 24), (80, 80), (24, 24))) == alone

@@ -9,7 +9,9 @@ import os
 
 import pytest
 import torch
+from calls import linear, linear_grad, linears
 from hf_littlebit.kernels import bound, candidates, gpu, launch, reference, trial, tuner, tuning
+from hf_littlebit.kernels.device import abilities
 from test_cpu import layer, worst
 
 from hf_littlebit import LittleBitLinear
@@ -49,10 +51,10 @@ def check(y, x, matrix, size, bias=None):
 def test_products_are_exact_in_fp32(shape, tokens):
     parts, dense, size = layer(*shape)
     x, bias, grad = torch.randn(*tokens, shape[1]), torch.randn(shape[0]), torch.randn(*tokens, shape[0])
-    y = gpu.littlebit_linear(*put(x, *parts, bias), shape[2])
+    y = linear(gpu, *put(x, *parts, bias), shape[2])
     assert y.dtype == torch.float32 and y.shape == grad.shape
     assert worst(y.cpu(), x, dense.T, size.T, bias) < 1e-6
-    dx = gpu.littlebit_linear_grad(*put(grad, *parts), shape[2])
+    dx = linear_grad(gpu, *put(grad, *parts), shape[2])
     assert dx.shape == x.shape and worst(dx.cpu(), grad, dense, size) < 1e-6
 
 
@@ -62,8 +64,8 @@ def test_products_are_exact_in_fp32(shape, tokens):
 def test_half_precision(dtype, scales, tokens):
     parts, dense, size = layer(45, 70, (40, 16), scale_dtype=scales)
     x, grad, bias = ((0.1 * torch.randn(*s)).to(dtype) for s in ((tokens, 70), (tokens, 45), (45,)))
-    check(gpu.littlebit_linear(*put(x, *parts, bias), (40, 16)), x, dense.T, size.T, bias)
-    check(gpu.littlebit_linear_grad(*put(grad, *parts), (40, 16)), grad, dense, size)
+    check(linear(gpu, *put(x, *parts, bias), (40, 16)), x, dense.T, size.T, bias)
+    check(linear_grad(gpu, *put(grad, *parts), (40, 16)), grad, dense, size)
 
 
 TILES = {
@@ -86,11 +88,11 @@ def test_terms_and_tiles_of_other_sizes(monkeypatch, tiles, terms, shape):
     bias = torch.randn(shape[0])
     for tokens in (5, 33) if shape[0] == 90 else (20,):
         x, grad = torch.randn(tokens, shape[1]), torch.randn(tokens, shape[0])
-        y = gpu.littlebit_linear(*put(x, *parts, bias), shape[2])
+        y = linear(gpu, *put(x, *parts, bias), shape[2])
         assert worst(y.cpu(), x, dense.T, size.T, bias) < LIMITS[terms]
-        dx = gpu.littlebit_linear_grad(*put(grad, *parts), shape[2])
+        dx = linear_grad(gpu, *put(grad, *parts), shape[2])
         assert worst(dx.cpu(), grad, dense, size) < LIMITS[terms]
-    again = gpu.littlebit_linear(*put(x, *parts, bias), shape[2])
+    again = linear(gpu, *put(x, *parts, bias), shape[2])
     assert torch.equal(y, again)
 
 
@@ -104,8 +106,8 @@ def test_signs_unpacked_slab_after_slab(monkeypatch, shape, scales):
     monkeypatch.setattr(tuning, "terms", lambda *_: 1)
     parts, dense, size = layer(*shape, scale_dtype=scales)
     x, grad, bias = ((0.1 * torch.randn(*s)).bfloat16() for s in ((130, shape[1]), (130, shape[0]), (shape[0],)))
-    check(gpu.littlebit_linear(*put(x, *parts, bias), shape[2]), x, dense.T, size.T, bias)
-    check(gpu.littlebit_linear_grad(*put(grad, *parts), shape[2]), grad, dense, size)
+    check(linear(gpu, *put(x, *parts, bias), shape[2]), x, dense.T, size.T, bias)
+    check(linear_grad(gpu, *put(grad, *parts), shape[2]), grad, dense, size)
 
 
 FEW = [
@@ -125,10 +127,10 @@ def test_decode_with_tiles_of_other_sizes(monkeypatch, shape, tokens, few):
     monkeypatch.setattr(tuning, "few", lambda *_: few)
     monkeypatch.setattr(tuning, "decode_group", lambda *_: tuning.Decode(16, 2, 4, 3, 32, 1, 4))
     x, bias = torch.randn(tokens, shape[1]), torch.randn(shape[0])
-    y = gpu.littlebit_linear(*put(x, *parts, bias), shape[2])
+    y = linear(gpu, *put(x, *parts, bias), shape[2])
     assert worst(y.cpu(), x, dense.T, size.T, bias) < 1e-6
-    assert torch.equal(y, gpu.littlebit_linear(*put(x, *parts, bias), shape[2]))
-    half = gpu.littlebit_linear(*put(x.bfloat16(), *parts, bias), shape[2])
+    assert torch.equal(y, linear(gpu, *put(x, *parts, bias), shape[2]))
+    half = linear(gpu, *put(x.bfloat16(), *parts, bias), shape[2])
     check(half, x.bfloat16(), dense.T, size.T, bias)
 
 
@@ -143,8 +145,8 @@ def test_decode_with_fewer_splits(monkeypatch, traffic):
     monkeypatch.setattr(decode, "TRAFFIC", traffic)
     decode._plan.cache_clear()
     x = torch.randn(tokens, shape[1])
-    y = gpu.littlebit_linear(*put(x, *parts), None, shape[2])
-    plan = decode._plan(shape[1], shape[:1], shape[2:], 4, 4, tuning.few(), tuning.abilities(torch.device(DEVICE)))
+    y = linear(gpu, *put(x, *parts), None, shape[2])
+    plan = decode._plan(shape[1], shape[:1], shape[2:], 4, 4, tuning.few(), abilities(torch.device(DEVICE)))
     decode._plan.cache_clear()
     assert plan.splits * plan.one["ROUNDS"] >= 5 and plan.splits == (1 if traffic == 0 else 2)
     assert worst(y.cpu(), x, dense.T, size.T) < 1e-6
@@ -161,9 +163,9 @@ def test_strides_and_absent_parts():
         torch.randn(1, 64).expand(7, 64),
         backing[:, 0, :2].T,
     ):
-        assert worst(gpu.littlebit_linear(*put(x, *parts), None, (32, 64)).cpu(), x, dense.T, size.T) < 1e-6
+        assert worst(linear(gpu, *put(x, *parts), None, (32, 64)).cpu(), x, dense.T, size.T) < 1e-6
     scattered = [None if part is None else torch.stack([part, part], dim=-1)[..., 0] for part in parts]
-    assert worst(gpu.littlebit_linear(*put(x, *scattered), None, (32, 64)).cpu(), x, dense.T, size.T) < 1e-6
+    assert worst(linear(gpu, *put(x, *scattered), None, (32, 64)).cpu(), x, dense.T, size.T) < 1e-6
 
 
 def test_wrong_parts_are_errors():
@@ -174,11 +176,11 @@ def test_wrong_parts_are_errors():
             if wrong is None and not part.shape[0]:
                 continue
             with pytest.raises(RuntimeError):
-                gpu.littlebit_linear(x, *good[:index], wrong, *good[index + 1 :], None, (16, 40))
+                linear(gpu, x, *good[:index], wrong, *good[index + 1 :], None, (16, 40))
     released = good[4].clone()
     released.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="scale_out has no memory: it is sharded or released"):
-        gpu.littlebit_linear(x, *good[:4], released, *good[5:], None, (16, 40))
+        linear(gpu, x, *good[:4], released, *good[5:], None, (16, 40))
     for x_wrong, bias, ranks, text in (
         (x[:, :-1], None, (16, 40), "last dimension must be 70"),
         (x, x.new_ones(32), (16, 40), r"bias is \[32\]"),
@@ -188,7 +190,7 @@ def test_wrong_parts_are_errors():
         (x.double(), None, (16, 40), "float64"),
     ):
         with pytest.raises(RuntimeError, match=text):
-            gpu.littlebit_linear(x_wrong, *good, bias, ranks)
+            linear(gpu, x_wrong, *good, bias, ranks)
 
 
 def test_other_memory_is_checked_and_launched_anew():
@@ -198,14 +200,14 @@ def test_other_memory_is_checked_and_launched_anew():
     for tokens in (3, 2, 1):
         held = [part.clone() for part in put(*parts)]
         for _ in range(2):
-            y = gpu.littlebit_linear(*put(x[:tokens]), *held, None, (40, 8))
+            y = linear(gpu, *put(x[:tokens]), *held, None, (40, 8))
             assert worst(y.cpu(), x[:tokens], dense.T, size.T) < 1e-6
         held[4].data = 2 * held[4]
-        y = gpu.littlebit_linear(*put(x[:tokens]), *held, None, (40, 8))
+        y = linear(gpu, *put(x[:tokens]), *held, None, (40, 8))
         assert worst(y.cpu(), x[:tokens], 2 * dense.T, 2 * size.T) < 1e-6
         held[4] = held[4][:, :-1]
         with pytest.raises(RuntimeError, match="must be"):
-            gpu.littlebit_linear(*put(x[:tokens]), *held, None, (40, 8))
+            linear(gpu, *put(x[:tokens]), *held, None, (40, 8))
     known = bound.known()
     del held, y
     assert bound.known() < known
@@ -218,7 +220,7 @@ def test_a_view_that_is_negated_lazily():
         (held,) = put(x)
         lazy = torch.complex(torch.zeros_like(held), held).conj().imag
         assert lazy.is_neg()
-        y = gpu.littlebit_linear(lazy, *put(*parts), None, (40, 8))
+        y = linear(gpu, lazy, *put(*parts), None, (40, 8))
         assert worst(y.cpu(), -x, dense.T, size.T) < 1e-6
 
 
@@ -257,16 +259,14 @@ def test_the_operator_and_its_gradient():
 def test_the_grid(size, bpw, dtype):
     out, into = size
     rank = max(8, int((bpw * out * into - 32 * (out + into)) / (2 * (out + into + 16))) // 8 * 8)
-    parts = trial.random_parts(out, into, (rank, rank), torch.device(DEVICE))
+    layer = trial.random_layer(out, into, (rank, rank), torch.device(DEVICE))
     for tokens in (1, 2, 4, 16, 64, 512):
         x, grad = torch.randn(tokens, into, device=DEVICE).to(dtype), torch.randn(tokens, out, device=DEVICE).to(dtype)
-        for ours, oracle, argument, more in (
-            (gpu.littlebit_linear, reference.littlebit_linear, x, (None,)),
-            (gpu.littlebit_linear_grad, reference.littlebit_linear_grad, grad, ()),
-        ):
-            exact = oracle(argument.float(), *parts, *more, (rank, rank))
-            error = (ours(argument, *parts, *more, (rank, rank)).float() - exact).norm() / exact.norm()
-            assert error < (1e-5 if dtype == torch.float32 else 5e-3), (tokens, ours.__name__, error)
+        for transposed, argument in ((False, x), (True, grad)):
+            (exact,) = reference.products(argument.float(), [layer], transposed)
+            (found,) = gpu.products(argument, [layer], transposed)
+            error = (found.float() - exact).norm() / exact.norm()
+            assert error < (1e-5 if dtype == torch.float32 else 5e-3), (tokens, transposed, error)
 
 
 TRIALS = [
@@ -304,13 +304,13 @@ def test_nothing_is_compiled_again_as_tokens_grow():
     pair = [(*parts, None, (40, 8))] * 2
     # Up to four tokens are rounded up to a power of two, and each of those is a kernel of its own.
     for tokens in (1, 2, 4, 16, 32, 64, 128, 4096):
-        gpu.littlebit_linear(torch.randn(tokens, 257, device=DEVICE), *parts, None, (40, 8))
-        gpu.littlebit_linears(torch.randn(tokens, 257, device=DEVICE), pair)
+        linear(gpu, torch.randn(tokens, 257, device=DEVICE), *parts, None, (40, 8))
+        linears(gpu, torch.randn(tokens, 257, device=DEVICE), pair)
     triton.knobs.runtime.jit_post_compile_hook = lambda **about: seen.append(about)
     try:
         for tokens in (1, 2, 3, 4, 5, 15, 17, 33, 48, 100, 1000, 3000):
-            gpu.littlebit_linear(torch.randn(tokens, 257, device=DEVICE), *parts, None, (40, 8))
-            gpu.littlebit_linears(torch.randn(tokens, 257, device=DEVICE), pair)
+            linear(gpu, torch.randn(tokens, 257, device=DEVICE), *parts, None, (40, 8))
+            linears(gpu, torch.randn(tokens, 257, device=DEVICE), pair)
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
     assert not seen

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calls import linear, linears
 from hf_littlebit.kernels import gpu, tuning
 from test_cpu import layer
 from triton_cases import DEVICE, FEW, check, put
@@ -13,7 +14,7 @@ GROUPS = [
 
 
 def group(sizes, into=131):
-    """Layers of one in_features, as `gpu.littlebit_linears` takes them, and (matrix, magnitudes, bias) of each in fp64."""
+    """Layers of one in_features, each the fields of a `PackedLayer`, and (matrix, magnitudes, bias) of each in fp64."""
     layers, oracles = [], []
     for index, (out, ranks) in enumerate(sizes):
         parts, dense, size = layer(out, into, ranks, scale_dtype=(torch.bfloat16, torch.float32)[index % 2], seed=index)
@@ -29,7 +30,7 @@ def group(sizes, into=131):
 def test_layers_that_read_the_same_x(sizes, tokens, dtype):
     layers, oracles = group(sizes)
     x = torch.randn(*tokens, 131).to(dtype)
-    found = gpu.littlebit_linears(*put(x), layers)
+    found = linears(gpu, *put(x), layers)
     assert [(y.dtype, y.shape) for y in found] == [(dtype, (*tokens, out)) for out, _ in sizes]
     for y, oracle in zip(found, oracles):  # noqa: B905 Python 3.9
         check(y, x, *oracle)
@@ -44,24 +45,24 @@ def test_a_layer_is_the_same_alone_and_in_a_group(monkeypatch, sizes, few):
         monkeypatch.setattr(tuning, "decode_group", lambda *_: tuning.Decode(32, 4, 4, 2, 64, 2, 4))
     layers, _ = group(sizes, 200)
     x = torch.randn(200, 2, device=DEVICE).bfloat16().T
-    for y, one in zip(gpu.littlebit_linears(x, layers), layers):  # noqa: B905 Python 3.9
-        assert torch.equal(y, gpu.littlebit_linear(x, *one))
+    for y, one in zip(linears(gpu, x, layers), layers):  # noqa: B905 Python 3.9
+        assert torch.equal(y, linear(gpu, x, *one))
 
 
 def test_a_wrong_part_of_one_layer_is_an_error():
     (x,) = put(torch.randn(2, 131))
     layers, _ = group(GROUPS[1])
-    assert gpu.littlebit_linears(x, []) == []
+    assert linears(gpu, x, []) == []
     for index, part in enumerate(layers[1][:7]):
         for wrong in (part[..., :-1], part.to(torch.float64), part.to("meta")):
             one = (*layers[1][:index], wrong, *layers[1][index + 1 :])
             with pytest.raises(RuntimeError):
-                gpu.littlebit_linears(x, [layers[0], one, layers[2]])
+                linears(gpu, x, [layers[0], one, layers[2]])
     other, _ = group([(33, (16,))], 70)
     with pytest.raises(RuntimeError, match="last dimension must be 70"):
-        gpu.littlebit_linears(x, [*layers, *other])
+        linears(gpu, x, [*layers, *other])
     with pytest.raises(RuntimeError, match=r"bias is \[40\]"):
-        gpu.littlebit_linears(x, [*layers[:2], (*layers[2][:7], x.new_ones(40), layers[2][8])])
+        linears(gpu, x, [*layers[:2], (*layers[2][:7], x.new_ones(40), layers[2][8])])
 
 
 @pytest.mark.gpu
@@ -71,11 +72,11 @@ def test_a_wrong_part_of_one_layer_is_an_error():
 def test_a_graph_replays_the_product(tokens, sizes):
     layers, _ = group(sizes, 257)
     x = torch.randn(tokens, 257, device=DEVICE)
-    gpu.littlebit_linears(x, layers)
+    linears(gpu, x, layers)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = gpu.littlebit_linears(x, layers)
+        found = linears(gpu, x, layers)
     x.copy_(torch.randn_like(x))
     graph.replay()
-    assert all(map(torch.equal, found, gpu.littlebit_linears(x, layers)))
+    assert all(map(torch.equal, found, linears(gpu, x, layers)))

@@ -5,8 +5,9 @@ A layer of `out_features x in_features` (m x n) with P paths of rank r is stored
     bits = P * [ r * (m + n' + 16) + 16 * (m + n) ]        bits per weight = bits / (m * n)
 
 where n' is n rounded up to a multiple of 8 (kernels/packing.py), so n' = n in practice. Solved for r and floored to a
-multiple of 8, at least 8 and at most min(m, n) (LittleBit, arXiv 2506.13771, appendix D). The arithmetic is part of the
-file format: a checkpoint holds no ranks, they follow from its config. Change it only with `FORMAT_VERSION`.
+multiple of 8, at least 8 and at most min(m, n) (LittleBit, arXiv 2506.13771, appendix D). That is what a new layer gets. The
+ranks of a saved one are read off the shapes of its parts (layers/parts.py), which say how many paths there are and what their
+ranks add up to, but not how they share it: paths of one layer have equal ranks, unless the arithmetic here says otherwise.
 """
 
 from __future__ import annotations

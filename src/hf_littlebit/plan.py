@@ -8,7 +8,7 @@ were replaced, so that no rule of this or another version, or of the class it is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -18,7 +18,8 @@ from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of
 from .internals.torch import is_convolution
 from .internals.transformers import fp32_modules, tied_weights
 from .layers.experts import LittleBitExperts, expert_sizes, is_stack
-from .layers.linear import FactorModule, part_name
+from .layers.linear import FactorModule
+from .layers.parts import PACKED_PARTS, part_name, stored_ranks
 from .module_names import aliases, is_named, matches, needs_fp32
 
 __all__ = ["Plan", "WeightPlan", "plan_model"]
@@ -145,6 +146,8 @@ def plan_model(
 
     Args:
         stored: names of the tensors of a quantized model or its file; a weight is replaced if its parts are among them.
+            Its ranks are those of the model's layer, or else of the shapes, where `stored` maps names to what verify.py
+            reads of a file: (dtype, shape, file). What neither says is taken from the config.
         saved: names of the tensors that a dense checkpoint to be read holds, where that is of another class; what it
             lacks is new and stays dense.
 
@@ -168,7 +171,29 @@ def plan_model(
         )
     plan.unused = walk.unused()
     _share_leftover_bits(plan)
+    if stored is not None:
+        plan.weights = [replace(each, ranks=_found_ranks(model, each, config, stored)) for each in plan.weights]
     return plan
+
+
+def _found_ranks(
+    model: nn.Module, weight: WeightPlan, config: LittleBitConfig, stored: Collection[str]
+) -> tuple[int, ...]:
+    """The ranks that a weight of a quantized model or file has, whatever its config would give a new one."""
+    module = model.get_submodule(weight.module)
+    if isinstance(module, FactorModule):
+        return module.ranks_of(weight.weight)
+    if not isinstance(stored, Mapping):
+        return weight.ranks
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in PACKED_PARTS:
+        name = f"{weight.module}.{part_name(weight.weight, part)}"
+        for alias in aliases(name, getattr(model, "base_model_prefix", "")):
+            if alias in stored:
+                shape = stored[alias][1]
+                shapes[part] = shape if weight.weight == "weight" else shape[1:]
+    size = weight.out_features, weight.in_features
+    return stored_ranks(shapes, size, weight.ranks, config.format == "latent")
 
 
 def _share_leftover_bits(plan: Plan) -> None:

@@ -1,8 +1,11 @@
-"""littlebit: matrix products with packed binary factors, W ~ sum_p diag(h_p) U_p diag(l_p) V_p^T diag(g_p).
+"""littlebit: matrix products with packed binary factors.
 
-The public functions take and return tensors and know nothing of transformers. `packing` is the layout (the file format),
-`reference` the product in plain torch, `cpu` the compiled one, `gpu` the Triton kernels; the functions here choose at each
-call, from x's device. Every other device computes in plain torch, after one warning.
+    W ~ sum_p diag(scale_out_p) U_p diag(scale_rank_p) V_p^T diag(scale_in_p)
+
+The public functions take and return tensors and know nothing of transformers. `packing` is the layout of one factor and `parts`
+that of a layer: together they are the file format. `reference` is the product in plain torch, `cpu` the compiled one, `gpu` the
+Triton kernels; the functions here choose one at each call, from x's device. Every device that none of them serves computes in
+plain torch, after one warning.
 
 The environment variable LITTLEBIT_BACKEND names the implementation (backend.py). It is read once per kind of device, at its
 first product in the process, because from then on the dispatcher calls the compiled operators without asking Python. It
@@ -10,17 +13,20 @@ also chooses for the passes over latents in training (`compiled`), for which the
 """
 
 import functools
-from typing import Any, List, Sequence
+from typing import Any, List, Optional, Sequence
 
 import torch
 
 from . import backend, cpu, gpu, packing, reference
 from .backend import BACKENDS
-from .packing import FORMAT_VERSION, factor_shape, factor_shapes, pack_signs, stored_bits, unpack_signs
+from .packing import FORMAT_VERSION, factor_shape, pack_signs, stored_bits, unpack_signs
+from .parts import PARTS, PackedLayer, factor_shapes, places
 
 __all__ = [
     "BACKENDS",
     "FORMAT_VERSION",
+    "PARTS",
+    "PackedLayer",
     "backend",
     "compiled",
     "cpu",
@@ -32,25 +38,51 @@ __all__ = [
     "littlebit_linears",
     "pack_signs",
     "packing",
+    "places",
+    "products",
     "reference",
     "stored_bits",
     "unpack_signs",
 ]
 
 
-def littlebit_linear(x: torch.Tensor, *parts: Any, **named: Any) -> torch.Tensor:
-    """x [..., in_features] -> [..., out_features], by the fastest implementation; arguments as in reference.py."""
-    return _backend(x).littlebit_linear(x, *parts, **named)
+def products(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool = False) -> List[torch.Tensor]:
+    """What `reference.products` gives, by the fastest implementation: y [..., out_features] of every layer that reads x.
+
+    Args:
+        x: [..., in_features] of fp32, bf16 or fp16; for the gradient (transposed) [..., out_features].
+
+    Raises:
+        RuntimeError: as the implementation's own `products`; or the one that LITTLEBIT_BACKEND names cannot run.
+        ValueError: LITTLEBIT_BACKEND holds an unknown name.
+    """
+    return _backend(x).products(x, layers, transposed)
+
+
+def littlebit_linear(x: torch.Tensor, *layer: Any, **named: Any) -> torch.Tensor:
+    """`products` of one layer, whose fields follow x in the order of `PackedLayer` or by their names."""
+    return _backend(x).products(x, (PackedLayer(*layer, **named),))[0]
 
 
 def littlebit_linears(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> List[torch.Tensor]:
-    """[littlebit_linear(x, *layer) for layer in layers], in one call where the implementation has one."""
-    return _backend(x).littlebit_linears(x, layers)
+    """`products` of several layers, each a PackedLayer or any sequence of its fields."""
+    return _backend(x).products(x, [PackedLayer(*layer) for layer in layers])
 
 
-def littlebit_linear_grad(grad: torch.Tensor, *parts: Any, **named: Any) -> torch.Tensor:
-    """grad [..., out_features] -> [..., in_features], by the fastest implementation; arguments as in reference.py."""
-    return _backend(grad).littlebit_linear_grad(grad, *parts, **named)
+def littlebit_linear_grad(
+    grad: torch.Tensor,
+    u: torch.Tensor,
+    u_tail: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    v_tail: Optional[torch.Tensor],
+    scale_out: torch.Tensor,
+    scale_rank: torch.Tensor,
+    scale_in: torch.Tensor,
+    ranks: Sequence[int],
+) -> torch.Tensor:
+    """The gradient of one layer with respect to x: grad [..., out_features] -> [..., in_features] of grad's dtype."""
+    layer = PackedLayer(u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, None, ranks)
+    return _backend(grad).products(grad, (layer,), True)[0]
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the loading
@@ -106,23 +138,23 @@ def _choice() -> Any:
 
 
 @functools.lru_cache(maxsize=None)
-def _accelerated(kind: str) -> Any:
+def _accelerated(device_type: str) -> Any:
     """The module for tensors on devices of this type; errors as `_choice`."""
     name = backend.asked()
-    known = kind in gpu.DEVICES
-    if name == "reference" or kind == "meta":
+    known = device_type in gpu.DEVICES
+    if name == "reference" or device_type == "meta":
         return reference
     if known and gpu.load():
         return gpu
     why = (
         gpu.missing()
         if known
-        else f"there are no kernels for {kind} devices, only for {', '.join(gpu.DEVICES)} and cpu"
+        else f"there are no kernels for {device_type} devices, only for {', '.join(gpu.DEVICES)} and cpu"
     )
     if name == "triton":
         raise backend.refusal(why)
     backend.warn(
         why,
-        f"Packed layers run in plain torch on {kind}, which unpacks them at every call and is slower than the dense layer",
+        f"Packed layers run in plain torch on {device_type}, which unpacks them at every call and is slower than the dense layer",
     )
     return reference

@@ -18,13 +18,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 
 from .launch import Recorded
-from .packing import factor_shapes
+from .parts import PARTS, PackedLayer, part_shapes
 
 __all__ = ["Bound", "bind", "checked", "find", "forget", "known"]
 
 RECORDS = 64  # numbers of tokens, dtypes ... of a layer whose launches are kept
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
 
 
 class Bound:
@@ -51,13 +50,13 @@ class Bound:
         "recorded",
     )
 
-    def __init__(self, x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool, dead: Callable[[Any], None]):
+    def __init__(self, x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool, dead: Callable[[Any], None]):
         ready = [checked(x, layer, transposed) for layer in layers]
         self.ready: Any = ready
         self.features = x.shape[-1]
         self.device = x.device
-        self.outs = [layer[6 if transposed else 4].shape[1] for layer in ready]
-        self.ranks = [layer[8][:] for layer in layers]
+        self.outs = [(layer.scale_in if transposed else layer.scale_out).shape[1] for layer in ready]
+        self.ranks = [layer.ranks[:] for layer in layers]
         self.recorded: Dict[Any, Recorded] = {}
         self._shapes: Dict[Any, Tuple[Recorded, List[Tuple[int, ...]]]] = {}
         self.index = x.get_device()
@@ -113,7 +112,7 @@ class Bound:
         self.recorded.clear()
         self._shapes.clear()
 
-    def holds(self, layers: Sequence[Sequence[Any]]) -> bool:
+    def holds(self, layers: Sequence[PackedLayer]) -> bool:
         """These are the layers that were checked: the same tensors, with the same memory."""
         index = 0
         for place, layer in enumerate(layers):
@@ -133,21 +132,21 @@ class Bound:
 _all: Dict[Any, Bound] = {}
 
 
-def _key(layers: Sequence[Sequence[Any]], transposed: bool) -> Tuple[Any, ...]:
+def _key(layers: Sequence[PackedLayer], transposed: bool) -> Tuple[Any, ...]:
     return (transposed, *[id(layer[0]) for layer in layers])
 
 
-def find(layers: Sequence[Sequence[Any]], transposed: bool = False) -> Optional[Bound]:
+def find(layers: Sequence[PackedLayer], transposed: bool = False) -> Optional[Bound]:
     """What is known of these layers; None if they were never met, or if a part is another one or elsewhere in memory."""
     found = _all.get(_key(layers, transposed))
     return found if found is not None and found.holds(layers) else None
 
 
-def bind(x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool) -> Bound:
+def bind(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool) -> Bound:
     """Check the layers and remember them as long as their parts live.
 
     Raises:
-        RuntimeError: as `gpu.littlebit_linear`.
+        RuntimeError: as `gpu.products`.
     """
     key = _key(layers, transposed)
 
@@ -175,28 +174,21 @@ def forget() -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _expected(in_features: int, out_features: int, ranks: Tuple[int, ...]) -> List[Tuple[Tuple[int, ...], str]]:
-    """(shape, kind) of every part: int32, uint8 or float; a part of no rows has the shape (0, columns)."""
+def _expected(in_features: int, out_features: int, ranks: Tuple[int, ...]) -> List[Tuple[Tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of every part, in the order of PARTS; a floating dtype stands for all that the kernels take."""
     if not ranks or min(ranks) < 1:
         raise RuntimeError(f"ranks is {list(ranks)}, but a layer has one path or more, each of rank 1 or more")
-    shapes = factor_shapes(in_features, out_features, ranks)
-    kinds = {torch.int32: "int32", torch.uint8: "uint8"}
-    absent = {"u": "int32", "u_tail": "uint8", "v": "int32", "v_tail": "uint8"}
-    found = []
-    for name in _NAMES:
-        shape, dtype = shapes.get(name, ((0, out_features if name[0] == "u" else sum(ranks)), None))
-        found.append((shape, kinds.get(dtype, "float") if dtype else absent[name]))
-    return found
+    shapes = part_shapes(in_features, out_features, ranks)
+    return [shapes[name] for name in PARTS]
 
 
-def checked(x: torch.Tensor, layer: Sequence[Any], transposed: bool) -> List[Any]:
+def checked(x: torch.Tensor, layer: PackedLayer, transposed: bool) -> PackedLayer:
     """The layer, its parts contiguous, as the kernels take it: a wrong shape would read past the end of a tensor.
 
     A tail of no rows becomes None; words of no rows become u's, which are then never read.
     """
-    *parts, bias, ranks = layer
-    ranks = tuple(ranks)
-    u, scale_out, scale_in = parts[0], parts[4], parts[6]
+    parts, bias, ranks = layer[:7], layer.bias, tuple(layer.ranks)
+    u, scale_out, scale_in = layer.u, layer.scale_out, layer.scale_in
     if u is None or scale_out is None or scale_in is None or scale_out.dim() != 2 or scale_in.dim() != 2:
         raise RuntimeError("u, scale_out and scale_in are needed, the scales with 2 dimensions: [paths, features]")
     features = (scale_out if transposed else scale_in).shape[1]
@@ -205,7 +197,7 @@ def checked(x: torch.Tensor, layer: Sequence[Any], transposed: bool) -> List[Any
     if not x.dim() or x.shape[-1] != features:
         raise RuntimeError(f"x is {list(x.shape)}, but its last dimension must be {features}")
     ready: List[Any] = []
-    for name, part, (shape, kind) in zip(_NAMES, parts, _expected(scale_in.shape[1], scale_out.shape[1], ranks)):  # noqa: B905
+    for name, part, (shape, dtype) in zip(PARTS, parts, _expected(scale_in.shape[1], scale_out.shape[1], ranks)):  # noqa: B905
         if part is None:
             if shape[0]:
                 raise RuntimeError(f"{name} is missing: the layer needs {list(shape)}")
@@ -215,19 +207,19 @@ def checked(x: torch.Tensor, layer: Sequence[Any], transposed: bool) -> List[Any
             raise RuntimeError(f"{name} is {list(part.shape)}, but must be {list(shape)}")
         if part.device != x.device:
             raise RuntimeError(f"{name} is on {part.device}, but x is on {x.device}; move both to one device")
-        right = part.dtype in _DTYPES if kind == "float" else str(part.dtype) == f"torch.{kind}"
-        if not right:
-            raise RuntimeError(f"{name} is {part.dtype}, but must be {kind if kind != 'float' else 'a float'}")
+        if part.dtype != dtype and not (dtype.is_floating_point and part.dtype in _DTYPES):
+            wanted = "a float" if dtype.is_floating_point else str(dtype).replace("torch.", "")
+            raise RuntimeError(f"{name} is {part.dtype}, but must be {wanted}")
         ready.append(part.contiguous() if shape[0] else None)
     if bias is not None and (tuple(bias.shape) != (scale_out.shape[1],) or bias.device != x.device):
         raise RuntimeError(
             f"bias is {list(bias.shape)} on {bias.device}, but must be [{scale_out.shape[1]}] on {x.device}"
         )
-    for name, part in zip((*_NAMES, "bias"), (*parts, bias)):  # noqa: B905 Python 3.9
+    for name, part in zip((*PARTS, "bias"), (*parts, bias)):  # noqa: B905 Python 3.9
         if part is not None and part.numel() and not part.data_ptr():
             raise RuntimeError(
                 f"{name} has no memory: it is sharded or released; gather it, or call the layer through its wrapper"
             )
     for index in (0, 2):
         ready[index] = u if ready[index] is None else ready[index]
-    return [*ready, None if bias is None else bias.contiguous(), ranks]
+    return PackedLayer._make([*ready, None if bias is None else bias.contiguous(), ranks])

@@ -1,6 +1,6 @@
 """The compiled CPU kernel: finding it, loading it at first use, calling it.
 
-    y = sum_p h_p * (U_p (l_p * (V_p^T (g_p * x)))) + bias          as reference.py, same arguments
+    y = sum_p scale_out_p * (U_p (scale_rank_p * (V_p^T (scale_in_p * x)))) + bias          as reference.py, same arguments
 
 The C++ source is kernels/littlebit_cpu, built into one shared library beside this file (setup.py) where the installing
 machine has a compiler. It works on the packed words themselves: 16 outputs are the lanes of an AVX-512 register, and the
@@ -21,13 +21,13 @@ from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 
+from .parts import PackedLayer
+
 __all__ = [
     "LIBRARY",
-    "littlebit_linear",
-    "littlebit_linear_grad",
-    "littlebit_linears",
     "load",
     "missing",
+    "products",
     "scaled_signs",
     "scaled_signs_grad",
     "select",
@@ -85,109 +85,81 @@ def select(isa: str = "") -> str:
     return _loaded().select(isa)
 
 
-def littlebit_linear(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: Optional[torch.Tensor],
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-) -> torch.Tensor:
-    """x [..., in_features] of fp32, bf16 or fp16 -> [..., out_features] of the same dtype.
+def products(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool = False) -> List[torch.Tensor]:
+    """What `reference.products` gives, by the compiled library.
+
+    Several layers take one call, in which the threads meet twice however many there are; each result has the bits that its
+    layer has alone. Gradients are computed layer by layer.
 
     Raises:
-        RuntimeError: a part is missing, or has another shape, dtype or device than the ranks and x ask for; or there is
-            no compiled kernel.
+        RuntimeError: a part is missing, or has another shape, dtype or device than the ranks and x ask for; the layers take
+            different numbers of values; or there is no compiled kernel.
     """
-    parts = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in)
-    return _loaded().linear(x, *parts, bias, list(ranks))
-
-
-def littlebit_linears(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> List[torch.Tensor]:
-    """The products of several layers with the same x, each with the bits of its own `littlebit_linear`.
-
-    One call: threads meet twice, however many layers there are.
-
-    Args:
-        layers: of each the arguments of `littlebit_linear` after x, bias and ranks included.
-
-    Raises:
-        RuntimeError: as `littlebit_linear`; or the layers take different numbers of values.
-    """
+    operators = _loaded()
+    if transposed:
+        return [operators.linear_grad(x, *layer[:7], list(layer.ranks)) for layer in layers]
+    if len(layers) == 1:
+        (layer,) = layers
+        return [operators.linear(x, *layer[:8], list(layer.ranks))]
     parts = [part for layer in layers for part in layer[:8]]
-    ranks = [rank for layer in layers for rank in layer[8]]
-    return _loaded().linears(x, parts, ranks, [len(layer[8]) for layer in layers])
-
-
-def littlebit_linear_grad(
-    grad: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: Optional[torch.Tensor],
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    ranks: Sequence[int],
-) -> torch.Tensor:
-    """The gradient with respect to x: grad [..., out_features] -> [..., in_features]; errors as `littlebit_linear`."""
-    parts = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in)
-    return _loaded().linear_grad(grad, *parts, list(ranks))
+    ranks = [rank for layer in layers for rank in layer.ranks]
+    return operators.linears(x, parts, ranks, [len(layer.ranks) for layer in layers])
 
 
 def scaled_signs(
     latent: torch.Tensor,
-    outer: torch.Tensor,
-    inner: Optional[torch.Tensor],
+    scale_feature: torch.Tensor,
+    scale_rank: Optional[torch.Tensor],
     ranks: Sequence[int],
     dtype: torch.dtype,
     width: Optional[int] = None,
 ) -> torch.Tensor:
-    """outer * sign(latent) * inner, [rows, R] of `dtype` (fp32, bf16 or fp16); sign(±0) is +1. With `width` zeros follow in
-    every row: [rows, width].
+    """scale_feature * sign(latent) * scale_rank, [rows, R] of `dtype` (fp32, bf16 or fp16); sign(±0) is +1.
 
-    The product is fp32, rounded once.
+    The product is fp32, rounded once. With `width` zeros follow in every row: [rows, width].
 
     Args:
         latent: [rows, R], fp32, the paths side by side; R is the sum of `ranks`.
-        outer: fp32, a scale for each row, [paths, rows]. inner: fp32, one for each column, [R], or None for ones.
+        scale_feature: fp32, a scale for each row, [paths, rows]. scale_rank: fp32, one for each column, [R], or None for ones.
 
     Raises:
         RuntimeError: a wrong shape, dtype or device; or there is no compiled kernel.
     """
-    return _loaded().scaled_signs(latent, outer, inner, ranks, dtype, latent.shape[-1] if width is None else width)
+    return _loaded().scaled_signs(
+        latent, scale_feature, scale_rank, ranks, dtype, latent.shape[-1] if width is None else width
+    )
 
 
 def scaled_signs_grad(
     grad: torch.Tensor,
     latent: torch.Tensor,
-    outer: torch.Tensor,
-    inner: Optional[torch.Tensor],
+    scale_feature: torch.Tensor,
+    scale_rank: Optional[torch.Tensor],
     ranks: Sequence[int],
     alpha: Optional[float],
 ) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-    """The gradients of `scaled_signs` with respect to latent, outer and inner (None without), fp32, from the one of its
-    result, `grad` [rows, R or more] of fp32, bf16 or fp16, of which the first R columns count.
+    """The gradients of `scaled_signs` with respect to latent, scale_feature and scale_rank (None without), fp32.
+
+    Args:
+        grad: the gradient of its result, [rows, R or more] of fp32, bf16 or fp16, of which the first R columns count.
 
     The sign's slope is alpha * (1 - tanh(alpha * latent)^2), or, where `alpha` is None, 1 for |latent| < 1 and 0 elsewhere
     (LittleBit, arXiv 2506.13771, section 3.3). Sums are fp32 over 32 rows at a time, and the same bits for any number of
     threads. Errors as `scaled_signs`.
     """
-    of_latent, of_outer, of_inner = _loaded().scaled_signs_grad(grad, latent, outer, inner, ranks, alpha)
-    return of_latent, of_outer, None if inner is None else of_inner
+    of_latent, of_feature, of_rank = _loaded().scaled_signs_grad(grad, latent, scale_feature, scale_rank, ranks, alpha)
+    return of_latent, of_feature, None if scale_rank is None else of_rank
 
 
-def _scaled_signs_fake(latent: Any, outer: Any, inner: Any, ranks: Any, dtype: torch.dtype, width: int) -> torch.Tensor:
+def _scaled_signs_fake(
+    latent: Any, scale_feature: Any, scale_rank: Any, ranks: Any, dtype: torch.dtype, width: int
+) -> torch.Tensor:
     return latent.new_empty((latent.shape[0], width), dtype=dtype)
 
 
-def _scaled_signs_grad_fake(grad: Any, latent: Any, outer: Any, inner: Any, ranks: Any, alpha: Any) -> Any:
+def _scaled_signs_grad_fake(grad: Any, latent: Any, scale_feature: Any, scale_rank: Any, ranks: Any, alpha: Any) -> Any:
     return (
         latent.new_empty(latent.shape),
-        outer.new_empty(outer.shape),
-        latent.new_empty(0 if inner is None else inner.shape),
+        scale_feature.new_empty(scale_feature.shape),
+        latent.new_empty(0 if scale_rank is None else scale_rank.shape),
     )

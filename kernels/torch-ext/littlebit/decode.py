@@ -1,7 +1,7 @@
 """One to four tokens by matrix units: layers that read the same tokens, in two Triton launches that cover all layers and paths.
 
-    stage one    partial[s, t, j] = sum over split s of  g_p[k] x[t, k] V[k, j]          p: the path of column j
-    stage two    y[t, n] = sum_p h_p[n] sum_j (l[j] sum_s partial[s, t, j]) U[j, n] + bias[n]
+    stage one    partial[s, t, j] = sum over split s of  scale_in[p, k] x[t, k] V[k, j]          p: the path of column j
+    stage two    y[t, n] = sum_p scale_out[p, n] sum_j (scale_rank[j] sum_s partial[s, t, j]) U[j, n] + bias[n]
 
 So few tokens are a matter of latency: a layer's words fit into the registers of the whole device. Every program asks for its
 words first, waits for what the kernel before it writes (programmatic dependent launch, where the device has it), and then
@@ -24,6 +24,8 @@ from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
 
 import torch
 
+from .launch import Step
+from .parts import PackedLayer, few_tokens
 from .signs import padded
 from .stages import stage_one, stage_two
 from .tiles import in_units
@@ -103,28 +105,27 @@ def _at_least(value: int) -> int:
 
 def launches(
     x: torch.Tensor,
-    layers: Sequence[Sequence[Any]],
+    layers: Sequence[PackedLayer],
     results: Sequence[torch.Tensor],
     config: Any,
     abilities: Tuple[bool, bool],
-) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], Dict[str, Any]]]:
+) -> Iterator[Step]:
     """(kernel, grid, arguments, options) of both launches of results[i] [tokens, out_features] of layers[i] and x.
 
     Args:
         x: [tokens, in_features], one to four tokens, whose rows are contiguous.
-        layers: (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) each, checked and contiguous, of at most
+        layers: checked and contiguous, of at most
             config.warps_two paths.
-        config: a tuning.Few. abilities: as `tuning.abilities` gives them for x's device.
+        config: a tuning.Few. abilities: as `device.abilities` gives them for x's device.
     """
     tokens, in_features = x.shape
     outs = tuple([y.shape[1] for y in results])
     planes = 4 if x.dtype == torch.float32 else 2
-    plan = _plan(in_features, outs, tuple([layer[8] for layer in layers]), _at_least(tokens), planes, config, abilities)
+    plan = _plan(
+        in_features, outs, tuple([tuple(layer.ranks) for layer in layers]), _at_least(tokens), planes, config, abilities
+    )
     partial = torch.empty(plan.splits, plan.one["TOKENS"], plan.width, dtype=torch.float32, device=x.device)
-    ones, twos = [], []
-    for (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, _), y, out in zip(layers, results, outs):  # noqa: B905
-        ones.append((v, v_tail, scale_in))
-        twos.append((u, u_tail, scale_out, scale_rank, bias, y, out))
-    first = (x, tuple(ones), partial, in_features, x.stride(0), tokens, plan.ranks)
+    ones, twos = few_tokens(layers, results)
+    first = (x, ones, partial, in_features, x.stride(0), tokens, plan.ranks)
     yield stage_one, (plan.blocks_one, plan.splits), first, plan.one
-    yield stage_two, (plan.blocks_two,), (partial, tuple(twos), tokens, plan.ranks), plan.two
+    yield stage_two, (plan.blocks_two,), (partial, twos, tokens, plan.ranks), plan.two

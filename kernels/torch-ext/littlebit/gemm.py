@@ -1,11 +1,11 @@
 """Many tokens: the layer and its gradient with respect to x, as two products whose left operand is made of words.
 
-    scale        terms[p, t, k] = i_p[k] x[t, k]                                     scaled.py: cut into bf16 terms, reordered
-    expand       latent[t, j] = l[j] sum_k F[k, j] terms[p, t, k]                     p: the path of rank j
-    contract     y[t, n] = sum_p o_p[n] sum_j G_p[j, n] latent[t, j] + bias[n]
+    scale        terms[p, t, k] = scale_first[p, k] x[t, k]                           scaled.py: cut into bf16 terms, reordered
+    expand       rank_acts[t, j] = scale_rank[j] sum_k F[k, j] terms[p, t, k]         p: the path of rank j
+    contract     y[t, n] = sum_p scale_last[p, n] sum_j G_p[j, n] rank_acts[t, j] + bias[n]
 
-    forward      F = V, i = scale_in,  G = U,   o = scale_out
-    gradient     F = U^T, i = scale_out,  G = V^T,  o = scale_in:  the same words, read across (TRANSPOSED)
+    forward      F = V,    scale_first = scale_in,     G = U,      scale_last = scale_out
+    gradient     F = U^T,  scale_first = scale_out,    G = V^T,    scale_last = scale_in: the same words, read across (TRANSPOSED)
 
 The products compute [outputs, tokens] tiles: matrix units take their left operand from registers, where the signs are made
 (signs.py), and the right one, plain bf16 with the sum's axis contiguous, from shared memory, where asynchronous copies put
@@ -16,15 +16,18 @@ one every CARRY steps. Devices without matrix units for bf16 compute in plain.py
 """
 
 import functools
-from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, NamedTuple, Tuple
 
 import torch
 
-from . import plain, products, scaled, tuning, unpacked
+from . import plain, scaled, tile_products, unpacked
+from .device import abilities
+from .launch import Step
+from .parts import PackedLayer, operands
 from .signs import padded
 from .tiles import in_units
 
-__all__ = ["form_of", "launches", "product"]
+__all__ = ["form_of", "launches"]
 
 CARRY = 256  # summed places
 
@@ -35,7 +38,7 @@ class _Plan(NamedTuple):
     units: Tuple[int, ...]
     unit: int
     width: int  # slots of a row of x
-    slots: int  # of a row of the latent
+    slots: int  # of a row of the activations in rank space
     pad: int  # of a path's slots
     blocks_one: int  # of ranks
     blocks_two: int  # of outputs
@@ -113,28 +116,19 @@ def _plan(
 
 
 def launches(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: torch.Tensor,
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    y: torch.Tensor,
-    config: Any,
-    transposed: bool = False,
-) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
-    """(kernel, grid, arguments, options) of every launch of `product`, in order; its scratch is allocated here."""
-    if transposed:
-        first, first_tail, scale_first, second, second_tail, scale_last = u, u_tail, scale_out, v, v_tail, scale_in
-    else:
-        first, first_tail, scale_first, second, second_tail, scale_last = v, v_tail, scale_in, u, u_tail, scale_out
+    x: torch.Tensor, layer: PackedLayer, y: torch.Tensor, config: Any, transposed: bool = False
+) -> Iterator[Step]:
+    """(kernel, grid, arguments, options) of every launch of a layer's product, in order; its scratch is allocated here.
+
+    Args:
+        x: [tokens, in_features], whose rows are contiguous; layer: checked and contiguous (bound.py); y: [tokens, out_features].
+        config: a tuning.Tiles. transposed: the gradient, which reads x [tokens, out_features] and writes y [tokens, in_features].
+    """
+    ranks, scale_rank, bias = layer.ranks, layer.scale_rank, layer.bias
+    (first, first_tail, scale_first), (last, last_tail, scale_last) = operands(layer, transposed)
     (tokens, features), made, device = x.shape, y.shape[1], x.device
     plan = _plan(
-        features, made, tuple(ranks), config, scale_last.dtype == torch.bfloat16, transposed, *tuning.abilities(device)
+        features, made, tuple(ranks), config, scale_last.dtype == torch.bfloat16, transposed, *abilities(device)
     )
     width, slots, units = plan.width, plan.slots, plan.units
     height = -(-tokens // plan.rows) * plan.rows
@@ -161,12 +155,12 @@ def launches(
                 (bytes_of, first_tail, features, tuple(ranks)),
                 plan.tails,
             )
-        if second_tail is not None:
+        if last_tail is not None:
             total = scale_rank.shape[0]
-            second_tail, bytes_of = torch.empty(1, total, dtype=torch.int32, device=device), second_tail
-            yield scaled.tail_rows, (-(-total // 256),), (bytes_of, second_tail, total, (made,)), plan.tails
+            last_tail, bytes_of = torch.empty(1, total, dtype=torch.int32, device=device), last_tail
+            yield scaled.tail_rows, (-(-total // 256),), (bytes_of, last_tail, total, (made,)), plan.tails
     yield (
-        products.expand,
+        tile_products.expand,
         (-(-tokens // config.tokens_one), plan.blocks_one, plan.splits_one),
         (
             terms,
@@ -190,12 +184,12 @@ def launches(
             plan.combine,
         )
     yield (
-        products.contract,
+        tile_products.contract,
         (-(-tokens // config.tokens_two), plan.blocks_two, sums_two),
         (
             terms,
-            second,
-            second_tail,
+            last,
+            last_tail,
             scale_last,
             bias,
             y,
@@ -224,30 +218,3 @@ def form_of(config: Any, dtype: torch.dtype) -> Any:
         return plain.launches
     unpacks = config.unpacked and config.terms == 1 and dtype == torch.bfloat16
     return unpacked.launches if unpacks else launches
-
-
-def product(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: torch.Tensor,
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    y: torch.Tensor,
-    config: Any,
-    transposed: bool = False,
-) -> None:
-    """y [tokens, out_features] of x [tokens, in_features], whose rows are contiguous; parts checked and contiguous.
-
-    Args:
-        transposed: the gradient; x is [tokens, out_features] and y [tokens, in_features].
-        config: a tuning.Tiles.
-    """
-    form = form_of(config, y.dtype)
-    parts = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias)
-    for kernel, grid, arguments, options in form(x, *parts, ranks, y, config, transposed):
-        kernel[grid](*arguments, **options)

@@ -1,7 +1,7 @@
 """One to four tokens without matrix units: layers that read the same tokens, in two Triton launches that cover all paths.
 
-    stage one    partial[t, s, j] = sum over split s of  g_p[k] x[t, k] V[k, j]          p: the path of column j
-    stage two    y[t, n] = sum_p h_p[n] sum_j (l[j] sum_s partial[t, s, j]) U[j, n] + bias[n]
+    stage one    partial[t, s, j] = sum over split s of  scale_in[p, k] x[t, k] V[k, j]          p: the path of column j
+    stage two    y[t, n] = sum_p scale_out[p, n] sum_j (scale_rank[j] sum_s partial[t, s, j]) U[j, n] + bias[n]
 
 For devices whose matrix units take no bf16; decode.py is faster where they do. A bit flips the sign of an fp32 number by an
 exclusive or, so every product is exact and the sums are fp32. Stage one has few columns and a long sum, so it is cut into
@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Step
+from .parts import PackedLayer, few_tokens
 from .tiles import block_count, in_units, locate, rank_sum, word_tile
 
 __all__ = ["launches"]
@@ -121,7 +123,7 @@ def _stage_one(
 
 
 @triton.jit
-def _latent(partial, scale_rank, row, before, rank, width, SPLITS: tl.constexpr, BLOCK_W: tl.constexpr):
+def _rank_acts(partial, scale_rank, row, before, rank, width, SPLITS: tl.constexpr, BLOCK_W: tl.constexpr):
     """Scaled sums of the splits, [32, BLOCK_W], from word row `row` of a path on."""
     j = (row + tl.arange(0, BLOCK_W))[None, :] * 32 + tl.arange(0, 32)[:, None]
     values = tl.zeros([32, BLOCK_W], tl.float32)
@@ -160,7 +162,7 @@ def _layer_two(
         for row in range(0, tl.cdiv(rank, 32), BLOCK_W):
             rows = row + BLOCK_W + tl.arange(0, BLOCK_W)
             next_words = word_tile(u, u_tail, rows, columns, rank, out_features, out_features)
-            values = _latent(partial, scale_rank, row, before, rank, width, SPLITS, BLOCK_W)
+            values = _rank_acts(partial, scale_rank, row, before, rank, width, SPLITS, BLOCK_W)
             path_sum += _signed_sum(values, words)
             words = next_words
         scale = tl.load(scale_out + path * out_features + columns, mask=inside, other=0.0).to(tl.float32)
@@ -215,27 +217,24 @@ def _plan(in_features: int, outs: Tuple[int, ...], ranks: Tuple[Tuple[int, ...],
 
 
 def launches(
-    x: torch.Tensor, layers: Sequence[Sequence[Any]], results: Sequence[torch.Tensor], config: Any
-) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
+    x: torch.Tensor, layers: Sequence[PackedLayer], results: Sequence[torch.Tensor], config: Any
+) -> Iterator[Step]:
     """(kernel, grid, arguments, options) of both launches of results[i] [tokens, out_features] of layers[i] and x.
 
     Args:
         x: [tokens, in_features], whose rows are contiguous.
-        layers: (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) each, checked and contiguous.
+        layers: checked and contiguous.
         config: a tuning.Decode: tile sizes, warps and the number of splits, of all layers.
     """
     tokens, in_features = x.shape
     outs = tuple([y.shape[1] for y in results])
-    plan = _plan(in_features, outs, tuple([layer[8] for layer in layers]), config)
+    plan = _plan(in_features, outs, tuple([tuple(layer.ranks) for layer in layers]), config)
     partial = torch.empty(tokens, plan.splits, plan.width, dtype=torch.float32, device=x.device)
-    ones, twos = [], []
-    for (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, _), y, out in zip(layers, results, outs):  # noqa: B905
-        ones.append((v, v_tail, scale_in))
-        twos.append((u, u_tail, scale_out, scale_rank, bias, y, out))
+    ones, twos = few_tokens(layers, results)
     yield (
         _stage_one,
         (plan.blocks_one, plan.splits, tokens),
-        (x, tuple(ones), partial, in_features, x.stride(0), plan.span, plan.ranks),
+        (x, ones, partial, in_features, x.stride(0), plan.span, plan.ranks),
         {
             "UNITS": plan.units,
             "BLOCK_N": config.columns_one,
@@ -246,7 +245,7 @@ def launches(
     yield (
         _stage_two,
         (plan.blocks_two, tokens),
-        (partial, tuple(twos), plan.ranks),
+        (partial, twos, plan.ranks),
         {
             "UNITS": plan.units,
             "SPLITS": plan.splits,

@@ -1,6 +1,6 @@
 """The layer and its gradient on a GPU, by the Triton kernels: finding triton, checking the parts, choosing by tokens.
 
-    y = sum_p h_p * (U_p (l_p * (V_p^T (g_p * x)))) + bias          as reference.py, same arguments
+    y = sum_p scale_out_p * (U_p (scale_rank_p * (V_p^T (scale_in_p * x)))) + bias          as reference.py, same arguments
 
 One to four tokens go to decode.py, or to gemv.py where matrix units have no bf16 (two launches, also of several layers that
 read the same x), more and every gradient to gemm.py; tuning.py says how large the tiles are. A layer's parts are checked
@@ -21,18 +21,18 @@ from typing import Any, Iterator, List, Optional, Sequence
 import torch
 
 from .bound import Bound, bind, checked, find, forget
+from .device import abilities
 from .launch import Step, record, run
+from .parts import PackedLayer
 
 __all__ = [
     "DEVICES",
     "bound",
     "forget",
     "interpreted",
-    "littlebit_linear",
-    "littlebit_linear_grad",
-    "littlebit_linears",
     "load",
     "missing",
+    "products",
 ]
 
 DEVICES = ("cuda", "xpu")
@@ -77,62 +77,17 @@ def _kernels() -> Any:
     return SimpleNamespace(decode=decode, gemm=gemm, gemv=gemv, tuning=tuning)
 
 
-def littlebit_linear(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: Optional[torch.Tensor],
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-) -> torch.Tensor:
-    """x [..., in_features] of fp32, bf16 or fp16 -> [..., out_features] of the same dtype.
+def products(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool = False) -> List[torch.Tensor]:
+    """What `reference.products` gives, by the Triton kernels; one to four tokens of several layers in two launches.
+
+    Layers computed together take one choice of tiles, so that the sums of one may be cut elsewhere than alone.
 
     Raises:
         RuntimeError: a part is missing, or has another shape, dtype or device than the ranks and x ask for; x is on the CPU
             and the kernels are not interpreted; there is no triton.
     """
-    layer = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks)
-    return _products(x, (layer,), False)[0]
-
-
-def littlebit_linears(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> List[torch.Tensor]:
-    """What `littlebit_linear` gives for each of several layers that read the same x; one to four tokens in two launches.
-
-    Args:
-        x: [..., in_features] of fp32, bf16 or fp16.
-        layers: (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) each, of the same in_features; all else
-            may differ. All take one choice of tiles: the sums of a layer may be cut elsewhere than alone.
-
-    Returns:
-        [..., out_features] of x's dtype for each layer, in their order.
-
-    Raises:
-        RuntimeError: as `littlebit_linear`.
-    """
-    return _products(x, layers, False) if layers else []
-
-
-def littlebit_linear_grad(
-    grad: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: Optional[torch.Tensor],
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    ranks: Sequence[int],
-) -> torch.Tensor:
-    """The gradient with respect to x: grad [..., out_features] -> [..., in_features]; errors as `littlebit_linear`."""
-    layer = (u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, None, ranks)
-    return _products(grad, (layer,), True)[0]
-
-
-def _products(x: torch.Tensor, layers: Sequence[Sequence[Any]], transposed: bool) -> List[torch.Tensor]:
+    if not layers:
+        return []
     bound = find(layers, transposed)
     if bound is None or not bound.fits(x):
         if x.device.type == "cpu" and not interpreted():
@@ -190,29 +145,29 @@ def _first(key: Any, bound: Bound, rows: torch.Tensor, results: Any, layers: Any
         bound.keep(key, recorded)
 
 
-def _steps(rows: torch.Tensor, ready: List[Any], flat: List[torch.Tensor], transposed: bool) -> Iterator[Step]:
+def _steps(rows: torch.Tensor, ready: List[PackedLayer], flat: List[torch.Tensor], transposed: bool) -> Iterator[Step]:
     """The steps of results[i] = layers[i](rows)."""
     kernels = _kernels()
     tuning, device, (tokens, features) = kernels.tuning, rows.device, rows.shape
     if tokens <= DECODE and not transposed:
-        outs, ranks = tuple([y.shape[1] for y in flat]), tuple([layer[8] for layer in ready])
+        outs, ranks = tuple([y.shape[1] for y in flat]), tuple([layer.ranks for layer in ready])
         few = tuning.few(device, outs, features, ranks)
         if few is not None:
-            return kernels.decode.launches(rows, ready, flat, few, tuning.abilities(device))
+            return kernels.decode.launches(rows, ready, flat, few, abilities(device))
         return kernels.gemv.launches(rows, ready, flat, tuning.decode_group(device, outs, features, ranks))
     forms = []
     for layer in ready:
-        sizes = layer[4].shape[1], layer[6].shape[1], layer[8]
+        sizes = layer.scale_out.shape[1], layer.scale_in.shape[1], layer.ranks
         config = tuning.tiles(device, *sizes, tuning.bucket(tokens), rows.dtype, transposed)
         forms.append((kernels.gemm.form_of(config, rows.dtype), config))
     return (
         step
         for (form, config), layer, y in zip(forms, ready, flat)  # noqa: B905 Python 3.9
-        for step in form(rows, *layer, y, config, transposed)
+        for step in form(rows, layer, y, config, transposed)
     )
 
 
-def bound(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> Optional[Bound]:
+def bound(x: torch.Tensor, layers: Sequence[PackedLayer]) -> Optional[Bound]:
     """What is remembered of these layers on x's CUDA device, to be asked `again`; None where nothing is, or no launch of it."""
     found = find(layers) if x.is_cuda else None
     return None if found is None or found.index < 0 or not found.recorded else found

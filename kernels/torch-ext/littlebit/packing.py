@@ -19,22 +19,16 @@ time. The byte tail keeps the padding under 8 signs of a column, so that ranks n
 holds what the bits-per-weight formula says. Slicing columns (tensor parallelism over N) or whole word rows (over K) gives
 valid factors.
 
-Of a layer with P paths (W ~ sum_p diag(h_p) U_p diag(l_p) V_p^T diag(g_p)) the file holds, for path ranks r_1 .. r_P
-whose sum is R:
-
-    u, u_tail       the paths' U_p^T (K = r_p, N = out_features) stacked along the rows, path 1 first
-    v, v_tail       [V_1 .. V_P] side by side (K = in_features, N = R)
-    scale_out h [P, out_features]    scale_rank l [R]    scale_in g [P, in_features]      16-bit floats
+parts.py says which factors a layer has and under which names.
 """
 
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 import torch
 
 __all__ = [
     "FORMAT_VERSION",
     "factor_shape",
-    "factor_shapes",
     "pack_signs",
     "stored_bits",
     "unpack_signs",
@@ -56,25 +50,6 @@ def stored_bits(length: int) -> int:
     """Bits that a column of `length` signs takes in the file: `length` rounded up to a multiple of 8."""
     words, tail = factor_shape(length)
     return _WORD * words + _BYTE * tail
-
-
-def factor_shapes(
-    in_features: int, out_features: int, ranks: Sequence[int], scale_dtype: torch.dtype = torch.bfloat16
-) -> Dict[str, Tuple[Tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every stored part of a layer: {part: (shape, dtype)}, absent parts left out."""
-    rank_rows = [factor_shape(rank) for rank in ranks]
-    in_words, in_tail = factor_shape(in_features)
-    paths, total = len(ranks), sum(ranks)
-    shapes = {
-        "u": ((sum(words for words, _ in rank_rows), out_features), torch.int32),
-        "u_tail": ((sum(tail for _, tail in rank_rows), out_features), torch.uint8),
-        "v": ((in_words, total), torch.int32),
-        "v_tail": ((in_tail, total), torch.uint8),
-        "scale_out": ((paths, out_features), scale_dtype),
-        "scale_rank": ((total,), scale_dtype),
-        "scale_in": ((paths, in_features), scale_dtype),
-    }
-    return {part: entry for part, entry in shapes.items() if part == "u" or entry[0][0] > 0}
 
 
 def pack_signs(values: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

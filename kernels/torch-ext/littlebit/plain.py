@@ -1,18 +1,20 @@
 """Many tokens without matrix units for bf16: the two products of gemm.py in fp32, for older GPUs.
 
-    expand       partial[s, t, j] = sum over split s of  i_p[k] x[t, k] F[k, j]      into the latent space of all ranks
-    combine      z[t, j] = l[j] sum_s partial[s, t, j]                               skipped where there is one split
-    contract     y[t, n] = sum_p o_p[n] sum_j z[t, j] G_p[j, n] + bias[n]            back out of it
+    expand       partial[s, t, j] = sum over split s of  scale_first[p, k] x[t, k] F[k, j]      into rank space, of all paths
+    combine      rank_acts[t, j] = scale_rank[j] sum_s partial[s, t, j]                         skipped where there is one split
+    contract     y[t, n] = sum_p scale_last[p, n] sum_j rank_acts[t, j] G_p[j, n] + bias[n]     back out of it
 
-F, G, i and o as in gemm.py. Tiles of ±1 are made from words in registers; x is scaled where it is loaded.
+F, G, scale_first and scale_last as in gemm.py. Tiles of ±1 are made from words in registers; x is scaled where it is loaded.
 """
 
-from typing import Any, Iterator, Optional, Sequence, Tuple
+from typing import Any, Iterator
 
 import torch
 import triton
 import triton.language as tl
 
+from .launch import Step
+from .parts import PackedLayer, operands
 from .tiles import in_units, locate, rank_sum, sign_tile
 
 __all__ = ["launches"]
@@ -23,7 +25,7 @@ def _expand(
     x,
     words,
     tail,
-    scale_in,
+    scale_first,
     scale_rank,
     result,
     tokens,
@@ -50,14 +52,14 @@ def _expand(
         words += before
         if tail is not None:
             tail += before
-    scale_in += path * features
+    scale_first += path * features
     total_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for block in range(split * span, min((split + 1) * span, tl.cdiv(features, BLOCK_K))):
         start = block * BLOCK_K
         k = start + tl.arange(0, BLOCK_K)
         live = (rows < tokens)[:, None] & (k < features)[None, :]
         values = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=live, other=0.0).to(tl.float32)
-        values *= tl.load(scale_in + k, mask=k < features, other=0.0).to(tl.float32)[None, :]
+        values *= tl.load(scale_first + k, mask=k < features, other=0.0).to(tl.float32)[None, :]
         if TRANSPOSED:
             signs = sign_tile(words, tail, start, inside, rank, features, features, BLOCK_K, BLOCK_N, True)
         else:
@@ -74,7 +76,7 @@ def _expand(
 
 
 @triton.jit(do_not_specialize=["tokens", "splits"])
-def _combine(partial, scale_rank, latent, tokens, total, splits, BLOCK: tl.constexpr):
+def _combine(partial, scale_rank, rank_acts, tokens, total, splits, BLOCK: tl.constexpr):
     size = tokens.to(tl.int64) * total
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < size
@@ -82,15 +84,15 @@ def _combine(partial, scale_rank, latent, tokens, total, splits, BLOCK: tl.const
     for split in range(splits):
         result += tl.load(partial + split * size + places, mask=inside, other=0.0)
     result *= tl.load(scale_rank + places % total, mask=inside, other=0.0).to(tl.float32)
-    tl.store(latent + places, result.to(latent.dtype.element_ty), mask=inside)
+    tl.store(rank_acts + places, result.to(rank_acts.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _contract(
-    latent,
+    rank_acts,
     words,
     tail,
-    scale_out,
+    scale_last,
     bias,
     y,
     tokens,
@@ -110,22 +112,22 @@ def _contract(
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if bias is not None:
         result += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    latent += rows[:, None] * total
+    rank_acts += rows[:, None] * total
     for path in tl.static_range(len(ranks)):
         rank = ranks[path] * UNIT
         path_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, rank, BLOCK_K):
             j = start + tl.arange(0, BLOCK_K)
             live = (rows < tokens)[:, None] & (j < rank)[None, :]
-            values = tl.load(latent + j[None, :], mask=live, other=0.0).to(tl.float32)
+            values = tl.load(rank_acts + j[None, :], mask=live, other=0.0).to(tl.float32)
             if TRANSPOSED:
                 signs = sign_tile(words, tail, start, made, features, rank, total, BLOCK_K, BLOCK_N, True)
             else:
                 signs = sign_tile(words, tail, start, made, rank, features, features, BLOCK_K, BLOCK_N, False)
             path_sum = tl.dot(values, signs, path_sum, input_precision="ieee")
-        scale = tl.load(scale_out + path * features + columns, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_last + path * features + columns, mask=inside, other=0.0).to(tl.float32)
         result += path_sum * scale[None, :]
-        latent += rank
+        rank_acts += rank
         if TRANSPOSED:
             words += rank
             if tail is not None:
@@ -139,33 +141,19 @@ def _contract(
 
 
 def launches(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: torch.Tensor,
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    y: torch.Tensor,
-    config: Any,
-    transposed: bool = False,
-) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
-    """As `gemm.launches`."""
-    if transposed:
-        first, first_tail, scale_first, second, second_tail, scale_last = u, u_tail, scale_out, v, v_tail, scale_in
-    else:
-        first, first_tail, scale_first, second, second_tail, scale_last = v, v_tail, scale_in, u, u_tail, scale_out
+    x: torch.Tensor, layer: PackedLayer, y: torch.Tensor, config: Any, transposed: bool = False
+) -> Iterator[Step]:
+    """What `gemm.launches` yields, for tiles without bf16 terms."""
+    ranks, scale_rank, bias = layer.ranks, layer.scale_rank, layer.bias
+    (first, first_tail, scale_first), (last, last_tail, scale_last) = operands(layer, transposed)
     (tokens, features), total, made = x.shape, scale_rank.shape[0], y.shape[1]
     units, unit = in_units(ranks)
     block_k = 32 * config.words
     steps = -(-features // block_k)
     span = -(-steps // config.splits_one)
     splits = -(-steps // span)
-    latent = torch.empty(tokens, total, dtype=torch.float32, device=x.device)
-    partial = latent
+    rank_acts = torch.empty(tokens, total, dtype=torch.float32, device=x.device)
+    partial = rank_acts
     if splits > 1:
         partial = torch.empty(splits, tokens, total, dtype=torch.float32, device=x.device)
     shared = {"UNIT": unit, "BLOCK_K": block_k, "TRANSPOSED": transposed}
@@ -186,13 +174,13 @@ def launches(
         yield (
             _combine,
             (-(-tokens * total // 512),),
-            (partial, scale_rank, latent, tokens, total, splits),
+            (partial, scale_rank, rank_acts, tokens, total, splits),
             {"BLOCK": 512},
         )
     yield (
         _contract,
         (-(-tokens // config.tokens_two), -(-made // config.outputs)),
-        (latent, second, second_tail, scale_last, bias, y, tokens, made, units),
+        (rank_acts, last, last_tail, scale_last, bias, y, tokens, made, units),
         {
             **shared,
             "BLOCK_M": config.tokens_two,

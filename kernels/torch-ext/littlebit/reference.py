@@ -1,118 +1,88 @@
 """The layer in plain torch: the oracle of every kernel test and the fall-back on any device.
 
-    y = sum_p h_p * (U_p (l_p * (V_p^T (g_p * x)))) + bias
+    y = sum_p scale_out_p * (U_p (scale_rank_p * (V_p^T (scale_in_p * x)))) + bias
 
 Accumulates in fp32 and returns x's dtype. Signs are unpacked a slab of rows at a time, at most `SLAB` of them, so the
 extra memory does not grow with the layer. Every call unpacks anew: correct everywhere, fast nowhere.
 Source: LittleBit, arXiv 2506.13771, eq. 5 (the forward in factored form).
 """
 
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
 from .packing import factor_shape, unpack_signs
+from .parts import PackedLayer, Place, places
 
-__all__ = ["SLAB", "littlebit_linear", "littlebit_linear_grad", "littlebit_linears"]
+__all__ = ["SLAB", "products"]
 
 SLAB = 1 << 22  # signs unpacked at a time: 16 MiB of fp32
 
 
-def littlebit_linear(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: Optional[torch.Tensor],
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-) -> torch.Tensor:
-    """x [..., in_features] of fp32, bf16 or fp16 -> [..., out_features] of the same dtype; parts as in packing.py."""
+def products(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool = False) -> List[torch.Tensor]:
+    """The product of x with each of several layers that read it, or the gradient with respect to their input.
+
+    Args:
+        x: [..., in_features] of fp32, bf16 or fp16; the gradient (transposed) takes [..., out_features].
+
+    Returns:
+        [..., out_features] of x's dtype for each layer, in their order; the gradient is [..., in_features].
+    """
+    return [_gradient(x, layer) if transposed else _product(x, layer) for layer in layers]
+
+
+def _product(x: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1]).float()
-    bounds = _bounds(ranks)
-    inner = rows.new_zeros(rows.shape[0], bounds[-1])
-    scaled = [rows * gain.float() for gain in scale_in]
-    for start, signs in _slabs(v, v_tail, x.shape[-1]):
+    paths = places(layer.ranks)
+    rank_acts = rows.new_zeros(rows.shape[0], paths[-1].columns.stop)
+    scaled = [rows * scale.float() for scale in layer.scale_in]
+    for start, signs in _slabs(layer.v, layer.v_tail, x.shape[-1]):
         stop = start + signs.shape[0]
-        for path, values in enumerate(scaled):
-            columns = slice(bounds[path], bounds[path + 1])
-            inner[:, columns] += values[:, start:stop] @ signs[:, columns]
-    inner *= scale_rank.float()
+        for path, values in zip(paths, scaled):  # noqa: B905 Python 3.9
+            rank_acts[:, path.columns] += values[:, start:stop] @ signs[:, path.columns]
+    rank_acts *= layer.scale_rank.float()
     # A result may be changed in place, so it is allocated in its final shape: autograd refuses that for views.
-    result = x.new_empty(*x.shape[:-1], u.shape[-1])
-    out = rows.new_zeros(rows.shape[0], u.shape[-1])
-    for path, (words, tail) in enumerate(_paths(u, u_tail, ranks)):
+    result = x.new_empty(*x.shape[:-1], layer.u.shape[-1])
+    out = rows.new_zeros(rows.shape[0], layer.u.shape[-1])
+    for path, scale in zip(paths, layer.scale_out):  # noqa: B905 Python 3.9
         part = torch.zeros_like(out)
-        for start, signs in _slabs(words, tail, ranks[path]):
-            offset = bounds[path] + start
-            part += inner[:, offset : offset + signs.shape[0]] @ signs
-        out.addcmul_(part, scale_out[path].float())
-    if bias is not None:
-        out += bias.float()
+        for start, signs in _path_slabs(layer, path):
+            offset = path.columns.start + start
+            part += rank_acts[:, offset : offset + signs.shape[0]] @ signs
+        out.addcmul_(part, scale.float())
+    if layer.bias is not None:
+        out += layer.bias.float()
     result.view(out.shape).copy_(out)
     return result
 
 
-def littlebit_linears(x: torch.Tensor, layers: Sequence[Sequence[Any]]) -> List[torch.Tensor]:
-    """The products of several layers with the same x; each layer is the arguments of `littlebit_linear` after x."""
-    return [littlebit_linear(x, *layer) for layer in layers]
-
-
-def littlebit_linear_grad(
-    grad: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: Optional[torch.Tensor],
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    ranks: Sequence[int],
-) -> torch.Tensor:
-    """The gradient with respect to x: grad [..., out_features] -> [..., in_features], through the same packed parts."""
+def _gradient(grad: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
     rows = grad.reshape(-1, grad.shape[-1]).float()
-    bounds = _bounds(ranks)
-    inner = rows.new_empty(rows.shape[0], bounds[-1])
-    for path, (words, tail) in enumerate(_paths(u, u_tail, ranks)):
-        scaled = rows * scale_out[path].float()
-        for start, signs in _slabs(words, tail, ranks[path]):
-            offset = bounds[path] + start
-            inner[:, offset : offset + signs.shape[0]] = scaled @ signs.T
-    inner *= scale_rank.float()
-    in_features = scale_in.shape[-1]
+    paths = places(layer.ranks)
+    rank_acts = rows.new_empty(rows.shape[0], paths[-1].columns.stop)
+    for path, scale in zip(paths, layer.scale_out):  # noqa: B905 Python 3.9
+        scaled = rows * scale.float()
+        for start, signs in _path_slabs(layer, path):
+            offset = path.columns.start + start
+            rank_acts[:, offset : offset + signs.shape[0]] = scaled @ signs.T
+    rank_acts *= layer.scale_rank.float()
+    in_features = layer.scale_in.shape[-1]
     result = grad.new_empty(*grad.shape[:-1], in_features)
     out = rows.new_empty(rows.shape[0], in_features)
-    for start, signs in _slabs(v, v_tail, in_features):
+    for start, signs in _slabs(layer.v, layer.v_tail, in_features):
         stop = start + signs.shape[0]
         total = torch.zeros_like(out[:, start:stop])
-        for path, gain in enumerate(scale_in):
-            columns = slice(bounds[path], bounds[path + 1])
-            total.addcmul_(inner[:, columns] @ signs[:, columns].T, gain[start:stop].float())
+        for path, scale in zip(paths, layer.scale_in):  # noqa: B905 Python 3.9
+            total.addcmul_(rank_acts[:, path.columns] @ signs[:, path.columns].T, scale[start:stop].float())
         out[:, start:stop] = total
     result.view(out.shape).copy_(out)
     return result
 
 
-def _bounds(ranks: Sequence[int]) -> "list[int]":
-    """Where each path's ranks begin and, last, their sum."""
-    bounds = [0]
-    for rank in ranks:
-        bounds.append(bounds[-1] + rank)
-    return bounds
-
-
-def _paths(
-    u: torch.Tensor, u_tail: Optional[torch.Tensor], ranks: Sequence[int]
-) -> Iterator[Tuple[torch.Tensor, Optional[torch.Tensor]]]:
-    """The row ranges of u and u_tail that belong to each path."""
-    word, byte = 0, 0
-    for rank in ranks:
-        words, tail = factor_shape(rank)
-        yield u[word : word + words], None if u_tail is None else u_tail[byte : byte + tail]
-        word, byte = word + words, byte + tail
+def _path_slabs(layer: PackedLayer, path: Place) -> Iterator[Tuple[int, torch.Tensor]]:
+    """The slabs of a path's U^T."""
+    tail = None if layer.u_tail is None else layer.u_tail[path.tail]
+    return _slabs(layer.u[path.words], tail, path.rank)
 
 
 def _slabs(

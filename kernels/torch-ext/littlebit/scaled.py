@@ -4,9 +4,9 @@ A number is stored as TERMS bf16 numbers that add up to it, in planes one behind
 fp32, two hold 16 (all of a bf16 x times a bf16 scale), one rounds as a dense bf16 layer does. Rows are filled up with zeros
 to a multiple of the step, so that the products need no masks.
 
-    scale       terms[p, term, t, slot] of  x[t, k] i_p[k]                                 k = place(slot)
-    combine     terms[term, t, slot]    of  l[j] sum_s partial[s, t, slot]                 the latent, from the splits of its sum
-    finish      y[t, n] = sum_p o_p[n] sum_s partial[p, s, t, n] + bias[n]                 the result, from the splits of its sum
+    scale       terms[p, term, t, slot] of  x[t, k] scale_first[p, k]                      k = place(slot)
+    combine     terms[term, t, slot]    of  scale_rank[j] sum_s partial[s, t, slot]        rank_acts, from the splits of its sum
+    finish      y[t, n] = sum_p scale_last[p, n] sum_s partial[p, s, t, n] + bias[n]       the result, from the splits of its sum
     tail_rows   the tail bytes of every path as a row of words
 """
 
@@ -80,7 +80,7 @@ def combine(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The latent's terms behind PLANES planes of `height` rows of `width` slots, those of `scale`."""
+    """The terms of rank_acts behind PLANES planes of `height` rows of `width` slots, those of `scale`."""
     wait(EARLY)
     total = segments(ranks, UNIT, PAD)
     slots = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

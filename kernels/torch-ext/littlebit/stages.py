@@ -264,12 +264,12 @@ def _layer_two(
         gain = tl.load(scale_rank + flat_before + j, mask=j < flat_rank, other=0.0).to(tl.float32)
         if turn == 0:
             wait(EARLY)
-        latent = tl.zeros([WARPS * WORDS * 32, TOKENS], tl.float32)
+        rank_acts = tl.zeros([WARPS * WORDS * 32, TOKENS], tl.float32)
         source = partial + before + flat_slots + slot
         for split in tl.static_range(SPLITS):
             pointers = source[:, None] + (split * TOKENS + t)[None, :] * width
-            latent += tl.load(pointers, mask=(slot < filled)[:, None], other=0.0)
-        right = _terms(latent * gain[:, None], WARPS, TOKENS, PLANES, COLUMNS)
+            rank_acts += tl.load(pointers, mask=(slot < filled)[:, None], other=0.0)
+        right = _terms(rank_acts * gain[:, None], WARPS, TOKENS, PLANES, COLUMNS)
         result = tl.dot(_signs(words, PTX).to(OPERAND), right.to(OPERAND))
         sums += _sums(result, TOKENS, PLANES)
         rows += SHARE * WORDS

@@ -16,16 +16,16 @@ import torch
 
 from . import reference
 from .candidates import Case
+from .device import abilities
 from .launch import Step, run
-from .packing import factor_shapes
-from .tuning import Decode, Few, abilities
+from .parts import PARTS, PackedLayer, factor_shapes
+from .tuning import Decode, Few
 
-__all__ = ["Job", "Trial", "current_device", "kinds", "launches", "random_parts", "run_once"]
+__all__ = ["Job", "Trial", "current_device", "kinds", "launches", "random_layer", "run_once"]
 
 CALLS = 24  # of a product, in a graph that is timed
 COLD = 200 << 20  # bytes of copies that are rotated, so that weights come from memory
 COPIES = 64  # at most: the smallest layers stay in the cache, as they do in a model
-NAMES = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
 SECOND = ("contract", "stage_two")  # kernels of the second product, by their names without underscores
 
 
@@ -42,9 +42,9 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def random_parts(out: int, into: int, ranks: Sequence[int], device: torch.device) -> List[Optional[torch.Tensor]]:
-    """What littlebit_linear takes between x and bias, drawn at random; on the meta device, without values."""
-    found: Dict[str, torch.Tensor] = {}
+def random_layer(out: int, into: int, ranks: Sequence[int], device: torch.device) -> PackedLayer:
+    """A layer without bias whose parts are drawn at random; on the meta device they have no values."""
+    found: Dict[str, Any] = dict.fromkeys(PARTS)
     for name, (shape, dtype) in factor_shapes(into, out, ranks).items():
         if device.type == "meta":
             found[name] = torch.empty(shape, dtype=dtype, device=device)
@@ -53,8 +53,9 @@ def random_parts(out: int, into: int, ranks: Sequence[int], device: torch.device
         else:
             info = torch.iinfo(dtype)
             found[name] = torch.randint(info.min, info.max, shape, device=device, dtype=dtype)
-    found.setdefault("v", found["u"])
-    return [found.get(name) for name in NAMES]
+    if found["v"] is None:  # of less than a word of inputs no word is read, but the kernels want a tensor
+        found["v"] = found["u"]
+    return PackedLayer(**found, bias=None, ranks=ranks)
 
 
 class _Weights:
@@ -64,7 +65,7 @@ class _Weights:
         shapes = [(out, case.into, ranks) for out, ranks in zip(case.outs, case.ranks)]  # noqa: B905 Python 3.9
         size = sum(sum(ranks) * (out + into) // 8 for out, into, ranks in shapes)
         count = min(most, COPIES, 1 + COLD // size)
-        self.copies = [[(*random_parts(*shape, device), None, shape[2]) for shape in shapes] for _ in range(count)]
+        self.copies = [[random_layer(*shape, device) for shape in shapes] for _ in range(count)]
         made, summed = ((case.into,), case.outs[0]) if case.transposed else (case.outs, case.into)
         # Small, so that the results stay inside fp16.
         self.x = (0.01 * torch.randn(case.tokens, summed, device=device)).to(case.dtype)
@@ -83,7 +84,7 @@ def launches(
     if isinstance(config, Decode):
         return gemv.launches(weights.x, layers, weights.results, config)
     form = gemm.form_of(config, case.dtype)
-    return form(weights.x, *layers[0], weights.results[0], config, case.transposed)
+    return form(weights.x, layers[0], weights.results[0], config, case.transposed)
 
 
 def _name(step: Step) -> str:
@@ -183,12 +184,8 @@ class Trial:
         ]
         return max(value if value == value else float("inf") for value in wrong)
 
-    def _reference(self, layer: Sequence[Any]) -> torch.Tensor:
-        x = self._weights.x.float()
-        if self.case.transposed:
-            without_bias = (*layer[:7], layer[8])
-            return reference.littlebit_linear_grad(x, *without_bias)
-        return reference.littlebit_linear(x, *layer)
+    def _reference(self, layer: PackedLayer) -> torch.Tensor:
+        return reference.products(self._weights.x.float(), [layer], self.case.transposed)[0]
 
     def microseconds(self, configs: Sequence[Any], side: str = "both", rounds: int = 5) -> List[float]:
         """Of one call each, the median of rounds in which they take turns; infinite for one that no graph can hold."""

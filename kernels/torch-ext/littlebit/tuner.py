@@ -22,6 +22,7 @@ import torch
 
 from . import tuning
 from .candidates import ROUNDS, Case, Group, Layer, cases, changes, side_of, start
+from .device import device_name
 from .trial import Job, Trial, current_device, kinds, run_once
 from .workers import Workers
 
@@ -76,7 +77,7 @@ def tune(
     """
     deadline = time.monotonic() + seconds
     device = current_device()
-    path = (folder or tuning.user_folder()) / f"{tuning.device_name(device)}.json"
+    path = (folder or tuning.user_folder()) / f"{device_name(device)}.json"
     known = tuning.read_configs(path) if path.exists() else {}
     about = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
     best = {case: Found(case, start(device, case)) for case in cases(device, layers, groups, batches, dtype, gradient)}

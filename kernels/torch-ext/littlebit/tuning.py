@@ -14,23 +14,23 @@ few tile sizes. The number of bf16 terms is precision, not speed, and is never t
 import functools
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+
+from .bound import forget as forget_launches
+from .device import capability, cores, device_name, multiplies_bf16, shared_memory
 
 __all__ = [
     "CONFIGS",
     "Decode",
     "Few",
     "Tiles",
-    "abilities",
     "bucket",
     "decode",
     "decode_group",
     "decode_key",
-    "device_name",
     "few",
     "forget",
     "read_configs",
@@ -109,40 +109,6 @@ def user_folder() -> Path:
     return Path(given) if given else Path(cache) / "hf_littlebit"
 
 
-@functools.lru_cache(maxsize=None)
-def device_name(device: torch.device) -> str:
-    """A device's name as a file's name."""
-    known = "cpu" if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
-    return re.sub(r"[^a-z0-9]+", "-", known.lower()).strip("-")
-
-
-@functools.lru_cache(maxsize=None)
-def _cores(device: torch.device) -> int:
-    """How many programs run side by side at the least: streaming multiprocessors, or what corresponds to them."""
-    if device.type == "cpu":
-        return 2
-    properties = getattr(torch, device.type).get_device_properties(device)
-    for attribute in ("multi_processor_count", "gpu_subslice_count"):
-        if getattr(properties, attribute, 0):
-            return int(getattr(properties, attribute))
-    return 64
-
-
-@functools.lru_cache(maxsize=None)
-def _capability(device: torch.device) -> Optional[Tuple[int, int]]:
-    """An NVIDIA GPU's compute capability; None for all else (torch.version.hip: AMD's numbers mean other things)."""
-    nvidia = device.type == "cuda" and not torch.version.hip
-    return torch.cuda.get_device_capability(device) if nvidia else None
-
-
-@functools.lru_cache(maxsize=None)
-def _memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may take."""
-    if _capability(device):
-        return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10))
-    return 64 << 10
-
-
 def read_configs(path: Path) -> Dict[str, List[int]]:
     """The tile sizes in a file, by their keys.
 
@@ -175,11 +141,9 @@ def _measured(name: str) -> Dict[str, List[int]]:
 
 def forget() -> None:
     """Read the files again at the next product, whose launches are made anew."""
-    from . import gpu
-
     for cached in (_measured, decode, decode_group, few, tiles):
         cached.cache_clear()
-    gpu.forget()
+    forget_launches()
 
 
 def _key(kind: str, out: Any, into: int, ranks: Sequence[int], *more: Any) -> str:
@@ -207,8 +171,8 @@ def _way(transposed: bool) -> str:
 def terms(device: torch.device, dtype: torch.dtype, tokens: int) -> int:
     """bf16 terms of an fp32 factor (gemm.py): as exact as the result's dtype shows."""
     # AMD's matrix units that triton compiles for have bf16.
-    capability = _capability(device)
-    if capability and capability < (8, 0):
+    found = capability(device)
+    if found and found < (8, 0):
         return 0
     if dtype == torch.float32:
         return 3
@@ -224,7 +188,7 @@ def _power(value: float) -> int:
 def decode(device: torch.device, out: int, into: int, ranks: Tuple[int, ...]) -> Decode:
     """Tiles for one to four tokens of a layer."""
     found = _measured(device_name(device)).get(decode_key((out,), into, (ranks,), "decode"))
-    return Decode(*found) if found else _decode_rule(_cores(device), out, into, ranks)
+    return Decode(*found) if found else _decode_rule(cores(device), out, into, ranks)
 
 
 @functools.lru_cache(maxsize=None)
@@ -240,20 +204,6 @@ def decode_group(
 
 
 @functools.lru_cache(maxsize=None)
-def abilities(device: torch.device) -> Tuple[bool, bool]:
-    """(takes NVIDIA's PTX, starts kernels before the one before them has ended: programmatic dependent launch)."""
-    capability = _capability(device)
-    return capability is not None, capability is not None and capability >= (9, 0)
-
-
-@functools.lru_cache(maxsize=None)
-def _multiplies_bf16(device: torch.device) -> bool:
-    """NVIDIA's matrix units with bf16: those of others want larger tiles than decode.py has. The interpreter has all."""
-    capability = _capability(device)
-    return device.type == "cpu" or (capability is not None and capability >= (8, 0))
-
-
-@functools.lru_cache(maxsize=None)
 def few(
     device: torch.device, outs: Tuple[int, ...], into: int, ranks_of_each: Tuple[Tuple[int, ...], ...]
 ) -> Optional[Few]:
@@ -261,7 +211,7 @@ def few(
 
     One layer's are measured; those of a group are measured for the group, or else those of its widest layer.
     """
-    if not _multiplies_bf16(device) or max(map(len, ranks_of_each)) > MOST_PATHS:
+    if not multiplies_bf16(device) or max(map(len, ranks_of_each)) > MOST_PATHS:
         return None
     measured = _measured(device_name(device))
     widest = max(range(len(outs)), key=outs.__getitem__)
@@ -288,12 +238,12 @@ def _few_rule(out: int, into: int, ranks: Tuple[int, ...]) -> Few:
     return Few(32, warps_one, words_one, columns_two, warps_two, words_two)
 
 
-def _decode_rule(cores: int, out: int, into: int, ranks: Tuple[int, ...]) -> Decode:
+def _decode_rule(programs: int, out: int, into: int, ranks: Tuple[int, ...]) -> Decode:
     # 64 signs a thread and step: what fits in registers beside the sums.
     columns = 32
     blocks = sum(-(-rank // columns) for rank in ranks)
-    splits = min(32, _power(max(1.0, 3 * cores / blocks)), _power(max(1.0, into / 256)))
-    wide = 64 if out >= 96 * cores else 32
+    splits = min(32, _power(max(1.0, 3 * programs / blocks)), _power(max(1.0, into / 256)))
+    wide = 64 if out >= 96 * programs else 32
     return Decode(columns, 8, 4, splits, wide, 256 // wide, 4)
 
 
@@ -313,16 +263,16 @@ def tiles(
     if found:
         return Tiles(*found)
     summed, made = (out, into) if transposed else (into, out)
-    return _tiles_rule(_cores(device), summed, made, ranks, tokens, count, _memory(device))
+    return _tiles_rule(cores(device), summed, made, ranks, tokens, count, shared_memory(device))
 
 
 def _tiles_rule(
-    cores: int, summed: int, made: int, ranks: Tuple[int, ...], tokens: int, count: int, memory: int = 99 << 10
+    programs: int, summed: int, made: int, ranks: Tuple[int, ...], tokens: int, count: int, memory: int = 99 << 10
 ) -> Tiles:
     if not count:  # plain.py: what fits in registers beside the tile of signs
         height = min(tokens, 64)
         blocks = -(-tokens // height) * sum(-(-rank // 64) for rank in ranks)
-        splits = min(32, _power(max(1.0, 2 * cores / blocks)), _power(max(1.0, summed / 256)))
+        splits = min(32, _power(max(1.0, 2 * programs / blocks)), _power(max(1.0, summed / 256)))
         return Tiles(64, height, 4, 3, splits, 32, height, 4, 3, 1, 1, count)
     large = tokens > FEW
     # Ranks are fewer than outputs: their tiles are narrower, so that there are as many.
@@ -336,7 +286,7 @@ def _tiles_rule(
     across_one, stages_one = _across(min(tokens, widest_one), count, memory)
     across_two, stages_two = _across(min(tokens, widest_two), count, memory)
     # Large tiles have a core to themselves or share it in turns; of the small ones, several wait for memory side by side.
-    places = cores if large else 6 * cores
+    places = programs if large else 6 * programs
     counts = []
     for side, across, blocks, total, wide in (
         (ranked, across_one, sum(-(-rank // ranked) for rank in ranks), summed, sum(ranks)),

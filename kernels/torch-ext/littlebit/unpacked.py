@@ -5,7 +5,7 @@ goes. A slab holds ±scale of some ranks or outputs in bf16, contiguous along th
 One bf16 term only, bf16 in and out. As everywhere in this form the sums run in pair order (signs.py).
 """
 
-from typing import Any, Iterator, Optional, Sequence, Tuple
+from typing import Any, Iterator, Tuple
 
 import torch
 import triton
@@ -13,7 +13,8 @@ import triton.language as tl
 
 from . import scaled
 from .dense import DENSE
-from .packing import factor_shape
+from .launch import Step
+from .parts import PackedLayer, Place, operands, places
 from .signs import across_words, along_words, padded, pair_of, sign_tile, tail_word
 
 __all__ = ["SLAB", "launches"]
@@ -86,28 +87,25 @@ def _slabs(made: int, width: int, size: int) -> Iterator[Tuple[int, int]]:
         yield first, min(first + rows, made)
 
 
+def _factors(layer: PackedLayer, path: Place) -> Tuple[Tuple[Any, Any], Tuple[Any, Any]]:
+    """(words, tail) of the path's V and of its U^T; a path without a tail has None."""
+    assert layer.v is not None
+    v_tail = None if layer.v_tail is None else layer.v_tail[:, path.columns]
+    u_tail = None if layer.u_tail is None or path.tail.start == path.tail.stop else layer.u_tail[path.tail]
+    return (layer.v[:, path.columns], v_tail), (layer.u[path.words], u_tail)
+
+
 def launches(
-    x: torch.Tensor,
-    u: torch.Tensor,
-    u_tail: Optional[torch.Tensor],
-    v: torch.Tensor,
-    v_tail: Optional[torch.Tensor],
-    scale_out: torch.Tensor,
-    scale_rank: torch.Tensor,
-    scale_in: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    ranks: Sequence[int],
-    y: torch.Tensor,
-    config: Any,
-    transposed: bool = False,
-) -> Iterator[Tuple[Any, Tuple[int, ...], Tuple[Any, ...], dict]]:
-    """As `gemm.launches`, with steps of dense.py among them."""
-    scale_first, scale_last = (scale_out, scale_in) if transposed else (scale_in, scale_out)
+    x: torch.Tensor, layer: PackedLayer, y: torch.Tensor, config: Any, transposed: bool = False
+) -> Iterator[Step]:
+    """What `gemm.launches` yields, with steps of dense.py among it."""
+    ranks, scale_rank, bias = layer.ranks, layer.scale_rank, layer.bias
+    scale_first, scale_last = [operand.scale for operand in operands(layer, transposed)]
     (tokens, features), made, device = x.shape, y.shape[1], x.device
     width = -(-features // _STEP) * _STEP
     slots = padded(ranks, _STEP)
     terms = torch.empty(len(ranks), tokens, width, dtype=torch.bfloat16, device=device)
-    latent = torch.empty(tokens, sum(slots), dtype=torch.bfloat16, device=device)
+    rank_acts = torch.empty(tokens, sum(slots), dtype=torch.bfloat16, device=device)
     largest = max(
         [(last - first) * width for count in slots for first, last in _slabs(count, width, config.unpacked)]
         + [
@@ -123,16 +121,14 @@ def launches(
         (x, scale_first, terms, tokens, features, x.stride(0), tokens, width),
         {"PATHS": len(ranks), "TERMS": 1, "ROWS": 4, "BLOCK": 2048, "EARLY": False, "num_warps": 4},
     )
-    before = words = tails = slot = 0
+    slot = 0
     sides = []
-    for path, (rank, count) in enumerate(zip(ranks, slots)):  # noqa: B905 Python 3.9
-        rows, bytes_of = factor_shape(rank)
-        ranked = slice(before, before + rank)
-        inner = u[words : words + rows], None if u_tail is None or not bytes_of else u_tail[tails : tails + bytes_of]
-        outer = v[:, ranked], None if v_tail is None else v_tail[:, ranked]
-        one, two = (inner, outer) if transposed else (outer, inner)
-        sides.append((two, scale_last[path], rank, slot))
-        gain = scale_rank[ranked]
+    for index, (path, count) in enumerate(zip(places(ranks), slots)):  # noqa: B905 Python 3.9
+        rank = path.rank
+        of_v, of_u = _factors(layer, path)
+        one, two = (of_u, of_v) if transposed else (of_v, of_u)
+        sides.append((two, scale_last[index], rank, slot))
+        gain = scale_rank[path.columns]
         for first, last in _slabs(count, width, config.unpacked):
             slab = scratch[: (last - first) * width].view(last - first, width)
             yield (
@@ -141,8 +137,8 @@ def launches(
                 (*one, gain, slab, first, rank, features, one[0].stride(0), width),
                 {**options, "ORDERED": True},
             )
-            yield DENSE, (), (terms[path], slab.T, latent[:, slot + first : slot + last], None, 0), {}
-        before, words, tails, slot = before + rank, words + rows, tails + bytes_of, slot + count
+            yield DENSE, (), (terms[index], slab.T, rank_acts[:, slot + first : slot + last], None, 0), {}
+        slot += count
     for first, last in _slabs(made, slot, config.unpacked):
         rows = -(-(last - first) // _ROWS)
         slab = scratch[: rows * _ROWS * slot].view(rows * _ROWS, slot)
@@ -154,4 +150,4 @@ def launches(
                 {**options, "ORDERED": False},
             )
         signs = slab[: last - first].T
-        yield DENSE, (), (latent, signs, y[:, first:last], bias, first), {}
+        yield DENSE, (), (rank_acts, signs, y[:, first:last], bias, first), {}

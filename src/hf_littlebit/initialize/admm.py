@@ -1,6 +1,6 @@
 """ADMM initialiser: binary factors of a matrix by alternating ridge regressions, pulled towards sign matrices.
 
-Minimise `||W - A B^T||^2` with A and B each a *scaled sign matrix* `Z = U * (left right^T)`, U in {+1, -1}: what one
+Minimise `||W - A B^T||^2` with A and B each a *scaled sign matrix* `Z = U * (rows columns^T)`, U in {+1, -1}: what one
 LittleBit path can store. Each side keeps a free matrix F, its projection Z and a running sum D of the disagreement
 F - Z. A step fixes the other side as X (its Z with unit columns) and solves
 
@@ -10,7 +10,7 @@ F - Z. A step fixes the other side as X (its Z with unit columns) and solves
 
 Sources: double binary factorization (arXiv 2505.11076); LB-ADMM of NanoQuant (arXiv 2602.06694).
 
-What makes it cheap: unit columns turn X into U diag(left / |left|), so X^T X has a unit diagonal and `right` never
+What makes it cheap: unit columns turn X into U diag(rows / |rows|), so X^T X has a unit diagonal and `columns` never
 enters it; Z and D are both functions of P = F + D, so three [m, r] buffers a side hold everything and a step allocates
 only r x r matrices; the rank-one fit moves so little between steps that one power iteration from the last one is
 enough. A step costs two products with W and one r x r Cholesky inverse a side.
@@ -35,17 +35,17 @@ LATENT_RANGE = (0.25, 2.0)  # latents stay within these multiples of it: able to
 
 
 def rank_one(magnitude: Tensor, iterations: int = 30) -> tuple[Tensor, Tensor]:
-    """The best rank-one fit `outer(left, right)` of a non-negative matrix [m, r], by power iteration from its sums.
+    """The best rank-one fit `outer(rows, columns)` of a non-negative matrix [m, r], by power iteration from its sums.
 
-    Returns left [m] and right [r], both >= 0, of equal norm. All-zero input gives zeros. A positive matrix has one
+    Returns rows [m] and columns [r], both >= 0, of equal norm. All-zero input gives zeros. A positive matrix has one
     dominant singular pair (Perron-Frobenius), so few iterations converge.
     """
-    left, right = magnitude.sum(1), magnitude.sum(0)
+    rows, columns = magnitude.sum(1), magnitude.sum(0)
     for _ in range(iterations):
-        left = _unit(magnitude @ right)
-        right = left @ magnitude
-    size = right.norm()
-    return left * size.sqrt(), right * torch.where(size > 0, size.clamp_min(1e-30).rsqrt(), 0.0)
+        rows = _unit(magnitude @ columns)
+        columns = rows @ magnitude
+    size = columns.norm()
+    return rows * size.sqrt(), columns * torch.where(size > 0, size.clamp_min(1e-30).rsqrt(), 0.0)
 
 
 def _unit(vector: Tensor) -> Tensor:
@@ -53,26 +53,26 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 class _Side:
-    """One factor: P = F + D [k, r], its signs in unit columns X [k, r], and the fit |P| ~ outer(left, right)."""
+    """One factor: P = F + D [k, r], its signs in unit columns X [k, r], and the fit |P| ~ outer(rows, columns)."""
 
     def __init__(self, start: Tensor) -> None:
         self.p = start
         self.buffer = torch.empty_like(start)
         self.x = torch.empty_like(start)
-        self.right = start.new_ones(start.shape[1])
-        self.left = start.new_ones(start.shape[0])
+        self.columns = start.new_ones(start.shape[1])
+        self.rows = start.new_ones(start.shape[0])
         self.project()
 
     def project(self) -> None:
-        """left, right and X from P; `left` has unit norm and `right` carries the size."""
+        """rows, columns and X from P; `rows` has unit norm and `columns` carries the size."""
         torch.abs(self.p, out=self.buffer)
-        self.left = _unit(self.buffer @ self.right)
-        self.right = self.left @ self.buffer
-        torch.copysign(self.left[:, None], self.p, out=self.x)
+        self.rows = _unit(self.buffer @ self.columns)
+        self.columns = self.rows @ self.buffer
+        torch.copysign(self.rows[:, None], self.p, out=self.x)
 
     def step(self, target: Tensor, other: Tensor, rho: float) -> None:
         """Move P to the regression of `target` [k, n] on `other` [n, r], then project."""
-        z = torch.mul(self.x, self.right, out=self.buffer)
+        z = torch.mul(self.x, self.columns, out=self.buffer)
         d = self.p.sub_(z)
         rhs = z.sub_(d).addmm_(target, other, beta=rho)
         gram = other.T @ other
@@ -85,7 +85,7 @@ class _Side:
 
     def latent(self) -> Tensor:
         """P over its rank-one fit, so that rows and columns of every size flip equally easily, around LATENT_SIZE."""
-        fit = torch.outer(self.left, self.right)
+        fit = torch.outer(self.rows, self.columns)
         ratio = torch.where(fit > 0, self.p.abs() / fit.clamp_min(1e-30), 1.0)
         ratio = (ratio / ratio.median().clamp_min(1e-30)).clamp_(*LATENT_RANGE)
         return (sign(self.p) * ratio).mul_(LATENT_SIZE)
@@ -94,11 +94,11 @@ class _Side:
 def admm_factors(
     target: Tensor, rank: int, *, steps: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Factor `target` [m, n] (fp32, finite, of moderate size) as diag(h) U diag(l) V^T diag(g).
+    """Factor `target` [m, n] (fp32, finite, of moderate size) as diag(scale_out) U diag(scale_rank) V^T diag(scale_in).
 
     Returns:
-        latents u [m, rank] and v [n, rank], of median magnitude LATENT_SIZE and none of them zero; h [m], l [rank] and
-        g [n], all >= 0; fp32.
+        latents u [m, rank] and v [n, rank], of median magnitude LATENT_SIZE and none of them zero; scale_out
+        [m], scale_rank [rank] and scale_in [n], all >= 0; fp32.
     """
     with exact_fp32(target.device):
         m, n = target.shape
@@ -107,5 +107,5 @@ def admm_factors(
         for t in range(1, steps + 1):
             a.step(target, b.x, t / steps)
             b.step(target.T, a.x, t / steps)
-        # B was solved last, against A's unit columns: its `right` is the size of the product.
-        return a.latent(), b.latent(), a.left, b.right, b.left
+        # B was solved last, against A's unit columns: its `columns` are the size of the product.
+        return a.latent(), b.latent(), a.rows, b.columns, b.rows

@@ -1,4 +1,4 @@
-"""Dense weight to LittleBit factors: `W ~ sum_p diag(h_p) U_p diag(l_p) V_p^T diag(g_p)`, U and V in {+1, -1}.
+"""Dense weight to LittleBit factors: `W ~ sum_p diag(scale_out_p) U_p diag(scale_rank_p) V_p^T diag(scale_in_p)`, signs U and V.
 
 Three initialisers. Each runs on the weight's device in fp32 and repeats exactly for the same seed; path p + 1 factors
 what the first p left over.
@@ -9,7 +9,7 @@ what the first p left over.
   their signs.
 - admm: double binary factorization (arXiv 2505.11076, arXiv 2602.06694); see `admm.py`.
 
-`refit_scales` then solves h, g and l for those signs in closed form. It is on for joint_itq and admm; dual_svid stays
+`refit_scales` then solves the scales for those signs in closed form. It is on for joint_itq and admm; dual_svid stays
 as published, because it is the baseline that others are compared to.
 
 Mean squared error over squared norm, all 28 linear layers of `models/pycode-13m`, and seconds for the 28 on one CPU
@@ -20,7 +20,7 @@ core, at equal bits per weight:
     joint_itq     2     .324   12 s   .498    5 s
     admm          1     .198   50 s   .351   20 s     (400 steps .195, .348; two paths .231, .431)
 
-One path of ADMM beats two of anything: a second path repairs a weak initialiser, and pays for its own h and g.
+One path of ADMM beats two of anything: a second path repairs a weak initialiser, and pays for scales of its own.
 """
 
 from __future__ import annotations
@@ -141,8 +141,7 @@ def joint_itq(weight: Tensor, rank: int, *, steps: int = STEPS["joint_itq"], see
 def admm(weight: Tensor, rank: int, *, steps: int = STEPS["admm"], seed: int = 0) -> Path:
     """ADMM factors of `weight` [out, in]; the latents have median magnitude LATENT_SIZE."""
     with exact_fp32(weight.device):
-        u, v, h, ell, g = admm_factors(weight.detach().float(), rank, steps=steps, seed=seed)
-        return Path(u, v, h, ell, g)
+        return Path(*admm_factors(weight.detach().float(), rank, steps=steps, seed=seed))
 
 
 def refit_scales(
@@ -155,10 +154,10 @@ def refit_scales(
 ) -> Path:
     """Least-squares scales for the signs of `path`, given `weight` [out, in]; the signs and latents stay.
 
-    Each round solves h (one number per row), l (the r x r normal equations ((A^T A) * (B^T B)) l = diag(A^T W B) with
-    A = diag(h) U, B = diag(g) V), g (per column) and l again, each exactly for the others fixed. The (weighted) error
-    never grows: where rounding or the ridge of the normal equations made it larger, `path` itself comes back. A round
-    costs two products with the weight.
+    Each round solves scale_out (one number per row), scale_rank, scale_in (one per column) and scale_rank again, each
+    exactly for the others fixed. With A = diag(scale_out) U and B = diag(scale_in) V, scale_rank solves the r x r normal
+    equations ((A^T A) * (B^T B)) scale_rank = diag(A^T W B). The (weighted) error never grows: where rounding or the ridge
+    of the normal equations made it larger, `path` itself comes back. A round costs two products with the weight.
     """
     with exact_fp32(weight.device):
         w = weight.detach().float()
@@ -166,22 +165,22 @@ def refit_scales(
         cols = _root_importance(col_importance, w.shape[1], "col_importance", "refit_scales", w.device)
         w = w * rows[:, None] * cols
         u, v = sign(path.u), sign(path.v)
-        h, ell, g = path.scale_out * rows, path.scale_rank, path.scale_in * cols
-        before = _squared(w - Path(u, v, h, ell, g).dense())
+        scale_out, scale_rank, scale_in = path.scale_out * rows, path.scale_rank, path.scale_in * cols
+        before = _squared(w - Path(u, v, scale_out, scale_rank, scale_in).dense())
         for _ in range(rounds):
-            b = v * g[:, None]
+            b = v * scale_in[:, None]
             wb, bb = w @ b, b.T @ b
-            h = _fit_side(u, wb, bb, ell, h)
-            a = u * h[:, None]
+            scale_out = _fit_side(u, wb, bb, scale_rank, scale_out)
+            a = u * scale_out[:, None]
             aa = a.T @ a
-            ell = _fit_rank(aa * bb, (a * wb).sum(0), ell)
+            scale_rank = _fit_rank(aa * bb, (a * wb).sum(0), scale_rank)
             wa = w.T @ a
-            g = _fit_side(v, wa, aa, ell, g)
-            b = v * g[:, None]
-            ell = _fit_rank(aa * (b.T @ b), (b * wa).sum(0), ell)
-        after = _squared(w - Path(u, v, h, ell, g).dense())
+            scale_in = _fit_side(v, wa, aa, scale_rank, scale_in)
+            b = v * scale_in[:, None]
+            scale_rank = _fit_rank(aa * (b.T @ b), (b * wa).sum(0), scale_rank)
+        after = _squared(w - Path(u, v, scale_out, scale_rank, scale_in).dense())
         # Written so that a NaN in `after` keeps the old scales too.
-        return Path(path.u, path.v, h / rows, ell, g / cols) if after < before else path
+        return Path(path.u, path.v, scale_out / rows, scale_rank, scale_in / cols) if after < before else path
 
 
 def relative_error(weight: Tensor, paths: Sequence[Path]) -> float:
@@ -272,10 +271,10 @@ def _initialise(target: Tensor, rank: int, init: str, steps: int, seed: int) -> 
 
 
 def _from_latents(a: Tensor, b: Tensor) -> Path:
-    """Scales by rank-one fits |a| ~ h l_a^T and |b| ~ g l_b^T, with l = l_a * l_b."""
-    h, l_a = rank_one(a.abs())
-    g, l_b = rank_one(b.abs())
-    return Path(a.contiguous(), b.contiguous(), h, l_a * l_b, g)
+    """Scales by rank-one fits of both magnitudes, |a| ~ scale_out of_a^T and |b| ~ scale_in of_b^T: scale_rank = of_a * of_b."""
+    scale_out, of_a = rank_one(a.abs())
+    scale_in, of_b = rank_one(b.abs())
+    return Path(a.contiguous(), b.contiguous(), scale_out, of_a * of_b, scale_in)
 
 
 def _polar(matrix: Tensor) -> Tensor:
@@ -296,29 +295,34 @@ def _polar(matrix: Tensor) -> Tensor:
     return q @ p
 
 
-def _fit_side(binary: Tensor, product: Tensor, gram: Tensor, ell: Tensor, old: Tensor) -> Tensor:
-    """Best row scales [k] of `diag(.) binary diag(l) B^T`; product = W B [k, r], gram = B^T B; `old` where free."""
-    numerator = (product * binary) @ ell
-    denominator = ((binary @ (gram * torch.outer(ell, ell))) * binary).sum(1)
+def _fit_side(binary: Tensor, product: Tensor, gram: Tensor, scale_rank: Tensor, old: Tensor) -> Tensor:
+    """Best row scales [k] of `diag(.) binary diag(scale_rank) B^T`; `old` where any would do.
+
+    Args:
+        product: W B [k, r]. gram: B^T B [r, r].
+    """
+    numerator = (product * binary) @ scale_rank
+    denominator = ((binary @ (gram * torch.outer(scale_rank, scale_rank))) * binary).sum(1)
     return torch.where(denominator > 1e-30, numerator / denominator.clamp_min(1e-30), old)
 
 
-def _fit_rank(normal: Tensor, right: Tensor, old: Tensor) -> Tensor:
-    """Solve the normal equations for l [r]; in fp64, since repeated columns make them nearly singular."""
-    normal, right = normal.double(), right.double()
+def _fit_rank(normal: Tensor, moments: Tensor, old: Tensor) -> Tensor:
+    """scale_rank [r] from normal scale_rank = moments; in fp64, since repeated columns make these nearly singular."""
+    normal, moments = normal.double(), moments.double()
     mean = normal.diagonal().mean()
     if not float(mean) > 0:
         return old
     normal.diagonal().add_(1e-7 * mean)
     factor, failed = torch.linalg.cholesky_ex(normal)
-    return old if int(failed) else torch.cholesky_solve(right[:, None], factor)[:, 0].float()
+    return old if int(failed) else torch.cholesky_solve(moments[:, None], factor)[:, 0].float()
 
 
 def _balanced(path: Path, rows: Tensor, cols: Tensor, exponent: int) -> Path:
     """Undo the importance weighting and the division by 2 ** exponent, and share the size between the scales."""
-    h, g = path.scale_out / rows, path.scale_in / cols
-    mean_h, mean_g = (torch.where(x.any(), x.abs().mean(), 1.0) for x in (h, g))
+    scale_out, scale_in = path.scale_out / rows, path.scale_in / cols
+    mean_out, mean_in = (torch.where(x.any(), x.abs().mean(), 1.0) for x in (scale_out, scale_in))
     carried = min(max(exponent, -SIZE_CARRIED), SIZE_CARRIED)
-    ell = path.scale_rank * mean_h * mean_g * 2.0**carried
-    h = h / mean_h * 2.0 ** (exponent - carried)
-    return Path(path.u.contiguous(), path.v.contiguous(), h.contiguous(), ell.contiguous(), (g / mean_g).contiguous())
+    scale_rank = path.scale_rank * mean_out * mean_in * 2.0**carried
+    scale_out = scale_out / mean_out * 2.0 ** (exponent - carried)
+    scale_in = scale_in / mean_in
+    return Path(*(part.contiguous() for part in (path.u, path.v, scale_out, scale_rank, scale_in)))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..internals.torch import is_watched
-from ..kernels import gpu
+from ..kernels import PackedLayer, gpu
+from ..kernels.bound import Bound
 
 __all__ = ["Repeated", "repeated", "unseen"]
 
@@ -50,7 +51,7 @@ class Repeated:
 
     __slots__ = ("_addresses", "_bound", "_names")
 
-    def __init__(self, holders: Sequence[dict[str, Any]], bound: Any):
+    def __init__(self, holders: Sequence[dict[str, Any]], bound: Bound):
         self._bound = bound
         self._names = [[*holder, *map(id, holder.values())] for holder in holders]
         self._addresses = _addresses(holders)
@@ -70,7 +71,7 @@ class Repeated:
         return type(None), ()
 
 
-def repeated(x: Tensor, layers: Sequence[Sequence[Any]], holders: Sequence[dict[str, Any]]) -> Repeated | None:
+def repeated(x: Tensor, layers: Sequence[PackedLayer], holders: Sequence[dict[str, Any]]) -> Repeated | None:
     """What to keep after a product of `layers` (as `ops.linears` takes them) with x; None where it cannot be repeated."""
     if not x.is_cuda or not gpu.load():
         return None

@@ -13,27 +13,17 @@ expert (gpt-oss, Llama 4) are not covered and stay dense; plan.py counts them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..internals.torch import own_parameters
 from ..internals.transformers import apply_gate, gates_its_experts
+from ..kernels import PackedLayer
 from . import ops
-from .linear import (
-    LATENT_PARTS,
-    PACKED_PARTS,
-    FactorModule,
-    autocast_input,
-    latent_parts,
-    latent_paths,
-    latent_product,
-    pack_parts,
-    unpack_paths,
-)
+from .linear import FactorModule, autocast_input, latent_product
+from .parts import LATENT_PARTS, PACKED_PARTS, latent_parts, latent_paths, pack_parts, unpack_paths
 from .path import Path, dense_weight
-from .sign import ALPHA
 
 __all__ = ["LittleBitExperts", "expert_sizes", "is_stack"]
 
@@ -77,7 +67,7 @@ class LittleBitExperts(FactorModule):
         source: nn.Module,
         ranks: Mapping[str, Sequence[int]],
         latent: bool = False,
-        device: Any = None,
+        device: torch.device | str | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
     ):
         super().__init__(scale_dtype)
@@ -93,10 +83,8 @@ class LittleBitExperts(FactorModule):
         self.source_class = type(source)
         self.path_ranks = {weight: list(rank) for weight, rank in ranks.items()}
         self.latent = latent
-        self.sign_gradient, self.alpha = "smooth", ALPHA
-        declare = self.declare_latent if latent else self.declare_packed
         for weight, (count, out_features, in_features) in self.sizes.items():
-            declare(weight, (out_features, in_features), self.path_ranks[weight], device, (count,))
+            self.declare_parts(weight, (out_features, in_features), self.path_ranks[weight], latent, device, (count,))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
@@ -108,23 +96,22 @@ class LittleBitExperts(FactorModule):
             if expert >= count:
                 continue
             token, choice = torch.where(top_k_index == expert)
-            inner = self._product(first, expert, hidden_states[token])
-            inner = self._gate(inner)
-            inner = self._product(last, expert, inner) * top_k_weights[token, choice, None]
-            out.index_add_(0, token, inner.to(out.dtype))
+            hidden = self._gate(self._product(first, expert, hidden_states[token]))
+            chosen = self._product(last, expert, hidden) * top_k_weights[token, choice, None]
+            out.index_add_(0, token, chosen.to(out.dtype))
         return out
 
-    def _gate(self, inner: Tensor) -> Tensor:
+    def _gate(self, hidden: Tensor) -> Tensor:
         if getattr(self, "has_gate", True):
-            return apply_gate(self.source_class, self, inner)
-        return self.act_fn(inner)  # type: ignore[operator]
+            return apply_gate(self.source_class, self, hidden)
+        return self.act_fn(hidden)  # type: ignore[operator]
 
     def _product(self, weight: str, expert: int, x: Tensor) -> Tensor:
         x = autocast_input(x)
         ranks = self.path_ranks[weight]
         if self.latent:
             return latent_product(x, self.parts(weight, LATENT_PARTS, expert), ranks, self)
-        return ops.linear(x, list(self.parts(weight, PACKED_PARTS, expert).values()), None, ranks)
+        return ops.linear(x, PackedLayer(**self.parts(weight, PACKED_PARTS, expert), bias=None, ranks=ranks))
 
     def paths(self, weight: str, expert: int) -> list[Path]:
         """The factors of one matrix of the stack."""
@@ -165,6 +152,9 @@ class LittleBitExperts(FactorModule):
         for key, child in self.named_children():
             module.add_module(key, child)
         return module.train(self.training)
+
+    def ranks_of(self, weight: str) -> tuple[int, ...]:
+        return tuple(self.path_ranks[weight])
 
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{weight}={size}, ranks={self.path_ranks[weight]}" for weight, size in self.sizes.items())

@@ -1,13 +1,16 @@
-"""The product of a layer on latents, as training needs it: y = x diag(g) sign(V) diag(l) sign(U)^T diag(h), over all paths.
+"""The product of a layer on latents, as training needs it, over all paths:
+
+    y = x diag(scale_in) sign(V) diag(scale_rank) sign(U)^T diag(scale_out)          (LittleBit, arXiv 2506.13771, eq. 5)
 
 The scales are multiplied into the signs, not into the activations: a step has more tokens than a layer has rows or
 columns, and elementwise work on them would cost more than the matrix products save. Two paths side by side are then two
-products of twice the rank. Backward, with right = g * sign(V) and left = h * sign(U) * l:
+products of twice the rank. With v_scaled = scale_in * sign(V) and u_scaled = scale_out * sign(U) * scale_rank:
 
-    d right = x^T (dy left),  d left = dy^T (x right),  dx = (dy left) right^T
+    forward      rank_acts = x v_scaled               y = rank_acts u_scaled^T
+    backward     d u_scaled = dy^T rank_acts          d v_scaled = x^T (dy u_scaled)          dx = (dy u_scaled) v_scaled^T
 
-and from these, elementwise on matrices of the factors' size, the gradients of U, V (through the slope of the sign's
-surrogate, sign.py), h, l and g. The scales are rounded to the stored dtype in the forward; the gradient passes unchanged.
+and from these, elementwise on matrices of the factors' size, the gradients of U and V (through the slope of the sign's
+surrogate, sign.py) and of the scales. The scales are rounded to the stored dtype in the forward; the gradient passes unchanged.
 
 On a CPU the elementwise work waits for memory: the compiled library (kernels/cpu.py) does it in one pass instead of 5 to 14.
 """
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels import compiled, cpu
+from ..kernels import compiled, cpu, places
 from .sign import SignGradient, sign, times_slope
 
 __all__ = ["factored_product", "scaled_signs", "scaled_signs_grad"]
@@ -32,99 +35,119 @@ def factored_product(
     x: Tensor,
     u: Tensor,
     v: Tensor,
-    h: Tensor,
-    l: Tensor,  # noqa: E741
-    g: Tensor,
+    scale_out: Tensor,
+    scale_rank: Tensor,
+    scale_in: Tensor,
     ranks: tuple[int, ...],
     scale_dtype: torch.dtype,
     gradient: SignGradient,
 ) -> Tensor:
-    """x [..., in] times the weight of latents u [out, R] and v [in, R] and scales h [paths, out], l [R], g [paths, in],
-    where R is the sum of `ranks`, one for each path. In x's dtype."""
-    return _FactoredProduct.apply(x, u, v, h, l, g, ranks, scale_dtype, gradient)
+    """x [..., in] times the weight that latents and scales stand for: [..., out] in x's dtype, differentiable in all six.
+
+    Args:
+        u, v: latents [out, R] and [in, R], where R is the sum of `ranks`, one for each path.
+        scale_out, scale_rank, scale_in: [paths, out], [R] and [paths, in], rounded to `scale_dtype` before they are used.
+        gradient: what passes the sign backward.
+    """
+    return _FactoredProduct.apply(x, u, v, scale_out, scale_rank, scale_in, ranks, scale_dtype, gradient)
 
 
 class _FactoredProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, u, v, h, l, g, ranks, scale_dtype, gradient):  # noqa: E741
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        u: Tensor,
+        v: Tensor,
+        scale_out: Tensor,
+        scale_rank: Tensor,
+        scale_in: Tensor,
+        ranks: tuple[int, ...],
+        scale_dtype: torch.dtype,
+        gradient: SignGradient,
+    ) -> Tensor:
         ctx.ranks, ctx.gradient = ranks, gradient
-        h, l, g = (scale.to(scale_dtype).to(scale.dtype) for scale in (h, l, g))  # noqa: E741
-        left, right = scaled_signs(u, h, l, ranks, x.dtype), scaled_signs(v, g, None, ranks, x.dtype)
-        inner = x.reshape(-1, x.shape[-1]) @ right
-        ctx.save_for_backward(x, inner, left, right, u, v, h, l, g)
-        return (inner @ left.T).view(*x.shape[:-1], left.shape[0])
+        scale_out, scale_rank, scale_in = (
+            scale.to(scale_dtype).to(scale.dtype) for scale in (scale_out, scale_rank, scale_in)
+        )
+        u_scaled = scaled_signs(u, scale_out, scale_rank, ranks, x.dtype)
+        v_scaled = scaled_signs(v, scale_in, None, ranks, x.dtype)
+        rank_acts = x.reshape(-1, x.shape[-1]) @ v_scaled
+        ctx.save_for_backward(x, rank_acts, u_scaled, v_scaled, u, v, scale_out, scale_rank, scale_in)
+        return (rank_acts @ u_scaled.T).view(*x.shape[:-1], u_scaled.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
-        x, inner, left, right, u, v, h, l, g = ctx.saved_tensors  # noqa: E741
-        need_x, need_u, need_v, need_h, need_l, need_g = ctx.needs_input_grad[:6]
-        dx = du = dv = dh = dl = dg = None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, rank_acts, u_scaled, v_scaled, u, v, scale_out, scale_rank, scale_in = ctx.saved_tensors
+        need_x, need_u, need_v, need_out, need_rank, need_in = ctx.needs_input_grad[:6]
+        of_x = of_u = of_v = of_out = of_rank = of_in = None
         rows = dy.reshape(-1, dy.shape[-1])
         with torch.autocast(dy.device.type, enabled=False):
-            inner_grad = rows @ left
+            rank_grad = rows @ u_scaled
             if need_x:
-                dx = (inner_grad @ right.T).view(x.shape)
-            if need_u or need_h or need_l:
-                du, dh, dl = scaled_signs_grad(rows.T @ inner, u, h, l, ctx.ranks, ctx.gradient)
-            if need_v or need_g:
-                right_grad = x.reshape(-1, x.shape[-1]).T @ inner_grad
-                dv, dg, _ = scaled_signs_grad(right_grad, v, g, None, ctx.ranks, ctx.gradient)
-        return dx, du, dv, dh, dl, dg, None, None, None
+                of_x = (rank_grad @ v_scaled.T).view(x.shape)
+            if need_u or need_out or need_rank:
+                of_u, of_out, of_rank = scaled_signs_grad(
+                    rows.T @ rank_acts, u, scale_out, scale_rank, ctx.ranks, ctx.gradient
+                )
+            if need_v or need_in:
+                v_grad = x.reshape(-1, x.shape[-1]).T @ rank_grad
+                of_v, of_in, _ = scaled_signs_grad(v_grad, v, scale_in, None, ctx.ranks, ctx.gradient)
+        return of_x, of_u, of_v, of_out, of_rank, of_in, None, None, None
 
 
 def scaled_signs(
-    latent: Tensor, outer: Tensor, inner: Tensor | None, ranks: tuple[int, ...], dtype: torch.dtype
+    latent: Tensor, scale_feature: Tensor, scale_rank: Tensor | None, ranks: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """outer * sign(latent) * inner, [rows, R] of `dtype`, or wider: columns of zeros may follow.
+    """scale_feature * sign(latent) * scale_rank, [rows, R] of `dtype`, or wider: columns of zeros may follow.
 
     Args:
-        latent: [rows, R], fp32, the paths side by side.
-        outer: a scale for each row, [paths, rows]. inner: one for each column, [R], or None for ones.
+        latent: [rows, R], fp32, the paths side by side; the rows are the layer's outputs (U) or its inputs (V).
+        scale_feature: a scale for each row, [paths, rows]: scale_out for U, scale_in for V.
+        scale_rank: one for each column, [R], or None for ones.
 
     The compiled library multiplies in fp32 and rounds once; plain torch rounds every scale to `dtype` first, which makes a
     difference only for scales with more digits than `dtype` has.
     """
     if _compiled(latent):
         width = sum(ranks) if dtype == torch.float32 else -(-sum(ranks) // WIDTH) * WIDTH
-        return cpu.scaled_signs(latent, outer, inner, ranks, dtype, width)
+        return cpu.scaled_signs(latent, scale_feature, scale_rank, ranks, dtype, width)
     scaled = sign(latent, dtype)
-    for path, columns in enumerate(_columns(ranks)):
-        scaled[:, columns].mul_(outer[path].to(dtype)[:, None])
-    return scaled if inner is None else scaled.mul_(inner.to(dtype))
+    for path, place in enumerate(places(ranks)):
+        scaled[:, place.columns].mul_(scale_feature[path].to(dtype)[:, None])
+    return scaled if scale_rank is None else scaled.mul_(scale_rank.to(dtype))
 
 
 def scaled_signs_grad(
     grad: Tensor,
     latent: Tensor,
-    outer: Tensor,
-    inner: Tensor | None,
+    scale_feature: Tensor,
+    scale_rank: Tensor | None,
     ranks: tuple[int, ...],
     gradient: SignGradient,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of `scaled_signs` with respect to latent, outer and inner, fp32, from the one of its result."""
+    """The gradients of `scaled_signs` with respect to latent, scale_feature and scale_rank (None without), fp32.
+
+    Args:
+        grad: the gradient of its result, [rows, R or more], of which the first R columns count.
+    """
     if _compiled(latent):
-        alpha = gradient.alpha if gradient.kind == "smooth" else None
-        return cpu.scaled_signs_grad(grad, latent, outer, inner, ranks, alpha)
+        alpha = gradient.alpha if gradient.surrogate == "smooth" else None
+        return cpu.scaled_signs_grad(grad, latent, scale_feature, scale_rank, ranks, alpha)
+    columns = [place.columns for place in places(ranks)]
     signed = sign(latent, latent.dtype).mul_(grad.to(latent.dtype))
-    if inner is None:
-        outer_grad = torch.stack([signed[:, columns].sum(1) for columns in _columns(ranks)])
-        inner_grad, scaled = None, grad.to(latent.dtype, copy=True)
+    if scale_rank is None:
+        feature_grad = torch.stack([signed[:, own].sum(1) for own in columns])
+        rank_grad, scaled = None, grad.to(latent.dtype, copy=True)
     else:
-        paths = list(enumerate(_columns(ranks)))
-        outer_grad = torch.stack([signed[:, columns] @ inner[columns] for _, columns in paths])
-        inner_grad = torch.cat([outer[path] @ signed[:, columns] for path, columns in paths])
-        scaled = grad.to(latent.dtype) * inner
-    for path, columns in enumerate(_columns(ranks)):
-        scaled[:, columns].mul_(outer[path][:, None])
-    return times_slope(scaled, latent, gradient), outer_grad, inner_grad
+        feature_grad = torch.stack([signed[:, own] @ scale_rank[own] for own in columns])
+        rank_grad = torch.cat([scale_feature[path] @ signed[:, own] for path, own in enumerate(columns)])
+        scaled = grad.to(latent.dtype) * scale_rank
+    for path, own in enumerate(columns):
+        scaled[:, own].mul_(scale_feature[path][:, None])
+    return times_slope(scaled, latent, gradient), feature_grad, rank_grad
 
 
 def _compiled(latent: Tensor) -> bool:
     return latent.dtype == torch.float32 and latent.device.type == "cpu" and compiled()
-
-
-def _columns(ranks: tuple[int, ...]) -> list[slice]:
-    """Where each path's columns are in u and v."""
-    ends = [sum(ranks[: path + 1]) for path in range(len(ranks))]
-    return [slice(end - rank, end) for rank, end in zip(ranks, ends, strict=True)]

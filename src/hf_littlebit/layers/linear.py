@@ -1,105 +1,43 @@
 """The quantized linear layer, packed for inference and latent for training.
 
-    y = sum_p h_p * (U_p (l_p * (V_p^T (g_p * x)))) + bias          (LittleBit, arXiv 2506.13771, eq. 5)
+    y = sum_p scale_out_p * (U_p (scale_rank_p * (V_p^T (scale_in_p * x)))) + bias      (LittleBit, arXiv 2506.13771, eq. 5)
 
-LittleBitLinear        U, V as bits (kernels/packing.py), h, l, g as 16-bit floats; all frozen, gradient for x and the bias.
-LatentLittleBitLinear  U, V as fp32 latents whose sign is used, h, l, g as fp32 rounded to 16 bits in the forward; trainable.
+LittleBitLinear        U and V as bits, the scales as 16-bit floats; all frozen, with a gradient for x and the bias.
+LatentLittleBitLinear  U and V as fp32 latents whose sign is used, the scales as fp32 rounded to 16 bits in the forward; trainable.
 
 Both are `nn.Linear`s whose `.weight` is their U: transformers without this plugin then meets a tensor of the wrong shape
-and refuses the checkpoint, and PEFT attaches adapters as to any linear layer. `pack` and `unpack` are exact: the signs and
-the rounded scales are the same on both sides, so packing what was unpacked gives the same bits.
-
-The parts of one weight are parameters named after it, so that the 3-D weights of mixture-of-experts layers
-(experts.py) can use the same functions: for the weight "weight" they are weight (U), weight_tail, v, v_tail, scale_out,
-scale_rank and scale_in; for "gate_up_proj" they are gate_up_proj (U), gate_up_proj_tail, gate_up_proj_v, and so on.
+and refuses the checkpoint, and PEFT attaches adapters as to any linear layer. parts.py says what a weight is stored in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..internals.transformers import marked_initialized
-from ..kernels.packing import factor_shapes, pack_signs, unpack_signs
+from ..kernels import PackedLayer
 from . import ops
-from .eager import repeated
+from .eager import Repeated, repeated
 from .latent_matmul import factored_product
+from .parts import (
+    LATENT_PARTS,
+    PACKED_PARTS,
+    latent_parts,
+    latent_paths,
+    pack_parts,
+    part_name,
+    part_shapes,
+    unpack_paths,
+)
 from .path import Path, dense_weight
 from .sign import ALPHA, SignGradient
 
-__all__ = ["LatentLittleBitLinear", "LittleBitLinear", "autocast_input", "latent_parts", "pack_parts", "part_name"]
-
-PACKED_PARTS = ("u", "u_tail", "v", "v_tail", "scale_out", "scale_rank", "scale_in")
-LATENT_PARTS = ("u", "v", "scale_out", "scale_rank", "scale_in")
-UNPACKED_LATENT = 0.02  # |latent| that `unpack` gives a bare sign: small enough for SmoothSign's gradient to move it
-
-
-def part_name(weight: str, part: str) -> str:
-    """The parameter that holds `part` of the weight called `weight` in its module."""
-    if part == "u":
-        return weight
-    if part == "u_tail":
-        return f"{weight}_tail"
-    return part if weight == "weight" else f"{weight}_{part}"
-
+__all__ = ["FactorModule", "LatentLittleBitLinear", "LittleBitLinear", "autocast_input"]
 
 FORWARD_PARAMETERS = (*(part_name("weight", part) for part in PACKED_PARTS), "bias")
-
-
-def pack_parts(paths: Sequence[Path], scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Factors as the packed parts of packing.py, parts of zero rows left out (but for "u")."""
-    rows = [pack_signs(path.u.T) for path in paths]
-    words, tail = pack_signs(torch.cat([path.v for path in paths], dim=1))
-    parts = {
-        "u": torch.cat([row[0] for row in rows]),
-        "u_tail": torch.cat([row[1] for row in rows]),
-        "v": words,
-        "v_tail": tail,
-        "scale_out": torch.stack([path.scale_out for path in paths]).to(scale_dtype),
-        "scale_rank": torch.cat([path.scale_rank for path in paths]).to(scale_dtype),
-        "scale_in": torch.stack([path.scale_in for path in paths]).to(scale_dtype),
-    }
-    return {part: value for part, value in parts.items() if part == "u" or value.shape[0]}
-
-
-def latent_parts(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Factors as fp32 latents: u [out, R] and v [in, R] with the paths side by side, scales as in packing.py."""
-    parts = {
-        "u": torch.cat([path.u for path in paths], dim=1),
-        "v": torch.cat([path.v for path in paths], dim=1),
-        "scale_out": torch.stack([path.scale_out for path in paths]),
-        "scale_rank": torch.cat([path.scale_rank for path in paths]),
-        "scale_in": torch.stack([path.scale_in for path in paths]),
-    }
-    # Contiguous: fused optimizers pair a parameter with its restored state by memory order.
-    return {part: value.float().contiguous() for part, value in parts.items()}
-
-
-def unpack_paths(parts: dict[str, Tensor | None], ranks: Sequence[int]) -> list[Path]:
-    """Packed parts of one weight as factors, with ±UNPACKED_LATENT for latents and the stored scales in fp32."""
-    u, u_tail, v, v_tail = (parts.get(part) for part in PACKED_PARTS[:4])
-    h, l, g = (parts[part].float() for part in PACKED_PARTS[4:])  # type: ignore[union-attr]  # noqa: E741
-    v_signs = unpack_signs(v, v_tail, g.shape[-1])
-    paths, word, byte, column = [], 0, 0, 0
-    for index, rank in enumerate(ranks):
-        words, tail = rank // 32, rank % 32 // 8
-        rows_tail = None if u_tail is None else u_tail[byte : byte + tail]
-        u_signs = unpack_signs(u[word : word + words], rows_tail, rank)  # type: ignore[index]
-        columns = slice(column, column + rank)
-        latents = (UNPACKED_LATENT * u_signs.T.contiguous(), UNPACKED_LATENT * v_signs[:, columns].contiguous())
-        paths.append(Path(*latents, h[index], l[columns], g[index]))
-        word, byte, column = word + words, byte + tail, column + rank
-    return paths
-
-
-def latent_paths(parts: dict[str, Tensor], ranks: Sequence[int], scale_dtype: torch.dtype) -> list[Path]:
-    """Latent parts of one weight as factors, with the scales rounded as in the forward."""
-    u, v = (parts[part].detach().split(list(ranks), dim=-1) for part in LATENT_PARTS[:2])
-    h, l, g = (parts[part].detach().to(scale_dtype).float() for part in LATENT_PARTS[2:])  # noqa: E741
-    return [Path(*path) for path in zip(u, v, h, l.split(list(ranks)), g, strict=True)]
 
 
 class FactorModule(nn.Module):
@@ -107,43 +45,52 @@ class FactorModule(nn.Module):
 
     scale_dtype: torch.dtype
     part_dtypes: dict[str, torch.dtype]  # of the declared parts, by parameter name
+    sign_gradient: str = "smooth"  # what passes the sign of latents backward, and its steepness (sign.py)
+    alpha: float = ALPHA
 
     def __init__(self, scale_dtype: torch.dtype):
         nn.Module.__init__(self)
         self.scale_dtype, self.part_dtypes = scale_dtype, {}
 
     def declare(
-        self, weight: str, part: str, shape: Sequence[int], dtype: torch.dtype, device: Any, train: bool
+        self,
+        weight: str,
+        part: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        train: bool,
     ) -> None:
         """Register an uninitialised parameter for one part of `weight`."""
         value = nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device=device), requires_grad=train)
         self.register_parameter(part_name(weight, part), marked_initialized(value))
         self.part_dtypes[part_name(weight, part)] = dtype
 
-    def declare_packed(
-        self, weight: str, size: tuple[int, int], ranks: Sequence[int], device: Any, lead: tuple[int, ...] = ()
-    ):
-        """Register the packed parts of a weight of `size` (out, in); `lead` is (experts,) for a stack of weights."""
-        shapes = factor_shapes(size[1], size[0], ranks, self.scale_dtype)
-        for part in PACKED_PARTS:
+    def declare_parts(
+        self,
+        weight: str,
+        size: tuple[int, int],
+        ranks: Sequence[int],
+        latent: bool,
+        device: torch.device | str | None,
+        lead: tuple[int, ...] = (),
+    ) -> None:
+        """Register the parts of a weight of `size` (out, in); `lead` is (experts,) for a stack of weights."""
+        shapes = part_shapes(*size, ranks, latent, self.scale_dtype)
+        for part in LATENT_PARTS if latent else PACKED_PARTS:
             if part in shapes:
                 shape, dtype = shapes[part]
-                self.declare(weight, part, (*lead, *shape), dtype, device, train=False)
+                self.declare(weight, part, (*lead, *shape), dtype, device, train=latent)
             else:
                 self.register_parameter(part_name(weight, part), None)
 
-    def declare_latent(
-        self, weight: str, size: tuple[int, int], ranks: Sequence[int], device: Any, lead: tuple[int, ...] = ()
-    ):
-        """Register the latent parts of a weight of `size` (out, in), fp32 whatever the model's dtype."""
-        total, paths = sum(ranks), len(ranks)
-        shapes = ((size[0], total), (size[1], total), (paths, size[0]), (total,), (paths, size[1]))
-        for part, shape in zip(LATENT_PARTS, shapes, strict=True):
-            self.declare(weight, part, (*lead, *shape), torch.float32, device, train=True)
+    def ranks_of(self, weight: str) -> tuple[int, ...]:
+        """The ranks of the paths of the weight called `weight`."""
+        raise NotImplementedError
 
-    def parts(self, weight: str, kinds: Sequence[str], index: int | None = None) -> dict[str, Any]:
+    def parts(self, weight: str, names: Sequence[str], index: int | None = None) -> dict[str, Any]:
         """{part: parameter or None} of `weight`, or of the `index`-th weight of a stack."""
-        values = {part: getattr(self, part_name(weight, part)) for part in kinds}
+        values = {part: getattr(self, part_name(weight, part)) for part in names}
         if index is None:
             return values
         return {part: None if value is None else value[index] for part, value in values.items()}
@@ -179,25 +126,16 @@ class FactorModule(nn.Module):
 
 def autocast_input(x: Tensor) -> Tensor:
     """x as `nn.Linear` would take it: cast to the autocast dtype where autocast is on."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return x.to(torch.get_autocast_dtype(device_type))
     return x
 
 
-class LittleBitLinear(FactorModule, nn.Linear):
-    """A linear layer on packed bits. `.weight` is U's words, int32 [sum_p r_p // 32, out_features].
+class _FactoredLinear(FactorModule, nn.Linear):
+    """What packed and latent linear layers have in common: sizes, bias, and the parts of the weight "weight"."""
 
-    Args:
-        ranks: rank of each path.
-        dtype: of the bias. scale_dtype: of h, l and g, whatever the model is cast to.
-
-    The parts are uninitialised until they are loaded or filled. x [..., in_features] of fp32, bf16 or fp16.
-    """
-
-    group: Any = None  # a shared.SharedInput whose member `place` this layer is
-    place = 0
-    _repeated: Any = None  # an eager.Repeated of this layer alone
+    latent: ClassVar[bool]
 
     def __init__(
         self,
@@ -205,15 +143,58 @@ class LittleBitLinear(FactorModule, nn.Linear):
         out_features: int,
         ranks: Sequence[int],
         bias: bool = True,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
     ):
         FactorModule.__init__(self, scale_dtype)
         self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
         # First: transformers takes a model's dtype from its first floating parameter, which should not be a scale.
-        self.register_parameter("bias", _bias(out_features, bias, device, dtype))
-        self.declare_packed("weight", (out_features, in_features), ranks, device)
+        value = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", value)
+        self.declare_parts("weight", (out_features, in_features), ranks, self.latent, device)
+
+    def ranks_of(self, weight: str) -> tuple[int, ...]:
+        return tuple(self.ranks)
+
+    def paths(self) -> list[Path]:
+        """The factors in fp32, as initialisers make them (path.py)."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight this layer stands for, [out_features, in_features] of `dtype`, without gradients."""
+        return dense_weight(self.paths()).to(dtype)
+
+    def _twin(self, form: type[Twin], parts: dict[str, Tensor]) -> Twin:
+        """A layer of the other form with these parts and this layer's bias."""
+        bias = self.bias is not None
+        twin = form(self.in_features, self.out_features, self.ranks, bias, "meta", scale_dtype=self.scale_dtype)
+        twin.fill("weight", parts)
+        twin.bias = self.bias
+        return twin.train(self.training)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, ranks={self.ranks}, bias={self.bias is not None}"
+
+
+Twin = TypeVar("Twin", bound=_FactoredLinear)
+
+
+class LittleBitLinear(_FactoredLinear):
+    """A linear layer on packed bits. `.weight` is U's words, int32 [sum_p r_p // 32, out_features].
+
+    Args:
+        ranks: rank of each path.
+        dtype: of the bias. scale_dtype: of the scales, whatever the model is cast to.
+
+    The parts are uninitialised until they are loaded or filled. x [..., in_features] of fp32, bf16 or fp16.
+    """
+
+    latent = False
+    group: Any = None  # a shared_input.SharedInput whose member `place` this layer is
+    place = 0
+    _repeated: Repeated | None = None  # what this layer alone launched before
 
     def forward(self, x: Tensor) -> Tensor:
         group = self.group
@@ -226,60 +207,35 @@ class LittleBitLinear(FactorModule, nn.Linear):
             found = self._repeated(x, (self._parameters,))
             if found is not None:
                 return found[0]
-        *parts, bias = self.factors()
-        y = ops.linear(x, parts, bias, self.ranks)
+        layer = self.packed()
+        y = ops.linear(x, layer)
         if y.is_cuda and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            self._repeated = repeated(x, ((*parts, bias, self.ranks),), (self._parameters,))
+            self._repeated = repeated(x, (layer,), (self._parameters,))
         return y
 
-    def factors(self) -> list[Tensor | None]:
-        """The parts as `ops.linear` takes them, and the bias."""
+    def packed(self) -> PackedLayer:
+        """The layer's parts as the kernels take them."""
         held = self._parameters
         try:
             # Eight times Module.__getattr__ would cost as much as the whole product of a small layer.
-            return [held[name] for name in FORWARD_PARAMETERS]
+            parts = [held[name] for name in FORWARD_PARAMETERS]
         except KeyError:  # a wrapper (parametrizations, sharding) keeps them elsewhere
-            return [getattr(self, name) for name in FORWARD_PARAMETERS]
+            parts = [getattr(self, name) for name in FORWARD_PARAMETERS]
+        return PackedLayer._make((*parts, self.ranks))
 
     def paths(self) -> list[Path]:
         """The factors, with ±UNPACKED_LATENT for latents."""
         return unpack_paths(self.parts("weight", PACKED_PARTS), self.ranks)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight this layer stands for, [out_features, in_features]."""
-        return dense_weight(self.paths()).to(dtype)
-
     def unpack(self) -> LatentLittleBitLinear:
         """The trainable twin: same signs, same scales."""
-        twin = LatentLittleBitLinear(
-            self.in_features, self.out_features, self.ranks, self.bias is not None, "meta", scale_dtype=self.scale_dtype
-        )
-        twin.fill("weight", latent_parts(self.paths()))
-        twin.bias = self.bias
-        return twin.train(self.training)
-
-    def extra_repr(self) -> str:
-        return _describe(self)
+        return self._twin(LatentLittleBitLinear, latent_parts(self.paths()))
 
 
-class LatentLittleBitLinear(FactorModule, nn.Linear):
+class LatentLittleBitLinear(_FactoredLinear):
     """A linear layer on latents. `.weight` is U's latent, fp32 [out_features, sum_p r_p]; arguments as LittleBitLinear."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        ranks: Sequence[int],
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        scale_dtype: torch.dtype = torch.bfloat16,
-    ):
-        FactorModule.__init__(self, scale_dtype)
-        self.in_features, self.out_features, self.ranks = in_features, out_features, list(ranks)
-        self.sign_gradient, self.alpha = "smooth", ALPHA
-        self.register_parameter("bias", _bias(out_features, bias, device, dtype))
-        self.declare_latent("weight", (out_features, in_features), ranks, device)
+    latent = True
 
     def forward(self, x: Tensor) -> Tensor:
         x = autocast_input(x)
@@ -290,33 +246,13 @@ class LatentLittleBitLinear(FactorModule, nn.Linear):
         """The latents, with the scales rounded as in the forward."""
         return latent_paths(self.parts("weight", LATENT_PARTS), self.ranks, self.scale_dtype)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight this layer stands for, [out_features, in_features]."""
-        return dense_weight(self.paths()).to(dtype)
-
     def pack(self) -> LittleBitLinear:
         """The packed twin: the latents' signs, the scales rounded to `scale_dtype`."""
-        twin = LittleBitLinear(
-            self.in_features, self.out_features, self.ranks, self.bias is not None, "meta", scale_dtype=self.scale_dtype
-        )
-        twin.fill("weight", pack_parts(self.paths(), self.scale_dtype))
-        twin.bias = self.bias
-        return twin.train(self.training)
-
-    def extra_repr(self) -> str:
-        return _describe(self)
+        return self._twin(LittleBitLinear, pack_parts(self.paths(), self.scale_dtype))
 
 
-def latent_product(x: Tensor, parts: dict[str, Tensor], ranks: Sequence[int], layer: Any) -> Tensor:
+def latent_product(x: Tensor, parts: dict[str, Tensor], ranks: Sequence[int], layer: FactorModule) -> Tensor:
     """The layer's product on latent parts, in x's dtype; `layer` gives scale_dtype, sign_gradient and alpha."""
     gradient = SignGradient(layer.sign_gradient, layer.alpha)
-    u, v, h, l, g = (parts[part] for part in LATENT_PARTS)  # noqa: E741
-    return factored_product(x, u, v, h, l, g, tuple(ranks), layer.scale_dtype, gradient)
-
-
-def _bias(size: int, bias: bool, device: Any, dtype: torch.dtype | None) -> nn.Parameter | None:
-    return nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if bias else None
-
-
-def _describe(layer: Any) -> str:
-    return f"in_features={layer.in_features}, out_features={layer.out_features}, ranks={layer.ranks}, bias={layer.bias is not None}"
+    u, v, scale_out, scale_rank, scale_in = (parts[part] for part in LATENT_PARTS)
+    return factored_product(x, u, v, scale_out, scale_rank, scale_in, tuple(ranks), layer.scale_dtype, gradient)

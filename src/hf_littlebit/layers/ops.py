@@ -4,7 +4,7 @@
     hf_littlebit::linears(x, parts, ranks, paths) -> y of every layer; no gradient is recorded
     hf_littlebit::linear_grad(grad, u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, ranks) -> grad_x
 
-Parts as in kernels/packing.py. The gradient is that of x and of the bias; it runs through the same packed parts, with no
+Parts as in kernels/parts.py. The gradient is that of x and of the bias; it runs through the same packed parts, with no
 dense copy. Scales and bits are constants here: they are trained as a latent layer (linear.py).
 
 The plain-torch implementation is registered for every device; where the compiled CPU kernel is loaded (kernels/cpu.py) the
@@ -14,48 +14,45 @@ dispatcher goes to it without a step through Python.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ..internals.torch import below_autograd
-from ..kernels import littlebit_linear, littlebit_linear_grad, littlebit_linears
+from ..kernels import PackedLayer, littlebit_linear, littlebit_linear_grad, products
 from .eager import unseen
 
 __all__ = ["PART_COUNT", "differentiable", "linear", "linears"]
 
 
-PART_COUNT = 8  # of a layer in `linears`: those below and the bias
+PART_COUNT: Final = 8  # of a layer in `linears`: those below and the bias
 _PARTS = "Tensor u, Tensor? u_tail, Tensor? v, Tensor? v_tail, Tensor scale_out, Tensor scale_rank, Tensor scale_in"
 _LIBRARY = torch.library.Library("hf_littlebit", "FRAGMENT")  # lives as long as the module: dropping it unregisters
 
 
-def linear(x: Tensor, parts: Sequence[Tensor | None], bias: Tensor | None, ranks: list[int]) -> Tensor:
-    """x [..., in_features] -> [..., out_features] in x's dtype (fp32, bf16, fp16), accumulated in fp32.
+def linear(x: Tensor, layer: PackedLayer) -> Tensor:
+    """x [..., in_features] of fp32, bf16 or fp16 -> [..., out_features] of the same dtype, accumulated in fp32.
 
-    `parts` are u, u_tail, v, v_tail, scale_out, scale_rank and scale_in, None where a part has no rows.
+    Raises:
+        RuntimeError: a part has another shape, dtype or device than x and the ranks ask for, or the scales ask for a gradient.
     """
-    if torch.compiler.is_compiling() or differentiable(x, bias, *parts):
-        return _OPERATOR(x, *parts, bias, ranks)
+    if torch.compiler.is_compiling() or differentiable(x, *layer[:PART_COUNT]):
+        return _OPERATOR(x, *layer)
     if not x.is_cpu and unseen(x):
-        return littlebit_linear(x, *parts, bias, ranks)
+        return products(x, (layer,))[0]
     # Nothing to record: autograd's step through Python costs as much as all the rest of a call on a small layer.
     with below_autograd():
-        return _OPERATOR(x, *parts, bias, ranks)
+        return _OPERATOR(x, *layer)
 
 
-def linears(x: Tensor, layers: Sequence[Sequence[Any]]) -> list[Tensor]:
-    """`linear` of several layers with the same x, in one call. Only where none is `differentiable`: no gradient is recorded.
-
-    Args:
-        layers: the PART_COUNT parts of every layer, as `linear` takes them, the bias last, and its list of ranks.
-    """
+def linears(x: Tensor, layers: Sequence[PackedLayer]) -> list[Tensor]:
+    """`linear` of several layers with the same x, in one call. Only where none is `differentiable`: no gradient is recorded."""
     if not torch.compiler.is_compiling() and unseen(x):
-        return littlebit_linears(x, layers)
+        return products(x, layers)
     parts = [part for layer in layers for part in layer[:PART_COUNT]]
-    ranks = [rank for layer in layers for rank in layer[PART_COUNT]]
-    paths = [len(layer[PART_COUNT]) for layer in layers]
+    ranks = [rank for layer in layers for rank in layer.ranks]
+    paths = [len(layer.ranks) for layer in layers]
     if torch.compiler.is_compiling():
         return _TOGETHER(x, parts, ranks, paths)
     with below_autograd():
@@ -75,9 +72,10 @@ def differentiable(*tensors: Tensor | None) -> bool:
 def _linears(x: Tensor, parts: list[Tensor | None], ranks: list[int], paths: list[int]) -> list[Tensor]:
     layers, first = [], 0
     for index, count in enumerate(paths):
-        layers.append((*parts[PART_COUNT * index : PART_COUNT * (index + 1)], ranks[first : first + count]))
+        own = parts[PART_COUNT * index : PART_COUNT * (index + 1)]
+        layers.append(PackedLayer._make([*own, ranks[first : first + count]]))
         first += count
-    return littlebit_linears(x, layers)
+    return products(x, layers)
 
 
 def _linears_fake(x: Tensor, parts: list[Any], ranks: list[int], paths: list[int]) -> list[Tensor]:
@@ -89,9 +87,10 @@ def _linear_fake(x: Tensor, u: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], u.shape[-1])
 
 
-def _linear_grad_fake(grad: Tensor, u: Tensor, u_tail: Any, v: Any, v_tail: Any, h: Any, l: Any, g: Tensor, ranks: Any):  # noqa: E741
+def _linear_grad_fake(grad: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    *_, scale_in, _ = rest
     _same_device(grad, u)
-    return grad.new_empty(*grad.shape[:-1], g.shape[-1])
+    return grad.new_empty(*grad.shape[:-1], scale_in.shape[-1])
 
 
 def _same_device(x: Tensor, u: Tensor) -> None:

@@ -11,8 +11,6 @@ of the module changes: names, parameters and saved files are the same.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,19 +36,20 @@ class OutputHead(nn.Linear):
         return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def attach_head(model: Any) -> None:
+def attach_head(model: nn.Module) -> None:
     """Make the output head of `model` an OutputHead, if it is a plain `nn.Linear`."""
     head = _head(model)
     if type(head) is nn.Linear:
         head.__class__ = OutputHead
 
 
-def detach_head(model: Any) -> None:
+def detach_head(model: nn.Module) -> None:
     """Undo `attach_head`."""
     head = _head(model)
     if type(head) is OutputHead:
         head.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def _head(model: Any) -> Any:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def _head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return None if getter is None else getter()  # type: ignore[operator]  # of any model of transformers

@@ -1,6 +1,6 @@
 """One path of a layer as plain tensors: what initialisers make, and what packed and latent layers are made from.
 
-    W ~ sum_p diag(h_p) U_p diag(l_p) V_p^T diag(g_p)          (LittleBit, arXiv 2506.13771, eq. 5)
+    W ~ sum_p diag(scale_out_p) U_p diag(scale_rank_p) V_p^T diag(scale_in_p)          (LittleBit, arXiv 2506.13771, eq. 5)
 
 A `Path` holds one term of the sum in fp32, whole, so that who makes factors need not know how a layer stores them
 (linear.py), nor a layer how they were found. It takes 32 times the memory of the packed bits: one weight at a time.
@@ -22,13 +22,13 @@ __all__ = ["Path", "dense_weight"]
 
 @dataclass(frozen=True)
 class Path:
-    """One term `diag(h) U diag(l) V^T diag(g)`; U, V are the latents' signs, zero as +1. fp32, contiguous."""
+    """One term of the sum; U and V are the signs of the latents, a zero counts as +1. All fp32 and contiguous."""
 
     u: Tensor  # latent [out, r]
     v: Tensor  # latent [in, r]
-    scale_out: Tensor  # h [out]
-    scale_rank: Tensor  # l [r]
-    scale_in: Tensor  # g [in]
+    scale_out: Tensor  # [out]
+    scale_rank: Tensor  # [r]
+    scale_in: Tensor  # [in]
 
     def dense(self) -> Tensor:
         """The weight this path stands for, [out, in] fp32, held within fp32's range."""
@@ -39,7 +39,7 @@ class Path:
 
 
 def dense_weight(paths: Sequence[Path]) -> Tensor:
-    """sum_p diag(h) U diag(l) V^T diag(g), [out, in] fp32."""
+    """The weight that the paths stand for together, [out, in] fp32."""
     total = paths[0].dense()
     for path in paths[1:]:
         total += path.dense()

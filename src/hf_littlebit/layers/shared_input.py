@@ -112,7 +112,7 @@ class SharedInput:
         return result
 
     def _product_in_trace(self, place: int, x: Tensor) -> Tensor | None:
-        """The same with what torch.compile can follow: it sees which tensors are one, but neither threads nor changes."""
+        """`product` by what torch.compile can follow: it sees which tensors are one, but neither threads nor changes."""
         if self._traced is not None:
             held, results = self._traced
             result = results[place]
@@ -142,12 +142,12 @@ class SharedInput:
                 return [*again]
         layers = []
         for member in members:
-            parts = member.factors()
-            u = parts[0]
+            layer = member.packed()
+            u = layer.u
             # A part that is released (offloaded, or sharded and not gathered) is on meta or has no elements.
             if u is None or u.device != x.device or u.dim() != 2:
                 return None
-            layers.append((*parts, member.ranks))
+            layers.append(layer)
         results: Results = [*ops.linears(x, layers)]
         if not torch.compiler.is_compiling() and x.is_cuda:
             self._repeated = repeated(x, layers, holders)
@@ -164,9 +164,9 @@ class SharedInput:
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What a result depends on besides x's identity and the weights. A tensor made under inference_mode counts no changes."""
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    stream = cuda_stream(x.get_device()) if kind == "cuda" else None
+    device_type = x.device.type
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    stream = cuda_stream(x.get_device()) if device_type == "cuda" else None
     return version(x), autocast, torch.is_inference_mode_enabled(), stream
 
 

@@ -23,9 +23,10 @@ from ..config import LittleBitConfig
 from ..initialize.calibration import Importance
 from ..initialize.factorize import factorize
 from ..internals.accelerate import offload_beside
-from ..kernels.packing import factor_shapes
 from ..layers.experts import LittleBitExperts
-from ..layers.linear import LATENT_PARTS, FactorModule, latent_parts, pack_parts, part_name
+from ..layers.linear import FactorModule
+from ..layers.parts import latent_parts, pack_parts, part_name
+from ..layers.parts import part_shapes as layer_shapes
 from ..layers.path import Path
 from ..plan import WeightPlan
 
@@ -38,13 +39,7 @@ def part_shapes(plan: WeightPlan, config: LittleBitConfig) -> dict[str, tuple[tu
     """{parameter name in the model: (shape, dtype)} of every part that a planned weight is stored in."""
     lead = () if plan.weight == "weight" else (plan.count,)
     scale_dtype = getattr(torch, config.scale_dtype)
-    if config.format == "latent":
-        total, paths = sum(plan.ranks), len(plan.ranks)
-        out_features, in_features = plan.out_features, plan.in_features
-        sizes = ((out_features, total), (in_features, total), (paths, out_features), (total,), (paths, in_features))
-        shapes = {part: (size, torch.float32) for part, size in zip(LATENT_PARTS, sizes, strict=True)}
-    else:
-        shapes = factor_shapes(plan.in_features, plan.out_features, plan.ranks, scale_dtype)
+    shapes = layer_shapes(plan.out_features, plan.in_features, plan.ranks, config.format == "latent", scale_dtype)
     return {
         f"{plan.module}.{part_name(plan.weight, part)}": ((*lead, *shape), dtype)
         for part, (shape, dtype) in shapes.items()

@@ -26,7 +26,8 @@ from ..internals.deepspeed import is_partitioned
 from ..internals.torch import compiled_model
 from ..internals.transformers import fp32_modules
 from ..layers.experts import LittleBitExperts
-from ..layers.linear import LATENT_PARTS, FactorModule, LatentLittleBitLinear, LittleBitLinear, part_name
+from ..layers.linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
+from ..layers.parts import LATENT_PARTS, part_name
 from ..module_names import needs_fp32
 from ..plan import Plan, WeightPlan, plan_model
 from .conversion import factor_weight

@@ -58,18 +58,24 @@ def verify(model: PreTrainedModel, plan: Plan, config: LittleBitConfig, header: 
     """Compare the `header` of a checkpoint with the quantized `model` (on meta) that it is to be loaded into.
 
     Raises:
-        ValueError: if a tensor is missing, or has another shape or dtype than the config implies.
+        ValueError: if a tensor is missing, or has another dtype than the config implies or another shape than the ranks of its
+            layer imply, which the plan has from the file itself.
     """
     prefix = model.base_model_prefix
-    expected = {name: entry for weight in plan.weights for name, entry in part_shapes(weight, config).items()}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    ranks: dict[str, tuple[int, ...]] = {}
+    for weight in plan.weights:
+        shapes = part_shapes(weight, config)
+        expected.update(shapes)
+        ranks.update(dict.fromkeys(shapes, weight.ranks))
     for name, (shape, dtype) in expected.items():
         entry = _find(header, name, prefix)
         # DeepSpeed saves latents in the 16 bits that it computes in.
         allowed = {NAMES[dtype], "BF16", "F16"} if dtype == torch.float32 else {NAMES[dtype]}
         if entry is not None and (entry[0] not in allowed or entry[1] != shape):
             raise ValueError(
-                f"{name} is {entry[0]} {list(entry[1])} in {entry[2]}, but the config (bpw {config.bpw:g}, format "
-                f"{config.format!r}) implies {NAMES[dtype]} {list(shape)}; the file is damaged or its config.json was changed"
+                f"{name} is {entry[0]} {list(entry[1])} in {entry[2]}, but a layer of ranks {list(ranks[name])} in the format "
+                f"{config.format!r} implies {NAMES[dtype]} {list(shape)}; the file is damaged or its config.json was changed"
             )
     for name, parameter in model.named_parameters():
         entry = None if name in expected else _find(header, name, prefix)

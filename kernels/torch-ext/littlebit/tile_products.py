@@ -1,11 +1,11 @@
-"""Kernels of the two products of many tokens: words of signs times bf16 terms, into the latent space and out of it.
+"""Kernels of the two products of many tokens: words of signs times bf16 terms, into rank space and out of it.
 
-    expand       latent[t, j] = l[j] sum_k F[k, j] terms[p, t, k]                     p: the path of rank j
-    contract     y[t, n] = sum_p o_p[n] sum_j G_p[j, n] latent[t, j] + bias[n]
+    expand       rank_acts[t, j] = scale_rank[j] sum_k F[k, j] terms[p, t, k]         p: the path of rank j
+    contract     y[t, n] = sum_p scale_last[p, n] sum_j G_p[j, n] rank_acts[t, j] + bias[n]
 
-gemm.py launches them and says what F, G and o are. Both compute tiles of [ranks or outputs, tokens] by `add_signs` (sums.py)
-and differ in where the signs of a tile lie: a block of ranks belongs to one path, whose rows of words follow those of the
-paths before it; an output sums over all paths, two of them in one loop.
+gemm.py launches them and says what F, G and scale_last are. Both compute tiles of [ranks or outputs, tokens] by `add_signs`
+(sums.py) and differ in where the signs of a tile lie: a block of ranks belongs to one path, whose rows of words follow those of
+the paths before it; an output sums over all paths, two of them in one loop.
 
 Splits of a sum are the grid's third axis. They write fp32 sums into `partial`, which scaled.py adds in a fixed order.
 """
@@ -45,7 +45,7 @@ def expand(
     PTX: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The latent, behind the PLANES planes of terms, or its sums of a split in `partial`, if that is not None."""
+    """rank_acts, behind the PLANES planes of terms, or its sums of a split in `partial`, if that is not None."""
     split = tl.program_id(2)
     path, rank, before, words_before, slots, inside = segment(tl.program_id(1), ranks, UNIT, BLOCK, PAD)
     rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
@@ -109,7 +109,7 @@ def expand(
         tl.store(partial + split * plane_out + place, in_pair_order(result, BLOCK, BLOCK_T))
     else:
         gain = tl.load(scale_rank + before + columns, mask=columns < rank, other=0.0).to(tl.float32)
-        # Behind the last rank the signs mean nothing, and whoever reads the latent needs zeros.
+        # Behind the last rank the signs mean nothing, and whoever reads rank_acts needs zeros.
         result = in_pair_order(tl.where((columns < rank)[:, None], result * gain[:, None], 0.0), BLOCK, BLOCK_T)
         scaled.store_terms(terms + PLANES * plane + place, plane_out, result, rows[None, :] < height, TERMS)
 
@@ -142,7 +142,7 @@ def contract(
     PTX: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """y, or its sums of a split in `partial`, if that is not None. `width` is that of the planes before the latent.
+    """y, or its sums of a split in `partial`, if that is not None. `width` is that of the planes before rank_acts.
 
     Two paths are summed together, by signs of their scales instead of ones. APART: each by itself, without its scale.
     """
@@ -153,7 +153,9 @@ def contract(
     held = tl.minimum(columns, features - 1)
     all_slots = segments(ranks, UNIT, PAD)
     plane = height.to(tl.int64) * all_slots
-    latent = terms + PLANES * height.to(tl.int64) * width + rows[None, :] * all_slots + tl.arange(0, BLOCK_K)[:, None]
+    rank_acts = (
+        terms + PLANES * height.to(tl.int64) * width + rows[None, :] * all_slots + tl.arange(0, BLOCK_K)[:, None]
+    )
     rank = ranks[0] * UNIT
     more = rank
     before = 0
@@ -216,7 +218,7 @@ def contract(
         held,
         along,
         features,
-        latent + slots_before,
+        rank_acts + slots_before,
         plane,
         first,
         last,
