@@ -26,8 +26,9 @@ One path of ADMM beats two of anything: a second path repairs a weak initialiser
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,15 +37,22 @@ from ..layers.path import Path
 from ..layers.precision import exact_fp32
 from ..layers.sign import sign
 from .admm import LATENT_SIZE, admm_factors, rank_one
+from .refit import refit_scales, root_importance, squared_norm
 from .svd import random_normal, truncated_svd
 
-__all__ = ["INITS", "admm", "dual_svid", "factorize", "joint_itq", "refit_scales", "relative_error"]
+__all__ = [
+    "INITIALISERS",
+    "INITS",
+    "Initialiser",
+    "admm",
+    "dual_svid",
+    "factorize",
+    "joint_itq",
+    "refit_scales",
+    "relative_error",
+]
 
-INITS = ("dual_svid", "joint_itq", "admm")
-STEPS = {"dual_svid": 0, "joint_itq": 50, "admm": 200}
-REFIT_ROUNDS = {"dual_svid": 0, "joint_itq": 4, "admm": 4}
 SIZE_CARRIED = 100  # `scale_rank` carries sizes in 2 ** (-100 .. 100), `scale_out` the rest: no bf16 scale overflows
-IMPORTANCE_FLOOR = 1e-8  # of the largest importance: a dead input still keeps a scale
 
 
 def factorize(
@@ -64,8 +72,8 @@ def factorize(
     Args:
         ranks: rank of each path, at least 1. May exceed min(out, in): the SVD initialisers then leave zero scales.
         init: one of INITS.
-        steps: Joint-ITQ iterations or ADMM steps; None for STEPS. Dual-SVID has none.
-        refit_rounds: rounds of `refit_scales`; None for REFIT_ROUNDS, 0 for the initialiser alone.
+        steps: iterations of Joint-ITQ or ADMM; None for those of INITIALISERS. Dual-SVID has none.
+        refit_rounds: rounds of `refit_scales`; None for those of INITIALISERS, 0 for the initialiser alone.
         row_importance: o [out], mean squared gradient of each output; with it and `col_importance` the error minimised
             is sum_jk o_j i_k (W - W_hat)_jk^2 (NanoQuant's diagonal preconditioning), refit included.
         col_importance: i [in], mean squared input.
@@ -89,8 +97,8 @@ def factorize(
                 f"{name}: {bad} of {target.numel()} values are NaN or Inf (in fp32); only finite weights can be"
                 " factored. Check the checkpoint, or leave this layer out of the quantization"
             )
-        rows = _root_importance(row_importance, target.shape[0], "row_importance", name, weight.device)
-        cols = _root_importance(col_importance, target.shape[1], "col_importance", name, weight.device)
+        rows = root_importance(row_importance, target.shape[0], "row_importance", name, weight.device)
+        cols = root_importance(col_importance, target.shape[1], "col_importance", name, weight.device)
         # Dividing by a power of two is exact, and near one no square under- or overflows.
         exponent = _exponent(target)
         rest = (target / 2.0**exponent).mul_(rows[:, None]).mul_(cols)
@@ -102,7 +110,7 @@ def factorize(
             path = _initialise(scaled, rank, init, steps, seed + index)
             if refit_rounds:
                 path = refit_scales(scaled, path, rounds=refit_rounds)
-            if init != "admm" and path.scale_rank.any():
+            if INITIALISERS[init].keeps_size and path.scale_rank.any():
                 # The published latents are those of the weight itself, not of its normalised copy.
                 size = 2.0 ** ((exponent + shift) / 2)
                 path = replace(path, u=path.u * size, v=path.v * size)
@@ -122,7 +130,7 @@ def dual_svid(weight: Tensor, rank: int, *, seed: int = 0) -> Path:
         return _from_latents(u * s.sqrt(), v * s.sqrt())
 
 
-def joint_itq(weight: Tensor, rank: int, *, steps: int = STEPS["joint_itq"], seed: int = 0) -> Path:
+def joint_itq(weight: Tensor, rank: int, *, steps: int = 50, seed: int = 0) -> Path:
     """Joint-ITQ of `weight` [out, in]: SVD latents A, B turned by the rotation R that brings [A; B] R near its signs.
 
     R starts random and alternates with the signs: S = sign([A; B] R), then the orthogonal Procrustes solution for S.
@@ -138,49 +146,45 @@ def joint_itq(weight: Tensor, rank: int, *, steps: int = STEPS["joint_itq"], see
         return _from_latents(stacked[: len(u)], stacked[len(u) :])
 
 
-def admm(weight: Tensor, rank: int, *, steps: int = STEPS["admm"], seed: int = 0) -> Path:
+def admm(weight: Tensor, rank: int, *, steps: int = 200, seed: int = 0) -> Path:
     """ADMM factors of `weight` [out, in]; the latents have median magnitude LATENT_SIZE."""
     with exact_fp32(weight.device):
         return Path(*admm_factors(weight.detach().float(), rank, steps=steps, seed=seed))
 
 
-def refit_scales(
-    weight: Tensor,
-    path: Path,
-    *,
-    rounds: int = 4,
-    row_importance: Tensor | None = None,
-    col_importance: Tensor | None = None,
-) -> Path:
-    """Least-squares scales for the signs of `path`, given `weight` [out, in]; the signs and latents stay.
+class Initialiser(NamedTuple):
+    """A way from a matrix [out, in] to one path of a rank, and how `factorize` uses it.
 
-    Each round solves scale_out (one number per row), scale_rank, scale_in (one per column) and scale_rank again, each
-    exactly for the others fixed. With A = diag(scale_out) U and B = diag(scale_in) V, scale_rank solves the r x r normal
-    equations ((A^T A) * (B^T B)) scale_rank = diag(A^T W B). The (weighted) error never grows: where rounding or the ridge
-    of the normal equations made it larger, `path` itself comes back. A round costs two products with the weight.
+    Attributes:
+        title: its name in a model card.
+        function: of (matrix, rank, steps, seed).
+        steps: by default; 0 for one that has none. refit_rounds: of `refit_scales` afterwards, by default.
+        keeps_size: its latents grow with the weight, as the published ones do; those of the others have a size of their own.
     """
-    with exact_fp32(weight.device):
-        w = weight.detach().float()
-        rows = _root_importance(row_importance, w.shape[0], "row_importance", "refit_scales", w.device)
-        cols = _root_importance(col_importance, w.shape[1], "col_importance", "refit_scales", w.device)
-        w = w * rows[:, None] * cols
-        u, v = sign(path.u), sign(path.v)
-        scale_out, scale_rank, scale_in = path.scale_out * rows, path.scale_rank, path.scale_in * cols
-        before = _squared(w - Path(u, v, scale_out, scale_rank, scale_in).dense())
-        for _ in range(rounds):
-            b = v * scale_in[:, None]
-            wb, bb = w @ b, b.T @ b
-            scale_out = _fit_side(u, wb, bb, scale_rank, scale_out)
-            a = u * scale_out[:, None]
-            aa = a.T @ a
-            scale_rank = _fit_rank(aa * bb, (a * wb).sum(0), scale_rank)
-            wa = w.T @ a
-            scale_in = _fit_side(v, wa, aa, scale_rank, scale_in)
-            b = v * scale_in[:, None]
-            scale_rank = _fit_rank(aa * (b.T @ b), (b * wa).sum(0), scale_rank)
-        after = _squared(w - Path(u, v, scale_out, scale_rank, scale_in).dense())
-        # Written so that a NaN in `after` keeps the old scales too.
-        return Path(path.u, path.v, scale_out / rows, scale_rank, scale_in / cols) if after < before else path
+
+    title: str
+    function: Callable[[Tensor, int, int, int], Path]
+    steps: int
+    refit_rounds: int
+    keeps_size: bool
+
+
+INITIALISERS = {
+    "dual_svid": Initialiser(
+        "Dual-SVID", lambda matrix, rank, steps, seed: dual_svid(matrix, rank, seed=seed), 0, 0, keeps_size=True
+    ),
+    "joint_itq": Initialiser(
+        "Joint-ITQ",
+        lambda matrix, rank, steps, seed: joint_itq(matrix, rank, steps=steps, seed=seed),
+        50,
+        4,
+        keeps_size=True,
+    ),
+    "admm": Initialiser(
+        "ADMM", lambda matrix, rank, steps, seed: admm(matrix, rank, steps=steps, seed=seed), 200, 4, keeps_size=False
+    ),
+}
+INITS = tuple(INITIALISERS)
 
 
 def relative_error(weight: Tensor, paths: Sequence[Path]) -> float:
@@ -189,10 +193,10 @@ def relative_error(weight: Tensor, paths: Sequence[Path]) -> float:
         target = weight.detach().float()
         exponent = _exponent(target)
         rest = target / 2.0**exponent
-        norm = _squared(rest)
+        norm = squared_norm(rest)
         for path in paths:
             rest -= path.dense() / 2.0**exponent
-        error = _squared(rest)
+        error = squared_norm(rest)
         return error / norm if norm else (0.0 if not error else math.inf)
 
 
@@ -200,8 +204,8 @@ def _checked(
     weight: Tensor, ranks: Sequence[int], init: str, steps: int | None, refit_rounds: int | None, name: str
 ) -> tuple[int, int]:
     """Validate the arguments of `factorize` and fill its defaults."""
-    if init not in INITS:
-        raise ValueError(f"{name}: init is {init!r}; choose one of {', '.join(map(repr, INITS))}")
+    if init not in INITIALISERS:
+        raise ValueError(f"{name}: init is {init!r}; choose one of {', '.join(map(repr, INITIALISERS))}")
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(
             f"{name}: shape is {tuple(weight.shape)}; only a non-empty matrix [out, in] can be factored."
@@ -217,35 +221,14 @@ def _checked(
     for rank in ranks:
         if rank < 1:
             raise ValueError(f"{name}: rank is {rank}; the smallest is 1: ask for more bits per weight or fewer paths")
-    steps = STEPS[init] if steps is None else steps
-    if steps < 1 and init != "dual_svid":
-        raise ValueError(f"{name}: steps is {steps}; {init} needs at least 1 (None gives {STEPS[init]})")
-    refit_rounds = REFIT_ROUNDS[init] if refit_rounds is None else refit_rounds
+    method = INITIALISERS[init]
+    steps = method.steps if steps is None else steps
+    if steps < 1 and method.steps:
+        raise ValueError(f"{name}: steps is {steps}; {init} needs at least 1 (None gives {method.steps})")
+    refit_rounds = method.refit_rounds if refit_rounds is None else refit_rounds
     if refit_rounds < 0:
         raise ValueError(f"{name}: refit_rounds is {refit_rounds}; the smallest is 0, which keeps the first scales")
     return steps, refit_rounds
-
-
-def _root_importance(value: Tensor | None, size: int, what: str, name: str, device: torch.device) -> Tensor:
-    """Square root of an importance [size] with mean square one and a floor; ones when there is none."""
-    if value is None:
-        return torch.ones(size, dtype=torch.float32, device=device)
-    if tuple(value.shape) != (size,):
-        raise ValueError(
-            f"{name}: {what} has shape {tuple(value.shape)}; it needs ({size},), one per {what[:3]} of the weight"
-        )
-    value = value.detach().to(device=device, dtype=torch.float32)
-    bad = int((~(torch.isfinite(value) & (value >= 0))).sum())
-    if bad:
-        raise ValueError(
-            f"{name}: {bad} of {size} values of {what} are negative, NaN or Inf; a second moment is finite and >= 0."
-            " Collect it in fp32, or pass None"
-        )
-    top = value.max()
-    if not top > 0:
-        return torch.ones_like(value)
-    value = (value / top).clamp_min(IMPORTANCE_FLOOR)
-    return (value / value.mean()).sqrt()
 
 
 def _exponent(matrix: Tensor) -> int:
@@ -254,20 +237,12 @@ def _exponent(matrix: Tensor) -> int:
     return min(max(math.frexp(top)[1] - 1, -120), 127) if top else 0
 
 
-def _squared(x: Tensor) -> float:
-    return float(x.square().sum())
-
-
 def _initialise(target: Tensor, rank: int, init: str, steps: int, seed: int) -> Path:
     if not target.any():
         # Nothing to fit. Random latents, not constant ones: training can only tell columns apart that differ.
         u, v = (sign(random_normal(k, rank, seed, target.device)) * LATENT_SIZE for k in target.shape)
         return Path(u, v, target.new_ones(len(u)), target.new_zeros(rank), target.new_ones(len(v)))
-    if init == "dual_svid":
-        return dual_svid(target, rank, seed=seed)
-    if init == "joint_itq":
-        return joint_itq(target, rank, steps=steps, seed=seed)
-    return admm(target, rank, steps=steps, seed=seed)
+    return INITIALISERS[init].function(target, rank, steps, seed)
 
 
 def _from_latents(a: Tensor, b: Tensor) -> Path:
@@ -293,28 +268,6 @@ def _polar(matrix: Tensor) -> Tensor:
         return y
     q, _, p = torch.linalg.svd(matrix)
     return q @ p
-
-
-def _fit_side(binary: Tensor, product: Tensor, gram: Tensor, scale_rank: Tensor, old: Tensor) -> Tensor:
-    """Best row scales [k] of `diag(.) binary diag(scale_rank) B^T`; `old` where any would do.
-
-    Args:
-        product: W B [k, r]. gram: B^T B [r, r].
-    """
-    numerator = (product * binary) @ scale_rank
-    denominator = ((binary @ (gram * torch.outer(scale_rank, scale_rank))) * binary).sum(1)
-    return torch.where(denominator > 1e-30, numerator / denominator.clamp_min(1e-30), old)
-
-
-def _fit_rank(normal: Tensor, moments: Tensor, old: Tensor) -> Tensor:
-    """scale_rank [r] from normal scale_rank = moments; in fp64, since repeated columns make these nearly singular."""
-    normal, moments = normal.double(), moments.double()
-    mean = normal.diagonal().mean()
-    if not float(mean) > 0:
-        return old
-    normal.diagonal().add_(1e-7 * mean)
-    factor, failed = torch.linalg.cholesky_ex(normal)
-    return old if int(failed) else torch.cholesky_solve(moments[:, None], factor)[:, 0].float()
 
 
 def _balanced(path: Path, rows: Tensor, cols: Tensor, exponent: int) -> Path:

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from tabulate import tabulate
 
 from ..config import LittleBitConfig
+from ..initialize.factorize import INITIALISERS
 from ..internals.transformers import plain_upload
 from ..load.source import HUB_ID, find_source, quantization_of
 from .size import SizeReport, format_bytes, size_report
@@ -38,7 +39,6 @@ TASKS = {
     "ForQuestionAnswering": "question-answering",
     "Model": "feature-extraction",
 }
-INITS = {"admm": "ADMM", "joint_itq": "Joint-ITQ", "dual_svid": "Dual-SVID"}
 
 
 def model_card(
@@ -180,7 +180,7 @@ def _body(
 
 
 def _inits(report: SizeReport) -> str:
-    return ", ".join(sorted({INITS.get(layer.init, layer.init) for layer in report.layers}))
+    return ", ".join(sorted({INITIALISERS[layer.init].title for layer in report.layers}))
 
 
 def _size_rows(report: SizeReport) -> list[tuple[str, str]]:
