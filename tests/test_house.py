@@ -90,7 +90,7 @@ def test_no_file_imports_itself_by_way_of_others():
 OURS = {"self", "cls"}
 # Methods that the standard library documents although their names begin with "_", and operators of torch.ops.aten, whose names
 # are those of a table and not of Python's.
-DOCUMENTED = {"_asdict", "_replace", "_fields", "_local_scalar_dense", "_to_copy"}
+DOCUMENTED = {"_asdict", "_make", "_replace", "_fields", "_local_scalar_dense", "_to_copy"}
 ASKING = {"getattr", "hasattr", "setattr", "delattr"}
 
 
