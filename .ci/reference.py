@@ -2,7 +2,8 @@
 
     python .ci/reference.py [--out build/docs]
 
-Public are the names in `hf_littlebit.__all__`, and the methods and properties without an underscore that their classes add.
+Public are the names in `hf_littlebit.__all__`, and the methods and properties without an underscore that their classes add, or
+take from a class of the package that has no page of its own.
 It fails where one of them has no docstring, where an `Args:` section names what is no argument, and at every warning of the
 generator, pdoc.
 """
@@ -26,14 +27,26 @@ ARGUMENT = re.compile(r"^ {4}([\w, *]+)(?: \(.*?\))?:", re.MULTILINE)
 
 
 def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Each public name of `module`, and what it names: first those in `__all__`, after a class also what it adds itself."""
+    """Each public name of `module`, and what it names: first those in `__all__`, after a class also what it adds."""
     for name in module.__all__:
         found = getattr(module, name)
         yield name, found
         if inspect.isclass(found):
-            for part, value in vars(found).items():
+            for part, value in {**taken(module, found), **vars(found)}.items():
                 if not part.startswith("_") and (inspect.isroutine(value) or isinstance(value, property)):
                     yield f"{name}.{part}", getattr(found, part)
+
+
+def taken(module: ModuleType, found: type) -> dict[str, Any]:
+    """What a public class takes from classes of the package that are not public."""
+    inside = [one for one in found.__mro__[1:] if one.__module__.startswith(f"{module.__name__}.")]
+    return {
+        part: value
+        for one in reversed(inside)
+        if one.__name__ not in module.__all__
+        for part, value in vars(one).items()
+        if not part.startswith("_")
+    }
 
 
 def docstring(thing: Any) -> str:
@@ -71,7 +84,12 @@ def build(out: Path) -> None:
     import pdoc
 
     for name in hf_littlebit.__all__:  # some are imported when first asked for, and pdoc reads the module's dictionary
-        setattr(hf_littlebit, name, getattr(hf_littlebit, name))
+        found = getattr(hf_littlebit, name)
+        setattr(hf_littlebit, name, found)
+        if inspect.isclass(found):  # pdoc has no place for what is inherited from a class without a page
+            for part, value in taken(hf_littlebit, found).items():
+                if part not in vars(found):
+                    setattr(found, part, value)
     pdoc.render.configure(docformat="google", show_source=False, footer_text=f"hf-littlebit {hf_littlebit.__version__}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -231,9 +231,10 @@ def test_file_unlike_its_config(family_dir, tmp_path):
     whole = find_source(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["bpw"] = 8.0
+    # The file says its ranks, not the bits that were asked for; sizes of the model are the config's.
+    config["intermediate_size"] += 32
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"bpw 8.*the file is damaged or its config.json was changed"):
+    with pytest.raises(ValueError, match=r"a layer of ranks .*the file is damaged or its config.json was changed"):
         size_report(tmp_path)
     # From the Hub there are headers but no files.
     remote = Source("org/name", find_source(tmp_path).config, LittleBitConfig.from_dict(config["quantization_config"]))
@@ -241,7 +242,7 @@ def test_file_unlike_its_config(family_dir, tmp_path):
     with pytest.raises(ValueError, match=r"config\.json was changed"):
         size_report(remote)
     remote.header = {name: entry for name, entry in whole.header.items() if "layers.1" not in name}
-    remote.quantization = whole.quantization
+    remote.config, remote.quantization = whole.config, whole.quantization
     with pytest.raises(
         ValueError, match=r"missing from model\.safetensors, e\.g\. model\.layers\.1\..*the checkpoint is incomplete"
     ):
