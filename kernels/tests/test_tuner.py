@@ -75,7 +75,7 @@ def test_candidates_are_sizes_that_the_kernels_take(monkeypatch, dtype, units):
     assert met == ({"Few", "Tiles"} if units else {"Decode", "Tiles"})
 
 
-def test_equal_kernels_have_one_kind():
+def test_equal_kernels_have_one_key():
     trial = pytest.importorskip("hf_littlebit.kernels.trial")
     pytest.importorskip("triton")
     one, two, odd = (
@@ -83,14 +83,14 @@ def test_equal_kernels_have_one_kind():
         for out, into, rank in ((4096, 4096, 192), (8192, 2048, 320), (4100, 4096, 200))
     )
     tiles = tuning.Tiles(64, 64, 4, 3, 2, 64, 64, 4, 3, 2, 2, 2)
-    kinds = trial.kinds(one, tiles)
-    assert set(kinds) == {"one", "two"}
-    assert trial.kinds(two, tiles._replace(splits_one=4, splits_two=3)) == kinds  # other shapes and splits
-    other = trial.kinds(one, tiles._replace(warps_two=8))
-    assert other["one"] == kinds["one"] and other["two"] != kinds["two"]
-    assert trial.kinds(odd, tiles)["two"] != kinds["two"]  # rows that are no multiple of 16
-    assert trial.kinds(one._replace(dtype=torch.float16), tiles)["two"] != kinds["two"]
-    assert set(trial.kinds(one, tiles._replace(unpacked=1, terms=1))) == {"both"}
+    kernel_keys = trial.kernel_keys(one, tiles)
+    assert set(kernel_keys) == {"one", "two"}
+    assert trial.kernel_keys(two, tiles._replace(splits_one=4, splits_two=3)) == kernel_keys  # other shapes and splits
+    other = trial.kernel_keys(one, tiles._replace(warps_two=8))
+    assert other["one"] == kernel_keys["one"] and other["two"] != kernel_keys["two"]
+    assert trial.kernel_keys(odd, tiles)["two"] != kernel_keys["two"]  # rows that are no multiple of 16
+    assert trial.kernel_keys(one._replace(dtype=torch.float16), tiles)["two"] != kernel_keys["two"]
+    assert set(trial.kernel_keys(one, tiles._replace(unpacked=1, terms=1))) == {"both"}
 
 
 class Device:
@@ -125,16 +125,16 @@ class Device:
 
 @pytest.fixture
 def best(monkeypatch):
-    """What is found of one layer at 512 tokens, before the search; kinds of kernels by their fields alone."""
+    """What is found of one layer at 512 tokens, before the search; kernels are told apart by their fields alone."""
 
-    def kinds(case, config):
+    def kernel_keys(case, config):
         fields = config._asdict()
         return {
             side: (case.key, *(value for name, value in fields.items() if name.endswith(side) or side == "both"))
             for side in ("one", "two")
         } | {"both": (case.key, config.ranks, config.outputs, config.words, config.unpacked)}
 
-    monkeypatch.setattr(tuner, "kinds", kinds)
+    monkeypatch.setattr(tuner, "kernel_keys", kernel_keys)
     case = candidates.Case("tiles 1", (4096,), 4096, ((184,),), 512, torch.bfloat16, False)
     return {case: tuner.Found(case, candidates.start(CPU, case))}
 
@@ -226,7 +226,7 @@ def test_a_file_is_extended(monkeypatch, tmp_path):
     device = Device(lambda case, config: 5.0 if case.tokens > 4 else math.inf)
     monkeypatch.setattr(tuner, "current_device", lambda: CPU)
     monkeypatch.setattr(tuner, "Trial", device.trial)
-    monkeypatch.setattr(tuner, "kinds", lambda case, config: {"both": (case, config)})
+    monkeypatch.setattr(tuner, "kernel_keys", lambda case, config: {"both": (case, config)})
     monkeypatch.setattr(Workers, "run", lambda self, jobs, deadline: device.run(jobs, deadline))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
     other = {"few 8x8 8": [32, 8, 2, 32, 4, 2]}
@@ -287,8 +287,8 @@ def test_more_tokens_need_no_other_kernels(monkeypatch):
             if tokens <= 4 or len(outs) == 1:
                 size = tokens if tokens <= 4 else tuning.bucket(tokens)
                 case = candidates.Case("", outs, 257, ranks, size, torch.float32, False)
-                kinds = trial.kinds(case._replace(tokens=tokens), candidates.start(CPU, case))
-                found |= {kernel for steps in kinds.values() for kernel in steps}
+                kernel_keys = trial.kernel_keys(case._replace(tokens=tokens), candidates.start(CPU, case))
+                found |= {kernel for steps in kernel_keys.values() for kernel in steps}
         return found
 
     warm = set().union(*map(kernels, (1, 2, 4, 16, 32, 64, 128, 4096)))

@@ -1,6 +1,6 @@
 """One case of tuner.py on the device: its weights, its launches with tiles of any size, their time and their error.
 
-    kinds(case, config)      what is compiled for it: {"one" or "two": a key that is equal where the kernels are}
+    kernel_keys(case, config)      what is compiled for it: {"one" or "two": a key that is equal where the kernels are}
     run_once(job)            compile and run one product's launches, in a process of its own (workers.py)
     Trial(case)              .error(config) against the reference, .microseconds(config, side) in CUDA graphs
 
@@ -21,7 +21,7 @@ from .launch import Step, run
 from .parts import PARTS, PackedLayer, factor_shapes
 from .tuning import Decode, Few
 
-__all__ = ["Job", "Trial", "current_device", "kinds", "launches", "random_layer", "run_once"]
+__all__ = ["Job", "Trial", "current_device", "kernel_keys", "launches", "random_layer", "run_once"]
 
 CALLS = 24  # of a product, in a graph that is timed
 COLD = 200 << 20  # bytes of copies that are rotated, so that weights come from memory
@@ -98,17 +98,17 @@ def _sides(steps: Sequence[Step]) -> Dict[str, Sequence[Step]]:
     return {"one": steps[:after], "two": steps[after:]} if after < len(steps) else {"both": steps}
 
 
-def kinds(case: Case, config: Any) -> Dict[str, Any]:
+def kernel_keys(case: Case, config: Any) -> Dict[str, Any]:
     """What is compiled for each product: equal keys are equal kernels, whatever the shapes, splits and grids.
 
     The key is what triton specializes a kernel on: its options, the dtypes of tensors, and which integers are 1 or a multiple
     of 16. Nothing is computed: the launches are listed for tensors without memory.
     """
     sides = _sides(list(launches(case, config, _Weights(case, torch.device("meta"), 1))))
-    return {side: tuple(map(_kind, found)) for side, found in sides.items()}
+    return {side: tuple(map(_kernel_key, found)) for side, found in sides.items()}
 
 
-def _kind(step: Step) -> Any:
+def _kernel_key(step: Step) -> Any:
     kernel, _, arguments, options = step
     parameters = getattr(kernel, "params", None) or [None] * len(arguments)
     special = [
@@ -175,7 +175,7 @@ class Trial:
             y.fill_(float("nan"))  # what is not written is wrong
         try:
             _run_side(self.case, config, "both", self._weights, 0, self._able)
-        except Exception as error:  # a kind that ran for another shape does not for this one
+        except Exception as error:  # what ran for another shape may not for this one
             _passed_over(config, error)
             return float("inf")
         wrong = [

@@ -3,7 +3,7 @@
     tune(layers, groups, batches)       a Few or Decode, or Tiles, for every layer (and group) and bucket of tokens
 
 Every case starts from the tiles of today and goes through rounds (candidates.py). Compiling takes far longer than measuring,
-so a round's kernels, each of a kind once, are first compiled and run by processes side by side (workers.py), which fill
+so a round's kernels, each once, are first compiled and run by processes side by side (workers.py), which fill
 triton's cache and find those that do not fit. Those that ran are timed, the two products apart where they can be. The
 fastest few are then checked against the reference, and take turns with what was best so far, as whole products: only one
 that is right and faster replaces it.
@@ -23,7 +23,7 @@ import torch
 from . import tuning
 from .candidates import ROUNDS, Case, Group, Layer, cases, changes, side_of, start
 from .device import device_name
-from .trial import Job, Trial, current_device, kinds, run_once
+from .trial import Job, Trial, current_device, kernel_keys, run_once
 from .workers import Workers
 
 __all__ = ["Found", "Result", "tune"]
@@ -115,7 +115,7 @@ def search(
         run: of jobs, and a time of time.monotonic(): which of them ran by then; None for those that were not tried.
         trial: makes what has a case's error(config) and microseconds(configs, side, rounds).
     """
-    ran: Dict[Any, bool] = {}  # by kind: what serves one case serves the others
+    ran: Dict[Any, bool] = {}  # by what is compiled: what serves one case serves the others
     for turn in range(ROUNDS):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -123,13 +123,13 @@ def search(
         wanted = _wanted(best, turn)
         if not any(wanted.values()):
             continue
-        needs = {(case, config): kinds(case, config) for case, configs in wanted.items() for config in configs}
+        needs = {(case, config): kernel_keys(case, config) for case, configs in wanted.items() for config in configs}
         jobs: Dict[Any, Job] = {}
         # The first candidates of all cases before the second ones: if the time is over, every case has had some.
         for case, config in _in_turns(wanted):
-            for side, kind in needs[case, config].items():
-                if (side, kind) not in ran:
-                    jobs.setdefault((side, kind), Job(case, config, side))
+            for side, key in needs[case, config].items():
+                if (side, key) not in ran:
+                    jobs.setdefault((side, key), Job(case, config, side))
         say(
             f"round {turn + 1} of {ROUNDS}: {len(needs)} tile sizes of {len(wanted)} cases, {len(jobs)} kernels to compile"
         )

@@ -93,7 +93,7 @@ class Tiles(NamedTuple):
     unpacked: int = 0
 
 
-_KINDS: Dict[str, Any] = {"decode": Decode, "few": Few, "tiles": Tiles}  # by the first word of a key
+_TABLES: Dict[str, Any] = {"decode": Decode, "few": Few, "tiles": Tiles}  # by the first word of a key
 
 
 def bucket(tokens: int) -> int:
@@ -118,10 +118,10 @@ def read_configs(path: Path) -> Dict[str, List[int]]:
     try:
         found = json.loads(path.read_text())["configs"]
         for key, values in found.items():
-            kind = key.split()[0].rstrip("0123456789")
+            table = key.split()[0].rstrip("0123456789")
             if not all(type(value) is int for value in values):
                 raise ValueError(f"{key} is {values}")
-            _KINDS[kind](*values)
+            _TABLES[table](*values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{type(error).__name__}: {error}"
         raise RuntimeError(f"{path} holds no tile sizes ({text}); delete it, or measure again") from error
@@ -146,14 +146,14 @@ def forget() -> None:
     forget_launches()
 
 
-def _key(kind: str, out: Any, into: int, ranks: Sequence[int], *more: Any) -> str:
-    return " ".join([kind, f"{out}x{into}", "+".join(map(str, ranks)), *map(str, more)])
+def _key(table: str, out: Any, into: int, ranks: Sequence[int], *more: Any) -> str:
+    return " ".join([table, f"{out}x{into}", "+".join(map(str, ranks)), *map(str, more)])
 
 
-def decode_key(outs: Sequence[int], into: int, ranks_of_each: Sequence[Sequence[int]], kind: str = "few") -> str:
+def decode_key(outs: Sequence[int], into: int, ranks_of_each: Sequence[Sequence[int]], table: str = "few") -> str:
     """The name in a file of one to four tokens' tiles ("few" or "decode"), of a layer or of several that read the same x."""
-    kind = kind if len(outs) == 1 else f"{kind}{len(outs)}"
-    return _key(kind, "+".join(map(str, outs)), into, [rank for ranks in ranks_of_each for rank in ranks])
+    table = table if len(outs) == 1 else f"{table}{len(outs)}"
+    return _key(table, "+".join(map(str, outs)), into, [rank for ranks in ranks_of_each for rank in ranks])
 
 
 def tiles_key(

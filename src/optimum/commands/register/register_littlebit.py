@@ -17,7 +17,7 @@ PROG = "optimum-cli littlebit"
 
 
 class LittleBitCommand(BaseOptimumCLICommand):
-    """See the module's text."""
+    """`optimum-cli littlebit ...`, which hands its arguments to the command `littlebit`."""
 
     COMMAND = CommandInfo(name="littlebit", help="Quantize language models to 0.1 to 1 bit per weight, and use them.")
 
