@@ -38,7 +38,6 @@ from .source import quantization_of
 __all__ = [
     "balance_scales",
     "factor_modules",
-    "is_latent",
     "latent_model",
     "latents_and_scales",
     "pack_model",
@@ -50,11 +49,6 @@ __all__ = [
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 logger = logging.getLogger("hf_littlebit")
-
-
-def is_latent(module: FactorModule) -> bool:
-    """True for a layer on latents, False for a packed one."""
-    return module.latent if isinstance(module, LittleBitExperts) else isinstance(module, LatentLittleBitLinear)
 
 
 def latent_model(
@@ -115,7 +109,7 @@ def pack_model(model: Model, dtype: torch.dtype | None = None) -> Model:
         ValueError: if it has no latent layers, or if they are partitioned over devices.
     """
     config = quantization_of(model.config)
-    modules = {name: module for name, module in factor_modules(model).items() if is_latent(module)}
+    modules = {name: module for name, module in factor_modules(model).items() if module.latent}
     if config is None or not modules:
         raise ValueError("the model has no latent LittleBit layers, so there is nothing to pack")
     with torch.no_grad():
@@ -136,7 +130,7 @@ def unpack_model(model: Model) -> Model:
         ValueError: if it has no packed layers.
     """
     config = quantization_of(model.config)
-    modules = {name: module for name, module in factor_modules(model).items() if not is_latent(module)}
+    modules = {name: module for name, module in factor_modules(model).items() if not module.latent}
     if config is None or not modules:
         raise ValueError("the model has no packed LittleBit layers, so there is nothing to unpack")
     with torch.no_grad():
@@ -155,7 +149,7 @@ def balance_scales(model: nn.Module) -> None:
     """
     with torch.no_grad():
         for module in factor_modules(model).values():
-            if not is_latent(module):
+            if not module.latent:
                 continue
             for weight, ranks in weight_ranks(module).items():
                 scale_out, scale_rank, scale_in = (
@@ -182,7 +176,7 @@ def latents_and_scales(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
     latents: list[nn.Parameter] = []
     scales: list[nn.Parameter] = []
     for module in factor_modules(unwrapped(model)).values():
-        if is_latent(module):
+        if module.latent:
             for weight in weight_ranks(module):
                 for part in LATENT_PARTS:
                     value = getattr(module, part_name(weight, part))
@@ -199,7 +193,7 @@ def refuse_latents(module: nn.Module, state: dict[str, Tensor], *args: Any) -> N
     """
     for name, layer in factor_modules(module).items():
         value = state.get(f"{name}.{next(iter(weight_ranks(layer)))}")
-        if value is not None and value.is_floating_point() and not is_latent(layer):
+        if value is not None and value.is_floating_point() and not layer.latent:
             raise ValueError(
                 "a latent checkpoint cannot be loaded into this model, which was packed when its training ended; make a new "
                 "Trainer to resume"

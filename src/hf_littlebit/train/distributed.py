@@ -29,6 +29,7 @@ __all__ = [
     "is_sharded",
     "local_part",
     "run_partitioned",
+    "sum_over_processes",
 ]
 
 
@@ -85,13 +86,24 @@ def check_weights(model: nn.Module, teacher: object) -> None:
             )
 
 
+def _has_others() -> bool:
+    """True where this is one of several processes that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_over_processes(values: Tensor) -> None:
+    """Add to `values`, in place, those of all other processes that train with this one. Each of them must call it."""
+    if _has_others():
+        dist.all_reduce(values)
+
+
 def broadcast_from_rank0(values: Iterable[Tensor], device: torch.device) -> None:
     """Overwrite the `values` of every process with those of process 0, sent by way of `device`.
 
     All processes factorize the same weights, but not to the last bit, and a factorization that differs a little may have
     other signs. FSDP2 would join parts of both.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _has_others():
         return
     with torch.no_grad():
         for value in values:

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
@@ -29,7 +28,6 @@ from ..layers.sign import ALPHA, SIGN_GRADIENTS
 from ..load.convert import (
     balance_scales,
     factor_modules,
-    is_latent,
     latent_model,
     latents_and_scales,
     pack_model,
@@ -39,7 +37,7 @@ from ..load.convert import (
 )
 from ..plan import plan_model
 from .distill import Distillation
-from .distributed import broadcast_from_rank0, check_optimizer, check_weights, is_sharded
+from .distributed import broadcast_from_rank0, check_optimizer, check_weights, is_sharded, sum_over_processes
 from .export import packed_model, saved_config
 from .flips import SignFlips
 from .topk import TopKTeacher
@@ -191,8 +189,7 @@ class TrainingSession:
         values: dict[str, float] = {}
         sums = None if self.distillation is None else self.distillation.take()
         if self.distillation is not None and sums is not None:
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(sums)
+            sum_over_processes(sums)
             total, hidden, tokens = sums.tolist()
             values["kd_loss"] = total / max(tokens, 1.0)
             if self.distillation.hidden_weight:
@@ -251,7 +248,7 @@ class TrainingSession:
 
     def refuse_packed(self, modules: Mapping[str, Any]) -> None:
         """Packed layers hold signs without magnitudes, which no gradient can move."""
-        packed = [name for name, module in modules.items() if not is_latent(module)]
+        packed = [name for name, module in modules.items() if not module.latent]
         if packed:
             raise ValueError(f"{packed[0]} is packed, so its bits cannot be trained; call unpack_model(model) first")
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import ModelOutput
 
 from ..config import LittleBitConfig
-from ..load.convert import factor_modules, is_latent, latents_and_scales, unpack_model, unwrapped
+from ..load.convert import factor_modules, latents_and_scales, unpack_model, unwrapped
 from .callback import LittleBitCallback
 from .distributed import gather
 from .resume import last_checkpoint
@@ -77,7 +77,7 @@ class LittleBitTrainer(Trainer):
         self.session = given[0].session
         self.latent_learning_rate, self.scale_learning_rate = latent_learning_rate, scale_learning_rate
         modules = factor_modules(model).values()
-        if modules and not any(is_latent(module) for module in modules):
+        if modules and not any(module.latent for module in modules):
             unpack_model(model)
         listed = all(hasattr(kwargs.get("train_dataset"), method) for method in ("__len__", "__getitem__"))
         for callback in given:
