@@ -14,7 +14,8 @@ from recorded_steps import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_littlebit.generate.decode_graph import DecodeGraphs, obstacle
+from hf_littlebit.generate.decode_graph import DecodeGraphs
+from hf_littlebit.generate.obstacle import obstacle
 from hf_littlebit.generate.recorder import Constants, Unfit, Watch
 
 

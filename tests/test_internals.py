@@ -263,6 +263,30 @@ def test_generate_asks_the_instance_for_its_cache_with_all_decided():
     assert request["model_kwargs"]["use_cache"] is True
 
 
+def test_prefill_reads_the_prompt_with_an_empty_cache():
+    model, asked = build("llama"), []
+
+    def read(*args, **kwargs):
+        asked.append(doors.prompt_request(model, args, kwargs))
+        return getattr(type(model), doors.PREFILL)(model, *args, **kwargs)
+
+    setattr(model, doors.PREFILL, read)
+    model.generate(**TOKENS, max_new_tokens=4, cache_implementation="static")
+    (request,) = asked
+    assert torch.equal(request["input_ids"], TOKENS["input_ids"]) and request["is_first_iteration"] is True
+    assert request["generation_config"].prefill_chunk_size is None
+    inputs = request["model_kwargs"]
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    assert isinstance(cache, StaticCache) and inputs["logits_to_keep"] == 1
+
+    class Own(type(model)):
+        def _prefill(self, *args, **kwargs):
+            return super()._prefill(*args, **kwargs)
+
+    model.__class__ = Own
+    assert doors.prompt_request(model, (), {}) is None
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_all_that_a_static_layer_remembers_is_known(family):
     options = {**SMALL, **FAMILIES[family][1], "sliding_window": 8}
@@ -378,9 +402,13 @@ def test_a_modules_own_parameters_are_the_ones_it_computes_with():
 def test_a_modules_state_has_parameters_buffers_and_plain_tensors():
     module = nn.BatchNorm1d(2)
     module.plain = torch.ones(1)
-    tensors = [value for value in torch_doors.module_state(module) if isinstance(value, torch.Tensor)]
-    for value in (module.weight, module.running_mean, module.plain):
-        assert any(found is value for found in tensors)
+    state = torch_doors.module_state(module)
+    assert state.parameters["weight"] is module.weight and state.buffers["running_mean"] is module.running_mean
+    assert state.own["plain"] is module.plain and not state.hooked and not state.children
+    handle = module.register_forward_pre_hook(lambda *args: None)
+    assert torch_doors.module_state(module).hooked
+    handle.remove()
+    assert torch_doors.module_state(nn.Sequential(module)).children == {"0": module}
 
 
 def test_hooks_of_a_module_and_of_all_modules():

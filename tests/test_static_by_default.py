@@ -17,6 +17,8 @@ from recorded_steps import (
 )
 from transformers import CompileConfig, DynamicCache
 
+from hf_littlebit.generate.compiled_step import compiled_step
+
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_the_user_asks_for_wins(device, monkeypatch):
@@ -74,17 +76,36 @@ def test_the_real_recorder_leaves_cpus_alone(monkeypatch, tmp_path):
     assert made == ["DynamicCache"]
 
 
-def test_a_compile_config_is_left_to_transformers():
+COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager", mode="reduce-overhead")}
+
+
+def test_a_step_that_is_to_be_compiled_is_recorded_as_torch_compile_makes_it():
     model, recorder = packed("llama")
-    out = generate(
-        model,
-        prompt(model, 1, 6),
-        5,
-        cache_implementation="static",
-        compile_config=CompileConfig(backend="eager", mode=None),
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for seed in range(2):
+        inputs = prompt(model, 1, 6, seed)
+        before = recorder.replays
+        assert torch.equal(generate(model, inputs, 8, **COMPILED), eager(model, inputs, 8))
+        # Of seven steps the first is watched, and two compile and run what the fourth records; a second text only replays.
+        assert recorder.replays - before == (4, 7)[seed]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs and recorder.recordings == 1
+    # The step that is not compiled has a recording of its own; so has the prompt, which is recorded now.
+    assert torch.equal(generate(model, inputs, 8), eager(model, inputs, 8))
+    assert recorder.recordings == 3
+
+
+def test_what_is_compiled_but_not_recorded():
+    options = CompileConfig(mode=None, options={"triton.cudagraphs": True})
+    assert compiled_step(options) is None and compiled_step(CompileConfig(backend=lambda graph, _: graph)) is None
+    assert (
+        compiled_step(CompileConfig()) is compiled_step(CompileConfig()) is not compiled_step(CompileConfig(mode=None))
     )
-    assert torch.equal(out, eager(model, prompt(model, 1, 6), 5)) and not recorder.replays
-    assert hasattr(model, "_compiled_call")
+    # A sliding-window layer counts in Python, which compiled code may do otherwise: as transformers has it.
+    model, recorder = packed("gemma2")
+    inputs = prompt(model, 1, 6)
+    assert torch.equal(generate(model, inputs, 8, **COMPILED), eager(model, inputs, 8))
+    assert not recorder.replays and hasattr(model, "_compiled_call")
 
 
 def test_experts_stay_as_they_are(family_dir, monkeypatch):

@@ -36,8 +36,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PARTS = ("compile", "cases", "host", "bench", "llama2-7b", "train", "llama-3.2-1b", "generate")
 LIMITS = {
-    "compile": 150,
-    "cases": 150,
+    "compile": 165,
+    "cases": 165,
     "host": 45,
     "bench": 110,
     "llama2-7b": 190,
@@ -51,6 +51,7 @@ TAIL = 1500  # characters of a failed part's output that the document keeps
 CASES = (  # those that there are
     "kernels/tests/triton_cases.py",
     "kernels/tests/triton_cases_groups.py",
+    "tests/test_prompt_graph.py",
     "tests/test_decode_graph.py",
     "tests/test_decode_lifetime.py",
     "tests/test_decode_refusals.py",
@@ -102,10 +103,12 @@ def jobs_of(part: str, folder: Path, cores: int, limit: float, with_models: bool
             parts = count if "triton_cases.py" in file else 1
             for index in range(1, parts + 1 if (ROOT / file).exists() else 0):
                 name = f"{Path(file).stem}-{index}"
+                claims = folder / f"{Path(file).stem}-claims"
+                claims.mkdir(exist_ok=True)
                 environment = {
                     **single,
                     "LITTLEBIT_BACKEND": "triton" if "triton_cases" in file else "",
-                    "LITTLEBIT_SHARE": f"{index}/{parts}",
+                    "LITTLEBIT_SHARE": str(claims),
                     "LITTLEBIT_RESULTS": str(folder / f"{name}.lines"),
                     "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
                 }

@@ -308,10 +308,11 @@ def test_a_share_of_the_tests(tmp_path):
         "import pytest\n@pytest.mark.parametrize('n', range(5))\ndef test_n(n):\n"
         "    if n == 4: pytest.skip('four')\n    assert n != 2\n"
     )
+    (tmp_path / "claims").mkdir()
     found = []
-    for index in (1, 2):
+    for count in (3, None):
         environment = {
-            "LITTLEBIT_SHARE": f"{index}/2",
+            "LITTLEBIT_SHARE": str(tmp_path / "claims"),
             "LITTLEBIT_RESULTS": str(tmp_path / "lines"),
             "PYTHONPATH": str(FOLDER),
         }
@@ -324,17 +325,18 @@ def test_a_share_of_the_tests(tmp_path):
             "share",
             "-p",
             "no:cacheprovider",
-            str(tmp_path / "test_four.py"),
+            *(f"{tmp_path / 'test_four.py'}::test_n[{n}]" for n in (range(count) if count else ())),
+            *([] if count else [str(tmp_path / "test_four.py")]),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
         found.append(done.returncode)
-    assert found == [1, 0]
+    assert found == [1, 0]  # the first had three of the tests, the second those that were left
     lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     assert [(line["test"][-3:], line["outcome"]) for line in lines] == [
         ("[0]", "passed"),
-        ("[2]", "failed"),
-        ("[4]", "skipped"),
         ("[1]", "passed"),
+        ("[2]", "failed"),
         ("[3]", "passed"),
+        ("[4]", "skipped"),
     ]
-    assert "assert 2 != 2" in lines[1]["error"]
+    assert "assert 2 != 2" in lines[2]["error"]

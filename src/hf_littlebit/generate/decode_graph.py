@@ -6,9 +6,13 @@ the model's own eager code is recorded, which takes about as long as three eager
 
     1. watched      the step runs eagerly while its operators are looked at: one that waits for the GPU, or a cache layer
                     that hands out a Python number which changes from step to step, cannot be recorded
-    2. warmed up    the step runs eagerly on the stream that will record, so that kernels are compiled and loaded
-    3. recorded     into static inputs (token, position, 4-D mask) and a static key-value cache, and replayed
+    2. warmed up    the step runs on the stream that will record, with static inputs (token, position, 4-D mask) and a static
+                    key-value cache, so that kernels are compiled and loaded
+    3. recorded     and replayed
     4. replayed     from then on: inputs are copied in, the logits are copied out
+
+Where the user asks for torch.compile, the compiled step is recorded instead of the eager one, after it ran twice: a replay
+checks none of the guards of a compiled model, which for one of packed layers are thousands.
 
 What a replay cannot repeat is what Python does in a step. With a `StaticCache` that is one thing: a sliding-window layer
 counts its tokens in a Python number. It decides between two ways of storing a token (window full or not), so each way has a
@@ -24,37 +28,55 @@ gets a copy of its own, and if another thread is at work with it, it stays, and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import ModelOutput
 
-from ..compat import CACHE_NAMES
-from ..internals.accelerate import has_placement
-from ..internals.torch import has_global_hooks, has_own_call, module_hooks, module_state, operators_are_watched
-from ..internals.transformers import attention_implementation, is_quiet_hook
+from ..internals.torch import operators_are_watched
+from .obstacle import look
 from .recorder import Constants, Recorder, Unfit, Watch
 from .static_cache import CacheHome, layer_shapes, outgrown, refuse_unknown, sliding_layers, spies
+from .step_inputs import StepInputs, step_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["DecodeGraphs", "obstacle", "signature"]
+__all__ = ["DecodeGraphs", "RecordedStep"]
 
 logger = logging.getLogger("hf_littlebit")
 
 HOMES = 4  # sets of cache tensors that are kept for one model: batch sizes and threads, in effect, because lengths only grow
-GRAPHS = 4  # recorded steps per home
-INPUTS = ("input_ids", "position_ids", "attention_mask", "cache_position")  # tensors that a step may be given
+GRAPHS = 8  # recorded steps and prompts per home
+
+Call = Callable[..., Any]  # of a model: call(model, **inputs)
 
 
-class _Graph:
-    """One step: how often it ran eagerly, its static inputs and result once it is recorded."""
+def _eager(model: Any, **inputs: Any) -> Any:
+    return model(**inputs)
 
-    def __init__(self) -> None:
+
+def _nothing() -> None:
+    return None
+
+
+class RecordedStep:
+    """One step: how often it ran, its static inputs and result once it is recorded.
+
+    Args:
+        call: what is recorded; it is given the model and the inputs.
+        compiled: whether torch.compile made it.
+    """
+
+    def __init__(self, call: Call = _eager, compiled: bool = False) -> None:
+        self.call, self.compiled = call, compiled
+        # A compiled call may be compiled once more when it sees what the first one left behind.
+        self.warm_ups = 2 if compiled else 1
         self.runs = 0
         self.unfit: str | None = None  # why it cannot be recorded
         self.constants: dict[Any, Tensor] = {}
@@ -62,20 +84,64 @@ class _Graph:
         self.replay: Callable[[], None] | None = None
         self.output: tuple[type, Tensor] | None = None
 
-    def result(self, tensors: dict[str, Tensor], cache: Any, cache_name: str) -> Any:
-        """Replay the step with these inputs; the logits are the caller's own."""
-        assert self.replay is not None and self.output is not None
-        for name, value in tensors.items():
+    def watched(self, model: Any, inputs: StepInputs, sliding: list[Any]) -> tuple[Any, str | None]:
+        """(result of the eager step, why it cannot be recorded or None)."""
+        with (
+            Constants(self.constants, recording=False) as constants,
+            Watch(constants) as watch,
+            spies(sliding) as asked,
+        ):
+            result = (_eager if self.compiled else self.call)(model, **inputs.given)
+        self.runs = 1
+        return result, watch.reason or (f"a step asks a sliding-window layer for {asked[0]}" if asked else None)
+
+    def _fixed(self, inputs: StepInputs) -> dict[str, Any]:
+        """The inputs with static tensors, into which those of now are copied."""
+        if not self.static:
+            self.static = inputs.static()
+        for name, value in inputs.tensors.items():
             self.static[name].copy_(value)
+        return inputs.with_tensors(self.static)
+
+    def _constants(self, recording: bool) -> Any:
+        # Compiled code has its constants within, and torch.compile would trace the mode.
+        return nullcontext() if self.compiled else Constants(self.constants, recording)
+
+    def warmed(self, model: Any, inputs: StepInputs, recorder: Recorder) -> tuple[Any, str | None]:
+        """(result of the step on the stream that records, why it cannot be recorded or None)."""
+        with torch.inference_mode(False), torch.no_grad():
+            fixed = self._fixed(inputs)
+            with self._constants(recording=False):
+                result = recorder.warm_up(lambda: self.call(model, **fixed), inputs.tokens.device)
+        self.runs += 1
+        if not isinstance(result, ModelOutput) or not isinstance(result.get("logits"), Tensor):
+            return result, f"a step returns a {type(result).__name__} without logits"
+        if surplus := [name for name, value in result.items() if name != "logits" and value is not inputs.cache]:
+            return result, f"a step returns {', '.join(surplus)}"
+        return result, None
+
+    def record(self, model: Any, inputs: StepInputs, recorder: Recorder) -> None:
+        """Take the step down; nothing is computed before the first replay."""
+        with torch.inference_mode(False), torch.no_grad():
+            fixed = self._fixed(inputs)
+            with self._constants(recording=True):
+                self.replay, result = recorder.record(lambda: self.call(model, **fixed), inputs.tokens.device)
+        self.output = type(result), result["logits"]
+
+    def replayed(self, inputs: StepInputs) -> Any:
+        """The result of a replay with these inputs; the logits are the caller's own."""
+        assert self.replay is not None and self.output is not None
+        self._fixed(inputs)
         self.replay()
         output_class, logits = self.output
-        return output_class(**{"logits": logits.clone(), cache_name: cache})
+        return output_class(**{"logits": logits.clone(), inputs.cache_name: inputs.cache})
 
 
 class _Generation:
     """What one `generate` has found out: whether its model can be recorded, and where its cache is."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: Call | None = None) -> None:
+        self.compiled = compiled
         self.checked = False
         self.reason: str | None = None
         self.home: CacheHome | None = None
@@ -88,98 +154,147 @@ class DecodeGraphs:
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
         self.broken = False  # whether a step of this model could not be recorded
-        self._lock = Lock()
+        self.lock = Lock()
         self._homes: list[CacheHome] = []  # the least recently used one first
-        self._signature: Any = None
+        self._facts: Any = None
+        self._vouched: Callable[[], Any] = _nothing
         self._told: set[str] = set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a cache that something was recorded for."""
+        return bool(self._homes)
 
     def release(self) -> None:
         """Free all graphs and their cache tensors; a cache that refers to some keeps those."""
-        with self._lock:
+        with self.lock:
             self._homes.clear()
-            self._signature, self.broken = None, False
+            self._facts, self.broken = None, False
 
-    def calls(self, model: PreTrainedModel) -> Callable[..., Any]:
-        """A function to be called in place of `model` for the steps of one generation."""
-        generation = _Generation()
+    def calls(self, model: PreTrainedModel, compiled: Call | None = None, otherwise: Call | None = None) -> Call:
+        """A function to be called in place of `model` for the steps of one generation.
+
+        Args:
+            model: it is referred to by the function, not by this.
+            compiled: what is recorded instead of the model's own call, `compiled(model, **inputs)`.
+            otherwise: what is called where nothing can be recorded or replayed, instead of the model.
+        """
+        generation = _Generation(compiled)
 
         def call(*args: Any, **inputs: Any) -> Any:
             if not args:
-                with self._lock:
+                with self.lock:
                     try:
                         return self._step(model, inputs, generation)
                     except Unfit as reason:
-                        self._tell(str(reason))
-            return model(*args, **inputs)
+                        self.tell(str(reason))
+            return (otherwise or model)(*args, **inputs)
 
         return call
 
-    def _check(self, model: PreTrainedModel) -> None:
-        reason = obstacle(model)
-        if reason is not None:
-            raise Unfit(reason)
-        now = signature(model)
-        if now != self._signature:
+    def check(self, model: PreTrainedModel) -> str | None:
+        """Why nothing can be replayed for `model` as it is now, or None; what was recorded of another state goes."""
+        found = look(model)
+        if found.obstacle is None and found.facts != self._facts:
             self._homes.clear()
-            self._signature, self.broken = now, False
+            self._facts, self.broken = found.facts, False
+        return found.obstacle
 
-    def _tell(self, reason: str, level: int = logging.INFO) -> None:
+    def vouch(self, cache: Any = None) -> None:
+        """The model was checked for the generation with `cache`, and nothing of it has run since; None: of no generation."""
+        self._vouched = _nothing if cache is None else weakref.ref(cache)
+
+    def tell(self, reason: str, level: int = logging.INFO, what: str = "the decode step") -> None:
+        """Log once why something was not recorded."""
         if reason not in self._told:
             self._told.add(reason)
-            logger.log(level, "generate goes on without a graph of the decode step: %s", reason)
+            logger.log(level, "generate goes on without a graph of %s: %s", what, reason)
 
     def _step(self, model: Any, inputs: dict[str, Any], generation: _Generation) -> Any:
         """The step's result; raises Unfit, with nothing done, where it has to be run as without graphs."""
         if generation.reason is not None:
             raise Unfit(generation.reason)
+        now = step_inputs(inputs)
+        if now.tokens.shape[1] != 1:
+            raise Unfit("a step is not of one token per sequence")
+        self.refuse_now(model, now.tokens.device)
+        if not generation.checked:
+            # After the prefill rather than before: a model may have put tensors of this prompt into its modules.
+            # A prompt that was replayed has run no Python.
+            if self._vouched() is not now.cache and (reason := self.check(model)) is not None:
+                generation.reason = reason
+                raise Unfit(reason)
+            generation.checked = True
+        sliding = sliding_layers(now.cache)
+        if sliding and generation.compiled is not None:
+            raise Unfit("a compiled step counts the tokens of sliding-window layers")
+        home = self._home_of(now.cache, now.tokens.device, generation)
+        full = tuple(layer.cumulative_length_int >= layer.max_cache_len for layer in sliding)
+        compiled = generation.compiled
+        step = self.step_of(
+            home,
+            (now.shapes, now.others, full, compiled),
+            RecordedStep if compiled is None else lambda: RecordedStep(compiled, compiled=True),
+        )
+        if step.unfit is not None:
+            raise Unfit(step.unfit)
+        if step.runs == 0:
+            result, reason = step.watched(model, now, sliding)
+            if reason is not None:
+                self._give_up(step, reason)
+            return result
+        if step.runs <= step.warm_ups:
+            with self.attempt(step):
+                self._settle(home, now.cache)
+            result, reason = step.warmed(model, now, self.recorder)
+            if reason is not None:
+                self._give_up(step, reason)
+            return result
+        with self.attempt(step):
+            self._settle(home, now.cache)
+            if step.replay is None:
+                lengths = [layer.cumulative_length_int for layer in sliding]
+                try:
+                    step.record(model, now, self.recorder)
+                finally:
+                    for layer, length in zip(sliding, lengths, strict=True):
+                        layer.cumulative_length_int = length
+        result = step.replayed(now)
+        for layer in sliding:
+            layer.cumulative_length_int += 1
+        return result
+
+    def refuse_now(self, model: Any, device: torch.device) -> None:
+        """Raise Unfit where nothing is to be recorded or replayed at this moment."""
         if model.training:
             raise Unfit("the model is in training mode")
         if torch.is_grad_enabled():
             raise Unfit("gradients are switched on")
-        cache_name, cache, tensors, others = _sorted(inputs)
-        device = tensors["input_ids"].device
         if device.type not in self.recorder.device_types:
             raise Unfit(f"the tokens are on {device}")
         if operators_are_watched() or torch.compiler.is_compiling() or self.recorder.busy():
             raise Unfit("something else is tracing or recording the model")
         if torch.is_autocast_enabled(device.type):
             raise Unfit("autocast is on")
-        if not generation.checked:
-            # After the prefill rather than before: a model may have put tensors of this prompt into its modules.
-            try:
-                self._check(model)
-            except Unfit as reason:
-                generation.reason = str(reason)
-                raise
-            generation.checked = True
-        home = self._home_of(cache, device, generation)
-        sliding = sliding_layers(cache)
-        full = tuple(layer.cumulative_length_int >= layer.max_cache_len for layer in sliding)
-        shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in tensors.items())
-        graph = self._graph(home, (shapes, others, full))
-        if graph.unfit is not None:
-            raise Unfit(graph.unfit)
-        if graph.runs == 0:
-            return self._watched(model, inputs, sliding, graph)
-        if graph.runs == 1:
-            return self._warmed(model, inputs, cache, device, graph)
+
+    @contextmanager
+    def attempt(self, step: RecordedStep) -> Iterator[None]:
+        """An error of CUDA, or a want of memory, is a reason not to record `step`: Unfit."""
         try:
-            if not home.holds(cache):
-                home.adopt(cache)
-            if graph.replay is None:
-                self._record(model, inputs, tensors, sliding, device, graph)
-        except RuntimeError as error:  # of CUDA, or for want of memory
+            yield
+        except RuntimeError as error:
             said = str(error).strip().partition("\n")[0]
-            self._give_up(graph, said, logging.WARNING)
+            self._give_up(step, said, logging.WARNING)
             if isinstance(error, torch.OutOfMemoryError):
                 # Another time there may be room; what is held for replays does not help then.
                 self._homes.clear()
                 self.broken = False
             raise Unfit(said) from error
-        result = graph.result(tensors, cache, cache_name)
-        for layer in sliding:
-            layer.cumulative_length_int += 1
-        return result
+
+    @staticmethod
+    def _settle(home: CacheHome, cache: Any) -> None:
+        if not home.holds(cache):
+            home.adopt(cache)
 
     def _home_of(self, cache: Any, device: torch.device, generation: _Generation) -> CacheHome:
         stream, home = self.recorder.stream(device), generation.home
@@ -213,136 +328,27 @@ class DecodeGraphs:
         self._homes.append(home)
         return home
 
-    def _graph(self, home: CacheHome, key: Any) -> _Graph:
-        graph = home.graphs.pop(key, None) or _Graph()
-        home.graphs[key] = graph
+    def home_of_new(self, model: PreTrainedModel, now: StepInputs) -> CacheHome:
+        """The home of an earlier generation that the empty cache of `now` may move into; raises Unfit where there is none."""
+        refuse_unknown(now.cache)
+        if self._vouched() is not now.cache and (reason := self.check(model)) is not None:
+            raise Unfit(reason)
+        stream = self.recorder.stream(now.tokens.device)
+        for home in reversed(self._homes):
+            if home.key[0] == stream and home.suits(now.cache, now.tokens.shape[0]) and home.is_free(now.cache):
+                home.thread = get_ident()
+                return home
+        raise Unfit("no decode step was recorded with a cache of this length")
+
+    @staticmethod
+    def step_of(home: CacheHome, key: Any, make: Callable[[], RecordedStep]) -> RecordedStep:
+        """The step of that key at `home`, which is now the one used last; a new one where there is none."""
+        step = home.graphs.pop(key, None) or make()
+        home.graphs[key] = step
         while len(home.graphs) > GRAPHS:
             home.graphs.popitem(last=False)
-        return graph
+        return step
 
-    def _give_up(self, graph: _Graph, reason: str, level: int = logging.INFO) -> None:
-        graph.unfit, self.broken = reason, True
-        self._tell(reason, level)
-
-    def _watched(self, model: Any, inputs: dict[str, Any], sliding: list[Any], graph: _Graph) -> Any:
-        with (
-            Constants(graph.constants, recording=False) as constants,
-            Watch(constants) as watch,
-            spies(sliding) as asked,
-        ):
-            result = model(**inputs)
-        graph.runs = 1
-        reason = watch.reason or (f"a step asks a sliding-window layer for {asked[0]}" if asked else None)
-        if reason is not None:
-            self._give_up(graph, reason)
-        return result
-
-    def _warmed(self, model: Any, inputs: dict[str, Any], cache: Any, device: torch.device, graph: _Graph) -> Any:
-        with Constants(graph.constants, recording=False):
-            result = self.recorder.warm_up(lambda: model(**inputs), device)
-        graph.runs = 2
-        if not isinstance(result, ModelOutput) or not isinstance(result.get("logits"), Tensor):
-            self._give_up(graph, f"a step returns a {type(result).__name__} without logits")
-        elif surplus := [name for name, value in result.items() if name != "logits" and value is not cache]:
-            self._give_up(graph, f"a step returns {', '.join(surplus)}")
-        return result
-
-    def _record(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        tensors: dict[str, Tensor],
-        sliding: list[Any],
-        device: torch.device,
-        graph: _Graph,
-    ) -> None:
-        lengths = [layer.cumulative_length_int for layer in sliding]
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                static = {
-                    name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in tensors.items()
-                }
-                for name, value in tensors.items():
-                    static[name].copy_(value)
-                fixed = _with_tensors(inputs, static)
-                with Constants(graph.constants, recording=True):
-                    replay, result = self.recorder.record(lambda: model(**fixed), device)
-        finally:
-            for layer, length in zip(sliding, lengths, strict=True):
-                layer.cumulative_length_int = length
-        graph.static, graph.replay, graph.output = static, replay, (type(result), result["logits"])
-
-
-def _sorted(inputs: dict[str, Any]) -> tuple[str, Any, dict[str, Tensor], Any]:
-    """(name of the cache, cache, tensors by name, the rest) of a step's inputs; raises Unfit for any but a plain step."""
-    cache_name, cache, tensors, others = "", None, {}, []
-    for name, value in inputs.items():
-        if value is None:
-            continue
-        if name in CACHE_NAMES:
-            cache_name, cache = name, value
-        elif name in INPUTS and isinstance(value, Tensor):
-            tensors[name] = value
-        elif name == "attention_mask" and isinstance(value, dict):
-            tensors |= {f"{name}.{layer_type}": mask for layer_type, mask in value.items() if mask is not None}
-        elif isinstance(value, bool | int | float | str):
-            others.append((name, value))
-        else:
-            raise Unfit(f"a step is given {name}")
-    if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
-        raise Unfit("attentions or hidden states are asked for")
-    tokens = tensors.get("input_ids")
-    if tokens is None or tokens.dim() != 2 or tokens.shape[1] != 1:
-        raise Unfit("a step is not of one token per sequence")
-    masks = [mask for name, mask in tensors.items() if name.startswith("attention_mask")]
-    # With any other mask the model would make its own, from numbers that may be those of one step only.
-    if not masks or not all(isinstance(mask, Tensor) and mask.dim() == 4 for mask in masks):
-        raise Unfit("a step has no 4-D attention mask")
-    if any(value.device != tokens.device for value in tensors.values()):
-        raise Unfit("a step's inputs are on several devices")
-    return cache_name, cache, tensors, tuple(others)
-
-
-def _with_tensors(inputs: dict[str, Any], static: dict[str, Tensor]) -> dict[str, Any]:
-    """The inputs of a step with the static tensors in place of its own, masks in a dictionary too."""
-    fixed = {name: static.get(name, value) for name, value in inputs.items()}
-    if isinstance(masks := inputs.get("attention_mask"), dict):
-        fixed["attention_mask"] = {layer_type: static.get(f"attention_mask.{layer_type}") for layer_type in masks}
-    return fixed
-
-
-def obstacle(model: PreTrainedModel) -> str | None:
-    """Why a step of `model` cannot be replayed, whatever its inputs; None if it can.
-
-    A replay runs no Python, so hooks, wrappers and adapters that could be switched off would be frozen as they were.
-    """
-    if has_own_call(model):
-        return "the model is compiled"
-    if has_global_hooks():
-        return "there are hooks on all modules"
-    if model.config.is_encoder_decoder:
-        return "the model has an encoder and a decoder"
-    for name, module in model.named_modules():
-        if "forward" in vars(module) or has_placement(module):
-            return f"{name or 'the model'} has a forward of its own, as of a model on several devices"
-        if not all(is_quiet_hook(hook) for hook in module_hooks(module)):
-            return f"{name or 'the model'} has hooks"
-        if type(module).__module__.partition(".")[0] == "peft":
-            return f"{name} is an adapter"
-    parameters = list(model.parameters())
-    if any(type(value) is not nn.Parameter for value in parameters):
-        return "the model's parameters are of a class of their own"
-    if len({value.device for value in parameters}) != 1:
-        return "the model is on several devices"
-    return None
-
-
-def signature(model: PreTrainedModel) -> Any:
-    """What a recorded step takes as fixed: the classes of modules, where their tensors are, which are computed together."""
-    facts: list[Any] = [attention_implementation(model.config)]
-    for module in model.modules():
-        facts += type(module), id(vars(module).get("group"))  # of shared_input.py
-        for value in module_state(module):
-            if isinstance(value, Tensor):
-                facts.append((value.data_ptr(), value.dtype, value.shape))
-    return facts
+    def _give_up(self, step: RecordedStep, reason: str, level: int = logging.INFO) -> None:
+        step.unfit, self.broken = reason, True
+        self.tell(reason, level)

@@ -2,15 +2,18 @@
 
     model.generate(**inputs, max_new_tokens=200)      # nothing else to write
 
-`fast_generate`, which every way to a packed model calls, hangs two functions on the model, and `plain_generate` takes them
+`fast_generate`, which every way to a packed model calls, hangs three functions on the model, and `plain_generate` takes them
 off again:
 
     get_compiled_call               Public method of transformers, 5.17 to 5.24. `generate` asks it for the function that runs
-                                    the decode steps whenever the cache is static and the model may be compiled. Without a
-                                    compile_config it gives DecodeGraphs (decode_graph.py), else what transformers gives.
+                                    the decode steps whenever the cache is static and the model may be compiled. It gives
+                                    DecodeGraphs (decode_graph.py): of the model's own code, or with a compile_config of what
+                                    torch.compile makes of it.
     _prepare_cache_for_generation   Private door of transformers, 5.17 to 5.24. It is where `generate` makes the cache, with
                                     the decoding mode, the batch and the length all settled. On a GPU the cache is a static one
                                     where nobody asked for another and nothing speaks against it (`_static_by_default`).
+    _prefill                        Private door of transformers, 5.17 to 5.24. It is where `generate` reads the prompt: here as a
+                                    graph too, where there is a cache that one was recorded for (prompt_graph.py).
 
 Why there, and not `generation_config.cache_implementation = "static"`: that would be saved with the model, would hold on a
 CPU too, would fail for models without static caches, would collide with a cache that the user passes, and would allocate
@@ -26,18 +29,23 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import StaticCache
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..compat import CACHE_NAMES
 from ..internals.transformers import (
+    PREFILL,
     PREPARE_CACHE,
     attention_implementation,
     cache_request,
     compiles_whole,
     longest_cache,
+    prompt_request,
 )
-from .decode_graph import DecodeGraphs, obstacle
-from .recorder import CudaRecorder
+from .compiled_step import compiled_step
+from .decode_graph import DecodeGraphs
+from .prompt_graph import PROMPT_TOKENS, filled_length, read_prompt
+from .recorder import CudaRecorder, Unfit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -99,9 +107,13 @@ class _CompiledCall(_Attached):
         model = self.model
         unknown = model.device.type not in self.graphs.recorder.device_types
         # transformers itself does not compile this one: its layers decide by numbers that change from step to step.
-        if compile_config is not None or unknown or "llama4" in model.config.model_type:
+        if unknown or "llama4" in model.config.model_type:
             return self.plain(compile_config)
-        return self.graphs.calls(model)
+        if compile_config is None:
+            return self.graphs.calls(model)
+        compiled = compiled_step(compile_config)
+        plain = self.plain(compile_config)
+        return plain if compiled is None else self.graphs.calls(model, compiled, otherwise=plain)
 
 
 class _PrepareCache(_Attached):
@@ -117,23 +129,50 @@ class _PrepareCache(_Attached):
         config = given["generation_config"]  # of this one call of generate
         config.cache_implementation = "static"
         try:
-            return self.plain(*args, **kwargs)
+            result = self.plain(*args, **kwargs)
         finally:
             config.cache_implementation = None
+        vars(model)[_CompiledCall.name].graphs.vouch(_cache_of(given["model_kwargs"]))
+        return result
+
+
+class _ReadPrompt(_Attached):
+    """The model's method that reads the prompt of one `generate`: here as a graph, where one can be had."""
+
+    name = PREFILL
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        given = prompt_request(model, args, kwargs)
+        graphs = _graphs_for_prompt(model, given)
+        if given is None or graphs is None:
+            attached = vars(model).get(_CompiledCall.name)
+            if isinstance(attached, _CompiledCall):
+                attached.graphs.vouch()
+            return self.plain(*args, **kwargs)
+        tokens = given["input_ids"]
+        options = {"next_sequence_length": tokens.shape[1], "is_first_iteration": True}
+        inputs = model.prepare_inputs_for_generation(tokens, **options, **given["model_kwargs"])
+        try:
+            return read_prompt(graphs, model, {**inputs, "return_dict": True})
+        except Unfit as reason:
+            graphs.tell(str(reason), what="the prompt")
+            graphs.vouch()
+        return model(**inputs, return_dict=True)
 
 
 def fast_generate(model: PreTrainedModel) -> None:
     """Make plain `generate` of a packed `model` fast on a GPU; see the module's text. Loading such a model does it."""
     if not hasattr(model, "generate") or not model.can_generate():
         return
-    for attached in (_CompiledCall, _PrepareCache):
+    for attached in (_CompiledCall, _PrepareCache, _ReadPrompt):
         if hasattr(type(model), attached.name):
             setattr(model, attached.name, attached(model))
 
 
 def plain_generate(model: PreTrainedModel) -> None:
     """Undo `fast_generate`: caches, decode steps and memory are as transformers has them."""
-    for attached in (_CompiledCall, _PrepareCache):
+    for attached in (_CompiledCall, _PrepareCache, _ReadPrompt):
         if isinstance(vars(model).get(attached.name), attached):
             delattr(model, attached.name)
 
@@ -143,6 +182,24 @@ def release_graphs(model: PreTrainedModel) -> None:
     attached = vars(model).get(_CompiledCall.name)
     if isinstance(attached, _CompiledCall):
         attached.graphs.release()
+
+
+def _graphs_for_prompt(model: PreTrainedModel, given: dict[str, Any] | None) -> DecodeGraphs | None:
+    """The graphs of `model` if the prompt of this call of `_prefill` is one for them: short, the first of its cache, of tokens."""
+    attached = vars(model).get(_CompiledCall.name)
+    names = ("input_ids", "generation_config", "model_kwargs", "is_first_iteration")
+    if given is None or not isinstance(attached, _CompiledCall) or not all(name in given for name in names):
+        return None
+    config, inputs, tokens = given["generation_config"], given["model_kwargs"], given["input_ids"]
+    if config.prefill_chunk_size is not None or config.disable_compile or not given["is_first_iteration"]:
+        return None
+    if inputs.get("inputs_embeds") is not None or not attached.graphs.ready or tokens.dim() != 2:
+        return None
+    cache = _cache_of(inputs)
+    if type(cache) is not StaticCache or any(getattr(layer, "is_initialized", True) for layer in cache.layers):
+        return None
+    rows, length = tokens.shape
+    return attached.graphs if rows * filled_length(length) <= PROMPT_TOKENS else None
 
 
 def _static_by_default(model: PreTrainedModel, given: dict[str, Any]) -> bool:
@@ -182,7 +239,9 @@ def _static_by_default(model: PreTrainedModel, given: dict[str, Any]) -> bool:
     quantizer = getattr(model, "hf_quantizer", None)
     if not compiles_whole(model) or (quantizer is not None and not quantizer.is_compileable):
         return False
-    if attention_implementation(model.config) not in ATTENTION or model.training or obstacle(model) is not None:
+    if attention_implementation(model.config) not in ATTENTION or model.training:
+        return False
+    if attached.graphs.check(model) is not None:
         return False
     # `generate` makes no static cache shorter than an earlier one of this model.
     length = max(given["max_cache_length"], longest_cache(model), config.max_cache_len or 0)
@@ -192,6 +251,10 @@ def _static_by_default(model: PreTrainedModel, given: dict[str, Any]) -> bool:
         return False
     # Asking the driver for the free memory takes longer than a decode step: only for a cache that could be too large.
     return size * SMALL_SHARE <= _all_memory(model.device) or size * MEMORY_SHARE <= _free_memory(model.device)
+
+
+def _cache_of(inputs: dict[str, Any]) -> Any:
+    return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
 
 
 def _bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticCache, StaticSlidingWindowLayer
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from ..internals.transformers import has_unknown_state
 from .recorder import Unfit
@@ -89,6 +89,55 @@ class CacheHome:
                         tensor.copy_(value)
                         setattr(layer, name, tensor)
         self.owner, self.thread = weakref.ref(cache), get_ident()
+
+    @property
+    def places(self) -> int:
+        """How many tokens every layer here has room for."""
+        return min(tensors["keys"].shape[2] for tensors in self.tensors)
+
+    @property
+    def counts(self) -> list[Tensor]:
+        """int64 of no dimension, one for every layer: the number of its tokens."""
+        return [tensors["cumulative_length"] for tensors in self.tensors]
+
+    def suits(self, cache: Any, rows: int) -> bool:
+        """Whether the layers of `cache`, which are empty, would be of the same shapes as those here for `rows` sequences."""
+        return (
+            bool(self.tensors)
+            and len(cache.layers) == len(self.tensors)
+            and all(
+                type(layer) is StaticLayer
+                and not layer.is_initialized
+                and tensors
+                and (rows, layer.max_cache_len) == (tensors["keys"].shape[0], tensors["keys"].shape[2])
+                for layer, tensors in zip(cache.layers, self.tensors, strict=True)
+            )
+        )
+
+    def adopt_new(self, cache: Any) -> None:
+        """Let the empty layers of `cache` refer to the tensors here; what these hold is to be overwritten.
+
+        For example, the prompt of a next text is read into the tensors of the last one, which need not be made anew.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            former = self.owner()
+            if former is not None and former is not cache:
+                self._part(former)
+            for layer, tensors in zip(cache.layers, self.tensors, strict=True):
+                # The layer notes its sizes itself; no place is made for tokens, and no count is copied to the device.
+                places, layer.max_cache_len = layer.max_cache_len, 0
+                layer.cumulative_length = tensors["cumulative_length"]
+                layer.lazy_initialization(tensors["keys"][:, :, :0], tensors["values"][:, :, :0])
+                layer.max_cache_len = places
+                for name, tensor in tensors.items():
+                    setattr(layer, name, tensor)
+        self.owner, self.thread = weakref.ref(cache), get_ident()
+
+    def forget(self) -> None:
+        """Count no tokens: the cache that refers to the tensors here is as an empty one."""
+        with torch.inference_mode(False), torch.no_grad():
+            for count in self.counts:
+                count.zero_()
 
     def _part(self, former: Any) -> None:
         for layer, tensors in zip(former.layers, self.tensors, strict=True):

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.generation.utils import GenerationMixin
 
 if TYPE_CHECKING:
     from transformers import CompileConfig, PretrainedConfig, PreTrainedModel
 
 __all__ = [
+    "PREFILL",
     "PREPARE_CACHE",
     "apply_gate",
     "attention_implementation",
@@ -42,6 +44,7 @@ __all__ = [
     "may_be_missing",
     "plain_saving",
     "plain_upload",
+    "prompt_request",
     "register",
     "save_under_held_names",
     "tied_weights",
@@ -54,6 +57,10 @@ __all__ = [
 # `generate` has decided the mode of decoding, the batch and the length by then. Public way: none; cache_implementation in the
 # generation config is saved with the model, and holds on every device.
 PREPARE_CACHE = "_prepare_cache_for_generation"
+
+# Where `generate` reads the prompt, with the cache made and empty; asked on the instance as well. Public way: none; the prompt
+# goes through the model's own call, as everything else does.
+PREFILL = "_prefill"
 
 # All that a layer of a static cache remembers.
 _STATIC_LAYER = {
@@ -282,6 +289,19 @@ def cache_request(model: PreTrainedModel, args: Sequence[Any], kwargs: Mapping[s
     Known are generation_config, model_kwargs, generation_mode, batch_size and max_cache_length.
     """
     return inspect.signature(getattr(type(model), PREPARE_CACHE)).bind(model, *args, **kwargs).arguments
+
+
+def prompt_request(model: PreTrainedModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """{name: argument} of a call of PREFILL on `model`; None where its class reads prompts in a way of its own.
+
+    Known are input_ids, generation_config, model_kwargs and is_first_iteration.
+    """
+    plain = getattr(type(model), PREFILL)
+    if plain is not getattr(GenerationMixin, PREFILL):
+        return None
+    bound = inspect.signature(plain).bind(model, *args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def has_unknown_state(layer: Any) -> bool:

@@ -44,9 +44,9 @@ __all__ = ["Bench", "Models", "Speed", "bench", "compare", "load_models"]
 SHARES = 3  # rounds with the clock
 WARM_UP = {
     "compiled": 3,
-    "plain": 1,
+    "plain": 3,
     "eager": 0,
-}  # generations before the first: compiling, recording a graph, replaying it
+}  # generations before the first: compiling, recording the graphs of a step and of a prompt, replaying them
 
 
 @dataclass
