@@ -59,7 +59,7 @@ class WeightPlan:
     @property
     def bits(self) -> int:
         """Bits that the file holds for it."""
-        return self.count * bits_of(self.out_features, self.in_features, self.ranks)
+        return self.count * bits_of(self.out_features, self.in_features, self.ranks, self.options.scale_bits)
 
     @property
     def bpw(self) -> float:
@@ -74,6 +74,7 @@ class Plan:
     dense: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # reason -> (module, weights in it)
     unused: list[str] = field(default_factory=list)  # options that no module answers to
     kv_factor: float = 1.0  # what plan_model found for kv_factor=None, e.g. 2.5
+    converted: bool = False  # another program chose the ranks, whatever bits its user asked for
 
     @property
     def numel(self) -> int:
@@ -110,8 +111,9 @@ class Plan:
     def warnings(self) -> list[str]:
         """What a user must know before trusting the asked bits per weight; empty if every layer is as asked."""
         messages = []
-        over = [w for w in self.weights if w.options.factor == 1.0 and w.bpw > w.options.bpw]
-        under = [w for w in self.weights if _capped(w)]
+        asked = [] if self.converted else self.weights
+        over = [w for w in asked if w.options.factor == 1.0 and w.bpw > w.options.bpw]
+        under = [w for w in asked if _capped(w)]
         if over:
             two = any(len(weight.ranks) > 1 for weight in over)
             remedy = "residual=False halves that; or raise bpw" if two else "raise bpw for them in module_config"
@@ -158,6 +160,7 @@ def plan_model(
     for name, module in model.named_modules():
         walk.visit(name, module)
     plan = walk.plan
+    plan.converted = config.converted_from is not None
     if not plan.weights:
         if stored is not None:
             raise ValueError(

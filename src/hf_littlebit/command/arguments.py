@@ -23,6 +23,7 @@ examples:
   littlebit quantize org/model --bpw 0.3 --out packed    quantize and save, with the tokenizer
   littlebit train org/model --bpw 0.3 --data corpus.txt --steps 1000 --out packed
   littlebit pack packed/checkpoints/checkpoint-500 --out other      pack a checkpoint, sharded ones too
+  littlebit convert nanoquant-model --out packed         a checkpoint of another program
   littlebit eval packed --text wiki.test.txt             perplexity
   littlebit generate packed --prompt "Once upon a time"
   littlebit bench packed                                 tokens per second, dense against packed
@@ -88,6 +89,24 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     pack.add_argument("--overwrite", action="store_true", help="save even if DIR holds files already")
     pack.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id to copy it from (default: CHECKPOINT)")
     pack.add_argument("--dtype", choices=DTYPES, default="auto", help="of what stays dense (default: as in CHECKPOINT)")
+
+    convert = add(
+        "convert",
+        "pack a checkpoint that LittleBit, NanoQuant, DBF or OneCompression wrote",
+        "convert nanoquant-model --out packed",
+    )
+    convert.add_argument(
+        "source", metavar="SOURCE", help="folder or Hub id: config.json and safetensors; a pickle is never read"
+    )
+    convert.add_argument("--out", metavar="DIR", required=True, help="folder to save to")
+    convert.add_argument("--overwrite", action="store_true", help="save even if DIR holds files already")
+    convert.add_argument(
+        "--base", metavar="DIR", help="folder of the original model, for the config and the tensors that SOURCE lacks"
+    )
+    convert.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id to copy it from (default: SOURCE)")
+    convert.add_argument(
+        "--scale-dtype", metavar="NAME", help="round the scales to bfloat16, float16 or float32 (default: exact)"
+    )
 
     info = add(
         "info",

@@ -1,4 +1,6 @@
-"""The command `littlebit`: quantize, train, pack, info, eval, generate, bench, tune, push. `optimum-cli littlebit` is the same.
+"""The command `littlebit`: quantize, train, pack, convert, info, eval, generate, bench, tune, push.
+
+`optimum-cli littlebit` is the same.
 
 Results go to stdout, progress and notes to stderr. Bad input ends with one line, "littlebit: error: ...", and exit code 2;
 a failure of the machine or the network with the same line and 1; Ctrl-C with 130. torch and transformers are imported by
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "littlebit") -> int:
         "quantize": run_quantize,
         "train": lambda args: run_train(args, quantization_config(args), _tokenizer(args.model, required=True)),
         "pack": run_pack,
+        "convert": run_convert,
         "info": run_info,
         "eval": run_eval,
         "generate": run_generate,
@@ -109,6 +112,31 @@ def run_pack(args: argparse.Namespace) -> int:
             tokenizer.save_pretrained(out)
     print(size_report(out).table())
     print(f"\nsaved to {out}")
+    return 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """`littlebit convert`."""
+    from ..load.foreign.convert import convert_foreign
+    from ..load.foreign.folder import fetch
+    from ..report.card import write_card
+    from ..report.size import size_report
+
+    out = args.out
+    check_empty(out, args.overwrite, args.source, "checkpoint")
+    if args.base:
+        check_empty(out, args.overwrite, args.base, "original model")
+    tokenizer = _tokenizer(args.tokenizer, required=True) if args.tokenizer else None
+    converted = convert_foreign(fetch(args.source), args.base, args.scale_dtype)
+    if not args.tokenizer:
+        tokenizer = _tokenizer(converted.config_folder, required=False)
+    with _folder(out):
+        converted.model.save_pretrained(out)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
+        write_card(out)
+    print(size_report(out).table())
+    print(f"\n{converted.summary}\nsaved to {out}")
     return 0
 
 

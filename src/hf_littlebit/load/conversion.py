@@ -30,7 +30,7 @@ from ..layers.parts import part_shapes as layer_shapes
 from ..layers.path import Path
 from ..plan import WeightPlan
 
-__all__ = ["LittleBitConversion", "factor_weight", "part_shapes"]
+__all__ = ["LittleBitConversion", "check_range", "factor_weight", "part_shapes"]
 
 logger = logging.getLogger("hf_littlebit")
 
@@ -89,7 +89,7 @@ def factor_weight(
         )
         for path in found:
             for scale in (path.scale_out, path.scale_rank, path.scale_in):
-                _check_range(scale, scale_dtype, name)
+                check_range(scale, scale_dtype, name)
         return found
 
     if stacked:
@@ -102,7 +102,7 @@ def factor_weight(
     return {f"{plan.module}.{part_name(plan.weight, part)}": value.to(home) for part, value in parts.items()}
 
 
-def _check_range(scale: Tensor, dtype: torch.dtype, name: str) -> None:
+def check_range(scale: Tensor, dtype: torch.dtype, name: str) -> None:
     """Refuse a dtype that keeps less of the scales than bfloat16 would, because they leave its range.
 
     Raises:

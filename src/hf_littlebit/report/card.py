@@ -17,13 +17,14 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from tabulate import tabulate
 
-from ..config import LittleBitConfig
+from ..config import SCALE_BITS, LittleBitConfig
 from ..initialize.factorize import INITIALISERS
 from ..internals.transformers import plain_upload
+from ..load.foreign.layouts import LAYOUTS
 from ..load.source import HUB_ID, find_source, quantization_of
 from .size import SizeReport, format_bytes, size_report
 
-__all__ = ["merge", "model_card", "upload_with_card"]
+__all__ = ["merge", "model_card", "upload_with_card", "write_card"]
 
 PAPER = "https://huggingface.co/papers/2506.13771"
 TAGS = ("littlebit", "quantized", "sub-1-bit", "binary")
@@ -97,6 +98,16 @@ def merge(card: ModelCard | None, ours: ModelCard) -> ModelCard:
     return card
 
 
+def write_card(folder: str) -> None:
+    """Write the card of the model saved in `folder` as its README.md, or complete the one that a person wrote there.
+
+    Raises:
+        ValueError: as of `model_card`.
+    """
+    path = os.path.join(folder, "README.md")
+    merge(ModelCard.load(path) if os.path.isfile(path) else None, model_card(folder)).save(path)
+
+
 def _is_automatic(text: str) -> bool:
     """True for text that no person wrote: none, transformers' template without a slot filled, or ours unchanged."""
     if not text.strip():
@@ -150,9 +161,9 @@ def _body(
     model_class = "AutoModelForCausalLM" if model_class.endswith("ForCausalLM") else model_class
     sections = [
         f"# {title}",
-        f"A version {of}whose linear layers are products of binary matrices and 16-bit scales, at {report.bpw:.3g} bits "
-        f"per weight: the layer of [LittleBit]({PAPER}), made with hf-littlebit (initialiser: {_inits(report)}). The "
-        "embeddings, the output head and the norms are not quantized.",
+        f"A version {of}whose linear layers are products of binary matrices and {SCALE_BITS[config.scale_dtype]}-bit scales, "
+        f"at {report.bpw:.3g} bits per weight: the layer of [LittleBit]({PAPER}), {_origin(report, config)}. The embeddings, the "
+        "output head and the norms are not quantized.",
     ]
     if report.format == "latent":
         sections.append(
@@ -179,8 +190,15 @@ def _body(
     return "\n\n".join(sections) + "\n"
 
 
-def _inits(report: SizeReport) -> str:
-    return ", ".join(sorted({INITIALISERS[layer.init].title for layer in report.layers}))
+def _origin(report: SizeReport, config: LittleBitConfig) -> str:
+    """How the factors came about: by which initialiser, or from a checkpoint of which program and by what formula."""
+    if config.converted_from is None:
+        inits = sorted({INITIALISERS[layer.init].title for layer in report.layers})
+        return f"made with hf-littlebit (initialiser: {', '.join(inits)})"
+    layout = LAYOUTS.get(config.converted_from)
+    if layout is None:
+        return "converted with hf-littlebit from a checkpoint of another program"
+    return f"converted with hf-littlebit from a {layout.title} checkpoint, in whose names `{layout.formula}`"
 
 
 def _size_rows(report: SizeReport) -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ class LayerSize:
     bpw_asked: float
     bpw: float
     bytes: int
-    init: str
+    init: str  # the initialiser, or the layout of another program that the layer was converted from
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,14 @@ def _layer(weight: WeightPlan, config: LittleBitConfig, header: Header) -> Layer
     size = (weight.out_features, weight.in_features, weight.count)
     bpw = 8 * total / weight.numel
     return LayerSize(
-        weight.module, weight.weight, *size, weight.ranks, weight.options.bpw, bpw, total, weight.options.init
+        weight.module,
+        weight.weight,
+        *size,
+        weight.ranks,
+        weight.options.bpw,
+        bpw,
+        total,
+        config.converted_from or weight.options.init,
     )
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs whose layers have the structure of ours: read as they are, checked, and made packed models."""
