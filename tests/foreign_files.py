@@ -141,8 +141,8 @@ def write(
             packed, weights[name] = layer(make, name, module.out_features, module.in_features, rank + len(weights) % 5)
             tensors |= packed
             del state[f"{name}.weight"]
-    tied = model.config.tie_word_embeddings
-    tensors |= {name: value for name, value in state.items() if not (tied and name == "lm_head.weight")}
+    first = {value.data_ptr(): name for name, value in reversed(state.items())}  # of tensors that are tied
+    tensors |= {name: value for name, value in state.items() if first[value.data_ptr()] == name}
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
     model.config.save_pretrained(folder)
     if layer is littlebit:

@@ -108,7 +108,8 @@ def check_range(scale: Tensor, dtype: torch.dtype, name: str) -> None:
     Raises:
         ValueError: naming the layer, how large its scales are, and what the dtype holds.
     """
-    if float((scale.to(dtype).float() - scale).norm()) <= torch.finfo(torch.bfloat16).eps * float(scale.norm()):
+    exact = scale.double()  # in fp32 the squares of a norm may overflow
+    if float((scale.to(dtype).double() - exact).norm()) <= torch.finfo(torch.bfloat16).eps * float(exact.norm()):
         return
     limits = torch.finfo(dtype)
     raise ValueError(
