@@ -179,7 +179,10 @@ def test_names_of_a_compiled_model_and_layers_left_dense(dense, tmp_path):
     source = tmp_path / "source"
     weights = foreign_files.write(dense, source, compiled, skip=("lm_head", "v_proj"))
     tensors = load_file(source / "model.safetensors")
-    renamed = {name.replace("model.", "model._orig_mod.") if "_orig_mod" not in name else name: x for name, x in tensors.items()}
+    renamed = {
+        name.replace("model.", "model._orig_mod.") if "_orig_mod" not in name else name: x
+        for name, x in tensors.items()
+    }
     save_file(renamed, source / "model.safetensors")
     packed = convert(source, tmp_path / "out")
     assert len(weights) == 12
@@ -212,7 +215,7 @@ def test_a_base_model_completes_a_packed_artifact(dense, tmp_path):
     for block in range(2):
         part = {name: value for name, value in tensors.items() if f".blocks.{block}." in name}
         save_file(part, source / "weights" / f"block-{block:05d}.safetensors")
-    with pytest.raises(ValueError, match="holds no config.json.*--base"):
+    with pytest.raises(ValueError, match=r"holds no config.json.*--base"):
         convert_foreign(str(source))
     packed = convert(source, tmp_path / "out", "--base", str(base))
     equal_weights(packed, weights)
@@ -236,7 +239,9 @@ def test_the_result_is_an_ordinary_packed_checkpoint(stories, tmp_path, capfd):
     assert main(["convert", str(source), "--out", str(out)]) == 0
     shown = capfd.readouterr().out
     assert "35 layers converted from NanoQuant; scales in bfloat16, exact" in shown and f"saved to {out}" in shown
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(os.listdir(out))
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(
+        os.listdir(out)
+    )
     saved = json.loads((out / "config.json").read_text())
     assert "auto_map" not in saved and saved["dtype"] == "float32"
     assert json.loads((out / "generation_config.json").read_text())["max_length"] == 77
@@ -304,7 +309,10 @@ def nanoquant(dense, tmp_path):
 def test_salient_columns_are_refused_by_name(dense, tmp_path, nanoquant):
     salient = {"salient_idx": torch.tensor([3], dtype=torch.int32), "salient_weight": torch.ones(56, 1)}
     edited(nanoquant, lambda tensors: tensors.update({f"{Q}.{role}": value for role, value in salient.items()}))
-    refused(nanoquant, rf"{Q} has extra dense columns \('salient' ones\) in {Q}.salient_idx, which no layer of ours can hold")
+    refused(
+        nanoquant,
+        rf"{Q} has extra dense columns \('salient' ones\) in {Q}.salient_idx, which no layer of ours can hold",
+    )
     foreign_files.write(dense, tmp_path / "i32", foreign_files.i32)
     name = "layouts.llama.cpp-i32-lsb-v1.blocks.1.mlp.up_proj.outlier_values"
     edited(tmp_path / "i32", lambda tensors: tensors.update({name: torch.ones(92, 1)}))
@@ -313,7 +321,9 @@ def test_salient_columns_are_refused_by_name(dense, tmp_path, nanoquant):
 
 def test_four_vectors_of_more_digits_than_fp32_are_refused_by_name(dense, tmp_path):
     foreign_files.write(dense, tmp_path / "source", foreign_files.littlebit, "f32")
-    refused(tmp_path / "source", r"model.layers.0.\S+: u2 \* v1 has more digits than float32.*--scale-dtype float32 rounds")
+    refused(
+        tmp_path / "source", r"model.layers.0.\S+: u2 \* v1 has more digits than float32.*--scale-dtype float32 rounds"
+    )
     model = convert_foreign(str(tmp_path / "source"), scale_dtype="float32", progress=False)
     assert not model.exact and "rounded" in model.summary
 
@@ -324,7 +334,33 @@ def test_envelopes_are_refused_by_name(dense, tmp_path):
         return {f"{name}.paths.0.{role}": value for role, value in tensors.items()}, None
 
     foreign_files.write(dense, tmp_path / "source", mdbf)
-    refused(tmp_path / "source", r"14 layer\(s\) of four scales of several vectors each, MDBF's envelopes.*model.layers.0")
+    refused(
+        tmp_path / "source", r"14 layer\(s\) of four scales of several vectors each, MDBF's envelopes.*model.layers.0"
+    )
+
+
+def test_layers_are_as_the_programs_own_config_says(dense, tmp_path):
+    foreign_files.write(dense, tmp_path / "source", foreign_files.littlebit)
+    settings = tmp_path / "source" / "littlebit_config.json"
+    second = [
+        f"{Q}.{name}" for name in ("U_R_packed", "V_R_packed", "U_R_shape", "V_R_shape", "u1_R", "u2_R", "v1_R", "v2_R")
+    ]
+    whole = load_file(tmp_path / "source" / "model.safetensors")
+    edited(tmp_path / "source", lambda tensors: [tensors.pop(name) for name in second])
+    refused(tmp_path / "source", rf"{Q} has 1 path\(s\), but littlebit_config.json says residual True")
+    settings.unlink()  # then nothing says that the layer once had a second path
+    assert convert_foreign(str(tmp_path / "source"), progress=False).layers == 14
+    edited(tmp_path / "source", lambda tensors: tensors.update({name: whole[name] for name in second[:-1]}))
+    refused(tmp_path / "source", f"{Q} has no v2_R")
+    settings.write_text(json.dumps({"residual": False, "split_dim": 10**12}))
+    refused(tmp_path / "source", f"{Q} has no v2_R")
+    edited(tmp_path / "source", lambda tensors: tensors.update(whole))
+    refused(tmp_path / "source", "littlebit_config.json has split_dim 1000000000000; numbers up to")
+    settings.write_text(json.dumps({"residual": False}))
+    refused(tmp_path / "source", r"has 2 path\(s\), but littlebit_config.json says residual False")
+    foreign_files.write(dense, tmp_path / "nano", lambda *args: foreign_files.nanoquant(*args, mid=False))
+    (tmp_path / "nano" / "nanoquant_config.json").write_text(json.dumps({"admm_type": "dbf"}))
+    refused(tmp_path / "nano", "has no scale_mid, but nanoquant_config.json says admm_type dbf")
 
 
 def test_a_rotated_model_is_refused(dense, tmp_path):
@@ -408,8 +444,14 @@ def broken(role, value):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (broken("U_packed", torch.zeros(56, 2, dtype=torch.int32)), rf"{Q}.U_packed is I32 \[56, 2\], but 56 x 13 signs"),
-        (broken("V_packed", torch.zeros(13, 1, dtype=torch.int32)), rf"{Q}.V_packed is I32 \[13, 1\], but 13 x 56 signs"),
+        (
+            broken("U_packed", torch.zeros(56, 2, dtype=torch.int32)),
+            rf"{Q}.U_packed is I32 \[56, 2\], but 56 x 13 signs",
+        ),
+        (
+            broken("V_packed", torch.zeros(13, 1, dtype=torch.int32)),
+            rf"{Q}.V_packed is I32 \[13, 1\], but 13 x 56 signs",
+        ),
         (broken("U_packed", torch.zeros(56, 1)), rf"{Q}.U_packed is F32 \[56, 1\]"),
         (broken("U_packed", torch.zeros(56, 1, dtype=torch.int64)), rf"{Q}.U_packed is I64"),
         (broken("scale_pre", torch.ones(57)), rf"{Q}.scale_pre is F32 \[57\], but 56 scales"),
@@ -425,7 +467,10 @@ def broken(role, value):
         (broken("V_shape", torch.tensor(13)), rf"{Q}.V_shape is I64 \[\]"),
         (lambda tensors: tensors.pop(f"{Q}.V_packed"), f"{Q} has no V_packed"),
         (lambda tensors: tensors.pop(f"{Q}.scale_pre"), f"{Q} has no scale_pre"),
-        (lambda tensors: tensors.pop("model.norm.weight"), "1 tensor.s. are missing .*model.norm.weight"),
+        (
+            lambda tensors: tensors.pop("model.norm.weight"),
+            "1 tensor.s. are missing from model.safetensors, e.g. model.norm.weight",
+        ),
         (broken("lora_A", torch.ones(2, 2)), rf"holds 1 tensor\(s\) that .* has no place for, e.g. {Q}.lora_A"),
         (broken("weight", torch.ones(56, 56)), rf"has no place for, e.g. {Q}.weight"),
         (broken("bias", torch.ones(56)), rf"has no place for, e.g. {Q}.bias"),
@@ -441,7 +486,7 @@ def broken(role, value):
             lambda tensors: tensors.update(
                 {name.replace("layers.1", "layers.7"): value.clone() for name, value in list(tensors.items())}
             ),
-            r"packed layer model.layers.7.*has no such layer",
+            r"packed layer model.layers.7.*has no such linear layer",
         ),
         (
             lambda tensors: tensors.update(
@@ -459,17 +504,17 @@ def test_tensors_that_do_not_fit_are_named(nanoquant, change, match):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"num_hidden_layers": 10**8}, "num_hidden_layers is 100000000, but the files hold"),
-        ({"num_hidden_layers": 10**30}, "num_hidden_layers is 10{30}; numbers up to"),
+        ({"num_hidden_layers": 10**8}, "num_hidden_layers 100000000, but the files hold"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers 10{30}; numbers up to"),
         ({"num_hidden_layers": 3}, "tensor.s. are missing"),
-        ({"num_hidden_layers": 1}, "has no such layer"),
-        ({"hidden_size": 10**12}, "hidden_size is 1000000000000; numbers up to"),
+        ({"num_hidden_layers": 1}, "has no such linear layer"),
+        ({"hidden_size": 10**12}, "hidden_size 1000000000000; numbers up to"),
         ({"vocab_size": 2**31 - 1}, r"embed_tokens.weight is BF16 \[128, 56\]|lm_head.weight is BF16 \[128, 56\]"),
         ({"intermediate_size": 2**31 - 1}, "proj.* is I32 .* but .* signs|has rank"),
         ({"hidden_size": "many"}, "config.json"),
         ({"num_attention_heads": 0}, "config.json"),
         ({"model_type": "unknown"}, "unknown"),
-        ({"rope_parameters": [{"deep": [10**20]}]}, "deep is 10{20}; numbers up to"),
+        ({"rope_parameters": [{"deep": [10**20]}]}, "deep 10{20}; numbers up to"),
         ({"quantization_config": {"quant_method": "littlebit", "bpw": 1.0}}, "a checkpoint of hf-littlebit already"),
     ],
 )
@@ -501,7 +546,9 @@ def test_other_folders_are_told_apart(dense, nanoquant, tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     refused(tmp_path / "dense", "packed layers of no layout that is known: LittleBit, NanoQuant, DBF")
     refused(tmp_path / "nothing", "no folder")
-    edited(nanoquant, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bp1": torch.zeros(3, dtype=torch.uint8)}))
+    edited(
+        nanoquant, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bp1": torch.zeros(3, dtype=torch.uint8)})
+    )
     refused(nanoquant, "holds layers of NanoQuant and OneCompression DBF")
     latents = {f"{Q}.{name}": torch.ones(2, 2) for name in ("U", "V", "u1", "u2", "v1", "v2")}
     edited(tmp_path / "dense", lambda tensors: tensors.update(latents))

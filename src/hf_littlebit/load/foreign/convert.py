@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,9 @@ from ..meta_model import empty_model
 from ..quantizer import LittleBitHfQuantizer
 from ..source import UNFIT
 from ..verify import Header, verify
-from .folder import Folder, model_config, read_json
+from .folder import Folder, checked_json, model_config, read_json
 from .layer import FLOATS, ForeignLayer, holds
-from .layouts import Layout, find_layout, layers_of
+from .layouts import LITTLEBIT, NANOQUANT, Layout, find_layout, layers_of
 
 __all__ = ["Converted", "convert_foreign"]
 
@@ -87,8 +87,9 @@ def convert_foreign(
     model = _empty_model(config, dense_folder)
     tensors = layers_of(layout, folder.header)
     modules: dict[str, str] = {}
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     for name in tensors:
-        module = _module_of(model, name, layout, source)
+        module = _module_of(model, linears, name, layout, source)
         if module in modules:
             raise ValueError(f"{source} has one layer as {modules[module]} and as {name}; leave one of them")
         modules[module] = name
@@ -96,12 +97,14 @@ def convert_foreign(
         module: ForeignLayer(folder, layout, name, tensors[name], _size(model, module))
         for module, name in modules.items()
     }
+    _check_settings(folder, layers)
     own = _own_config(layers, layout, scale_dtype, _base_model(folder.path))
     plan = Plan([_planned(module, layer, own) for module, layer in layers.items()])
     replace_modules(model, plan, own, placeholders=False)
     rest = _place_rest(model, folder, dense, layers)
     header = {name: source_of.header[found] for name, (source_of, found) in rest.items()}
-    verify(model, plan, own, {**_packed_header(plan, own), **header})
+    some_file = next(iter(folder.header.values()))[2]
+    verify(model, plan, own, {**_packed_header(plan, own, some_file), **header})
     with torch.no_grad():
         for name, (source_of, found) in rest.items():
             _set(model, name, source_of.read(found))
@@ -144,27 +147,49 @@ def _empty_model(config: PretrainedConfig, folder: str) -> PreTrainedModel:
         raise ValueError(f"{folder} has a config.json of which no model can be made ({what}); restore it") from error
 
 
-def _module_of(model: PreTrainedModel, name: str, layout: Layout, folder: str) -> str:
-    """The name that the linear layer called `name` in the files has in the model."""
+def _module_of(model: PreTrainedModel, linears: Collection[str], name: str, layout: Layout, folder: str) -> str:
+    """The one of the model's `linears` that the files call `name`.
+
+    Raises:
+        ValueError: if there is none.
+    """
     plain = name.replace(COMPILED, "")
-    modules = dict(model.named_modules())
-    known = [alias for alias in aliases(plain, model.base_model_prefix) if alias in modules]
-    if not known and layout.blocks and plain.startswith("blocks."):
-        end = plain.removeprefix("blocks")
-        known = [module for module in modules if module.endswith(end)]
-    if len(known) == 1 and type(modules[known[0]]) is nn.Linear:
-        return known[0]
-    reason = "is no linear layer there" if known else "has no such layer"
-    raise ValueError(
-        f"{folder} has a packed layer {name}, but {type(model).__name__} {reason}; its config.json is of another model, or of "
-        "another version of it"
-    )
+    found = [alias for alias in aliases(plain, model.base_model_prefix) if alias in linears]
+    if not found and layout.blocks and plain.startswith("blocks."):
+        found = [linear for linear in linears if linear.endswith(plain.removeprefix("blocks"))]
+    if len(found) != 1:
+        raise ValueError(
+            f"{folder} has a packed layer {name}, but {type(model).__name__} has no such linear layer; its config.json is of "
+            "another model, or transformers builds it otherwise today"
+        )
+    return found[0]
 
 
 def _size(model: PreTrainedModel, module: str) -> tuple[int, int]:
     linear = model.get_submodule(module)
     assert isinstance(linear, nn.Linear)
     return linear.out_features, linear.in_features
+
+
+def _check_settings(folder: Folder, layers: Mapping[str, ForeignLayer]) -> None:
+    """Compare the layers with what the programs' own config files say of them; without these files, layers may differ.
+
+    Raises:
+        ValueError: naming a layer that has a path too few or too many, or no latent scale.
+    """
+    residual = checked_json(os.path.join(folder.path, "littlebit_config.json")).get("residual")
+    mid = checked_json(os.path.join(folder.path, "nanoquant_config.json")).get("admm_type") == "dbf"
+    for layer in layers.values():
+        if isinstance(residual, bool) and layer.layout is LITTLEBIT and len(layer.paths) != 1 + residual:
+            raise ValueError(
+                f"{layer.name} has {len(layer.paths)} path(s), but littlebit_config.json says residual {residual}; the "
+                "checkpoint is incomplete or mixed: download it again"
+            )
+        if mid and layer.layout is NANOQUANT and "scale_mid" not in layer.tensors:
+            raise ValueError(
+                f"{layer.name} has no scale_mid, but nanoquant_config.json says admm_type dbf, which has one; the checkpoint "
+                "is incomplete: download it again"
+            )
 
 
 def _own_config(
@@ -229,10 +254,10 @@ def _planned(module: str, layer: ForeignLayer, config: LittleBitConfig) -> Weigh
     return WeightPlan(module, "weight", *layer.size, layer.ranks, config.for_module(module))
 
 
-def _packed_header(plan: Plan, config: LittleBitConfig) -> Header:
-    """What a file of the packed layers will hold."""
+def _packed_header(plan: Plan, config: LittleBitConfig, file: str) -> Header:
+    """What the packed layers will be stored in, as if it were in `file` already."""
     parts = {name: entry for weight in plan.weights for name, entry in part_shapes(weight, config).items()}
-    return {name: (DTYPE_NAMES[dtype], shape, "the packed layers") for name, (shape, dtype) in parts.items()}
+    return {name: (DTYPE_NAMES[dtype], shape, file) for name, (shape, dtype) in parts.items()}
 
 
 def _place_rest(

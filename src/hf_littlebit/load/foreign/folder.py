@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..source import HUB_ID, UNFIT
 from ..verify import Header, read_headers
 
-__all__ = ["Folder", "fetch", "model_config", "read_json"]
+__all__ = ["Folder", "checked_json", "fetch", "model_config", "read_json"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LARGEST_JSON = 2**26  # bytes; an index of a million tensors takes no more
@@ -109,18 +109,7 @@ def model_config(folder: str, tensors: int) -> tuple[PretrainedConfig, dict[str,
     Raises:
         ValueError: for a config that describes no model, or sizes that no model has.
     """
-    options = read_json(os.path.join(folder, "config.json"))
-    for name, value in _numbers(options):
-        if abs(value) > LARGEST_NUMBER:
-            raise ValueError(
-                f"{folder} has a config.json whose {name} is {value}; numbers up to {LARGEST_NUMBER} are read: restore the "
-                "original model's config"
-            )
-        if name in COUNTS and value > tensors:
-            raise ValueError(
-                f"{folder} has a config.json whose {name} is {value}, but the files hold {tensors} tensors; it is of another "
-                "model, or the checkpoint is incomplete: download it again"
-            )
+    options = checked_json(os.path.join(folder, "config.json"), tensors)
     quantization = options.get("quantization_config")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -131,6 +120,29 @@ def model_config(folder: str, tensors: int) -> tuple[PretrainedConfig, dict[str,
         if hasattr(config, name):
             delattr(config, name)
     return config, quantization if isinstance(quantization, dict) else {}
+
+
+def checked_json(path: str, tensors: int | None = None) -> dict[str, Any]:
+    """`read_json`, with every number in it small enough for a model.
+
+    Args:
+        tensors: how many tensors the files hold, if that bounds the numbers of layers.
+
+    Raises:
+        ValueError: for a larger one, with its name.
+    """
+    options = read_json(path)
+    for name, value in _numbers(options):
+        if abs(value) > LARGEST_NUMBER:
+            raise ValueError(
+                f"{path} has {name} {value}; numbers up to {LARGEST_NUMBER} are read: restore the original file"
+            )
+        if tensors is not None and name in COUNTS and value > tensors:
+            raise ValueError(
+                f"{path} has {name} {value}, but the files hold {tensors} tensors; it is of another model, or the checkpoint "
+                "is incomplete: download it again"
+            )
+    return options
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "Layout", "PathNames", "SignRule", "find_layout", "layers_of"]
+__all__ = ["LAYOUTS", "LITTLEBIT", "NANOQUANT", "Layout", "PathNames", "SignRule", "find_layout", "layers_of"]
 
 NAMESPACE = "layouts.llama.cpp-i32-lsb-v1."
 
