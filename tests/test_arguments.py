@@ -6,7 +6,7 @@ from hf_littlebit import LittleBitConfig
 from hf_littlebit.command.arguments import build_parser, quantization_config
 
 # Options of LittleBitConfig that are no business of `quantize`: for loading, or written by the code.
-NO_FLAG = {"dequantize", "format_version", "quant_method", "share_inputs"}
+NO_FLAG = {"converted_from", "dequantize", "format_version", "quant_method", "share_inputs"}
 EVERY_FLAG = """--bpw 2 --init dual_svid --residual off --kv-factor 2 --skip o_proj --module down_proj:bpw=3 --format latent
     --seed 7 --steps 3 --refit-rounds 2 --scale-dtype float16 --base-model org/name --device cpu --workers 2"""
 
@@ -21,7 +21,18 @@ def test_every_option_of_the_config_is_reached():
 def test_help_explains_every_option():
     parser = build_parser()
     commands = next(action for action in parser._actions if action.dest == "command").choices
-    assert set(commands) == {"quantize", "train", "pack", "info", "eval", "generate", "bench", "tune", "push"}
+    assert set(commands) == {
+        "quantize",
+        "train",
+        "pack",
+        "convert",
+        "info",
+        "eval",
+        "generate",
+        "bench",
+        "tune",
+        "push",
+    }
     for name, command in commands.items():
         assert f"littlebit {name}" in parser.format_help() and "example:" in command.format_help()
         for action in command._actions:

@@ -191,6 +191,20 @@ def test_names_of_a_compiled_model_and_layers_left_dense(dense, tmp_path):
     assert torch.equal(packed.get_parameter(f"{name}.weight"), dense.get_parameter(f"{name}.weight"))
 
 
+def test_a_packed_output_head(tmp_path):
+    model = small()
+    weights = foreign_files.write(model, tmp_path / "source", foreign_files.nanoquant, skip=("none",))
+    packed = convert(tmp_path / "source", tmp_path / "out")
+    assert "lm_head" in weights
+    equal_weights(packed, weights)
+    assert torch.isfinite(logits(packed)).all()
+    tied = small(tie_word_embeddings=True)
+    foreign_files.write(tied, tmp_path / "tied", foreign_files.nanoquant, skip=("none",))
+    refused(
+        tmp_path / "tied", "packed layer lm_head, whose weight LlamaForCausalLM shares with model.embed_tokens.weight"
+    )
+
+
 def test_other_architectures(tmp_path):
     import transformers
 
@@ -253,6 +267,25 @@ def test_the_result_is_an_ordinary_packed_checkpoint(stories, tmp_path, capfd):
     assert report.bpw == pytest.approx(report.bpw_asked, rel=1e-3)
     assert main(["info", str(out)]) == 0 and "nanoquant" in capfd.readouterr().out
     assert main(["generate", str(out), "--prompt", "Once", "--max-new-tokens", "2"]) == 0
+
+
+def test_a_repository_of_the_hub(dense, tmp_path, monkeypatch):
+    from hf_littlebit.load.foreign import folder
+
+    foreign_files.write(dense, tmp_path / "snapshot", foreign_files.dbf)
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked.update(name=name, patterns=allow_patterns)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(folder, "snapshot_download", download)
+    model = convert("org/dbf-model", tmp_path / "out")
+    assert asked["name"] == "org/dbf-model" and not any(
+        pattern.endswith(("bin", "pt", "pth")) for pattern in asked["patterns"]
+    )
+    assert model.config.quantization_config.base_model == "org/dbf-model"
+    assert "A version of [org/dbf-model]" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_person_keeps_their_card(dense, tmp_path):
@@ -473,6 +506,7 @@ def broken(role, value):
         ),
         (broken("lora_A", torch.ones(2, 2)), rf"holds 1 tensor\(s\) that .* has no place for, e.g. {Q}.lora_A"),
         (broken("weight", torch.ones(56, 56)), rf"has no place for, e.g. {Q}.weight"),
+        (broken("\x1b[31mred", torch.ones(2)), r"a tensor called '.*\\x1b\[31mred'; names are printable"),
         (broken("bias", torch.ones(56)), rf"has no place for, e.g. {Q}.bias"),
         (
             lambda tensors: tensors.update({"model.norm.weight": torch.ones(57)}),
@@ -512,6 +546,8 @@ def test_tensors_that_do_not_fit_are_named(nanoquant, change, match):
         ({"vocab_size": 2**31 - 1}, r"embed_tokens.weight is BF16 \[128, 56\]|lm_head.weight is BF16 \[128, 56\]"),
         ({"intermediate_size": 2**31 - 1}, "proj.* is I32 .* but .* signs|has rank"),
         ({"hidden_size": "many"}, "config.json"),
+        ({"num_hidden_layers": 1e9}, "config.json"),
+        ({"num_hidden_layers": -1}, "has no such linear layer"),
         ({"num_attention_heads": 0}, "config.json"),
         ({"model_type": "unknown"}, "unknown"),
         ({"rope_parameters": [{"deep": [10**20]}]}, "deep 10{20}; numbers up to"),
@@ -543,6 +579,8 @@ def test_an_index_names_files_of_its_folder_alone(nanoquant):
 
 
 def test_other_folders_are_told_apart(dense, nanoquant, tmp_path):
+    convert_foreign(str(nanoquant), progress=False).model.save_pretrained(tmp_path / "ours")
+    refused(tmp_path / "ours", "a checkpoint of hf-littlebit already")
     dense.save_pretrained(tmp_path / "dense")
     refused(tmp_path / "dense", "packed layers of no layout that is known: LittleBit, NanoQuant, DBF")
     refused(tmp_path / "nothing", "no folder")

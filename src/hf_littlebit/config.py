@@ -4,8 +4,7 @@ A layer of `out_features x in_features` (m x n) with P paths of rank r is stored
 
     bits = P * [ r * (m + n' + 16) + 16 * (m + n) ]        bits per weight = bits / (m * n)
 
-where n' is n rounded up to a multiple of 8 (kernels/packing.py), so n' = n in practice, and 16 is 32 with scales in float32.
-Solved for r and floored to a
+where n' is n rounded up to a multiple of 8 (kernels/packing.py), so n' = n in practice. Solved for r and floored to a
 multiple of 8, at least 8 and at most min(m, n) (LittleBit, arXiv 2506.13771, appendix D). That is what a new layer gets. The
 ranks of a saved one are read off the shapes of its parts (layers/parts.py), which say how many paths there are and what their
 ranks add up to, but not how they share it: paths of one layer have equal ranks, unless the arithmetic here says otherwise.
@@ -38,8 +37,10 @@ __all__ = [
 ]
 
 FORMATS = ("packed", "latent")
-SCALE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
-SCALE_DTYPES = tuple(SCALE_BITS)
+SCALE_DTYPES = ("bfloat16", "float16")
+# Scales of other programs may have more digits than 16 bits hold: a model that was converted has them in 32.
+CONVERTED_DTYPES = (*SCALE_DTYPES, "float32")
+SCALE_BITS = 16
 RANK_MULTIPLE = 8
 MAX_BPW = 16.0
 KV_NAMES = ("k_proj", "v_proj")
@@ -49,31 +50,28 @@ LAYER_OPTIONS = ("bpw", "init", "residual", "kv_factor")
 MISSING_BPW = "bpw is missing; say how many bits per weight to keep, e.g. LittleBitConfig(bpw=0.55)"
 
 
-def bits_of(out_features: int, in_features: int, ranks: tuple[int, ...], scale_bits: int = 16) -> int:
+def bits_of(out_features: int, in_features: int, ranks: tuple[int, ...], scale_bits: int = SCALE_BITS) -> int:
     """Bits that the file holds for one layer: signs with their padding, and three scale vectors per path."""
     signs = sum(stored_bits(rank) * out_features + stored_bits(in_features) * rank for rank in ranks)
     scales = scale_bits * (len(ranks) * (out_features + in_features) + sum(ranks))
     return signs + scales
 
 
-def bpw_of(out_features: int, in_features: int, ranks: tuple[int, ...], scale_bits: int = 16) -> float:
+def bpw_of(out_features: int, in_features: int, ranks: tuple[int, ...]) -> float:
     """Bits per replaced weight of one layer, as the file holds it."""
-    return bits_of(out_features, in_features, ranks, scale_bits) / (out_features * in_features)
+    return bits_of(out_features, in_features, ranks) / (out_features * in_features)
 
 
-def exact_rank(out_features: int, in_features: int, bpw: float, paths: int, scale_bits: int = 16) -> float:
+def exact_rank(out_features: int, in_features: int, bpw: float, paths: int) -> float:
     """The rank per path that meets `bpw` exactly, before it is floored (may be negative for small layers)."""
     columns = stored_bits(in_features)
-    scales = scale_bits * paths * (out_features + in_features)
-    return (bpw * out_features * in_features - scales) / (paths * (out_features + columns + scale_bits))
+    scales = SCALE_BITS * paths * (out_features + in_features)
+    return (bpw * out_features * in_features - scales) / (paths * (out_features + columns + SCALE_BITS))
 
 
-def layer_ranks(
-    out_features: int, in_features: int, bpw: float, paths: int, factor: float = 1.0, scale_bits: int = 16
-) -> tuple[int, ...]:
+def layer_ranks(out_features: int, in_features: int, bpw: float, paths: int, factor: float = 1.0) -> tuple[int, ...]:
     """The rank of each path: `factor` times `exact_rank`, floored to a multiple of 8 and held within 8 .. min(out, in)."""
-    exact = exact_rank(out_features, in_features, bpw, paths, scale_bits)
-    asked = int(factor * exact // RANK_MULTIPLE) * RANK_MULTIPLE
+    asked = int(factor * exact_rank(out_features, in_features, bpw, paths) // RANK_MULTIPLE) * RANK_MULTIPLE
     ceiling = min(out_features, in_features) // RANK_MULTIPLE * RANK_MULTIPLE
     return (max(RANK_MULTIPLE, min(asked, ceiling)),) * paths
 
@@ -160,20 +158,19 @@ class LayerConfig:
     residual: bool | None
     factor: float  # multiplies the rank: kv_factor for k_proj and v_proj, else 1
     auto_kv_factor: bool = False  # plan_model finds the factor: this is a k_proj or v_proj, and kv_factor is None
-    scale_bits: int = 16  # of each stored scale
+    scale_bits: int = SCALE_BITS  # of each stored scale
 
     def ranks(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """The rank of each path of an `out_features x in_features` layer; their number says how many paths there are."""
-        size = (out_features, in_features, self.bpw)
         if self.residual is not None:
-            return layer_ranks(*size, 2 if self.residual else 1, self.factor, self.scale_bits)
-        one = layer_ranks(*size, 1, self.factor, self.scale_bits)
-        two = layer_ranks(*size, 2, self.factor, self.scale_bits)
-        fits = exact_rank(*size, 2, self.scale_bits) >= RANK_MULTIPLE
+            return layer_ranks(out_features, in_features, self.bpw, 2 if self.residual else 1, self.factor)
+        one = layer_ranks(out_features, in_features, self.bpw, 1, self.factor)
+        two = layer_ranks(out_features, in_features, self.bpw, 2, self.factor)
+        fits = exact_rank(out_features, in_features, self.bpw, 2) >= RANK_MULTIPLE
         # ADMM's single path beats two at equal bits (docs/results.md); a second one pays only for bits that a full-rank
         # first path cannot take. The SVD initialisers need the second path wherever the layer has room for it.
         if self.init == "admm":
-            full = exact_rank(*size, 1, self.scale_bits) >= min(out_features, in_features)
+            full = exact_rank(out_features, in_features, self.bpw, 1) >= min(out_features, in_features)
             return two if fits and full and sum(two) > sum(one) else one
         return two if fits else one
 
@@ -201,16 +198,16 @@ class LittleBitConfig(QuantizationConfigMixin):
             bit for bit with the same seed, machine and number of threads (`workers` share the threads among them).
         steps (`int`, *optional*): ADMM steps or Joint-ITQ iterations; None for the initialiser's default.
         refit_rounds (`int`, *optional*): rounds of the closed-form scale refit; None for the initialiser's default.
-        scale_dtype (`str`): of the stored scales: "bfloat16" (any range), "float16" (finer), or "float32" (for scales of
-            other programs that 16 bits do not hold; it takes twice their bits).
+        scale_dtype (`str`): "bfloat16" (any range) or "float16" (finer), of the stored scales. A converted model may have
+            "float32", where 16 bits do not hold the other program's scales.
         svd_device (`str`, *optional*): device that factorizes, e.g. "cuda"; None for the device a weight is loaded to.
         workers (`int`): layers factorized at the same time. Each holds one dense layer and its workspace.
         dequantize (`bool`): load a saved model as a dense one. Refused for a dense model.
         share_inputs (`bool`, *optional*): compute layers that read the same tensor (q, k and v; gate and up) in one call; for
             packed models, and not saved (shared_input.py). By default on a GPU alone, where it is faster.
         base_model (`str`, *optional*): Hub id of the dense model, for the model card; filled in while loading from the Hub.
-        converted_from (`str`, *optional*): the layout of another program that the layers had before `littlebit convert`,
-            e.g. "nanoquant"; filled in by it, and no wish.
+        converted_from (`str`, *optional*): the layout of another program that `littlebit convert` made the layers from, e.g.
+            "nanoquant"; filled in by it.
 
     Raises:
         ValueError: for unknown options and impossible values, with the value, the limit and the remedy.
@@ -293,6 +290,8 @@ class LittleBitConfig(QuantizationConfigMixin):
             raise ValueError(MISSING_BPW)
         for option, rule in RULES.items():
             value = getattr(self, option)
+            if option == "scale_dtype" and self.converted_from is not None:
+                rule = _choice(CONVERTED_DTYPES)
             if value is not None or not rule.optional:
                 rule.check(option, value)
         if self.dequantize and self.share_inputs:
@@ -336,7 +335,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         if options["bpw"] is None:
             raise ValueError(MISSING_BPW)
         kv_factor = options.pop("kv_factor")
-        options["scale_bits"] = SCALE_BITS[self.scale_dtype]
+        options["scale_bits"] = 32 if self.scale_dtype == "float32" else SCALE_BITS
         if name.rpartition(".")[2] not in KV_NAMES:
             return LayerConfig(factor=1.0, **options)
         # A layer whose own bpw the user wrote down gets these bits, and none of the leftover ones.
@@ -349,7 +348,7 @@ class LittleBitConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The saved options; those of this machine alone (LOADING_OPTIONS) are left out."""
         saved = {key: value for key, value in super().to_dict().items() if key not in LOADING_OPTIONS}
-        if self.converted_from is None:  # versions before 0.3 do not know it
+        if self.converted_from is None:  # earlier versions do not know it
             del saved["converted_from"]
         return saved
 

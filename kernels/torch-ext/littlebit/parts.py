@@ -10,6 +10,8 @@ For paths of ranks r_1 .. r_P whose sum is R, a layer of `out` outputs and `in` 
     v_tail      uint8 [ceil(in % 32 / 8), R]
     scale_out   16-bit floats [P, out]        scale_rank  [R]        scale_in  [P, in]
 
+(32-bit floats where a model was converted from another program's, whose scales have more digits.)
+
 This file is the only place that knows it. Whoever computes takes a `PackedLayer`; whoever needs the rows of one path asks
 `places`; whoever declares, checks or predicts a layer asks `factor_shapes`. A part of no rows is not stored, except u.
 """

@@ -127,7 +127,7 @@ def run_convert(args: argparse.Namespace) -> int:
     if args.base:
         check_empty(out, args.overwrite, args.base, "original model")
     tokenizer = _tokenizer(args.tokenizer, required=True) if args.tokenizer else None
-    converted = convert_foreign(fetch(args.source), args.base, args.scale_dtype)
+    converted = convert_foreign(fetch(args.source), args.base, args.scale_dtype, args.source)
     if not args.tokenizer:
         tokenizer = _tokenizer(converted.config_folder, required=False)
     with _folder(out):

@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from tabulate import tabulate
 
-from ..config import SCALE_BITS, LittleBitConfig
+from ..config import LittleBitConfig
 from ..initialize.factorize import INITIALISERS
 from ..internals.transformers import plain_upload
 from ..load.foreign.layouts import LAYOUTS
@@ -155,13 +155,14 @@ def _body(
     variant: str | None,
 ) -> str:
     base, name = _base_model(config), repo_id or "PATH_OR_REPOSITORY"
+    bits = 32 if config.scale_dtype == "float32" else 16
     of = f"of [{base}](https://huggingface.co/{base}) " if base else ""
     title = repo_id.rpartition("/")[2] if repo_id else f"{report.architecture}, {report.bpw:.2g} bits per weight"
     model_class = report.architecture
     model_class = "AutoModelForCausalLM" if model_class.endswith("ForCausalLM") else model_class
     sections = [
         f"# {title}",
-        f"A version {of}whose linear layers are products of binary matrices and {SCALE_BITS[config.scale_dtype]}-bit scales, "
+        f"A version {of}whose linear layers are products of binary matrices and {bits}-bit scales, "
         f"at {report.bpw:.3g} bits per weight: the layer of [LittleBit]({PAPER}), {_origin(report, config)}. The embeddings, the "
         "output head and the norms are not quantized.",
     ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 
-from ...config import MAX_BPW, RULES, SCALE_BITS, SCALE_DTYPES, LittleBitConfig, bits_of
+from ...config import CONVERTED_DTYPES, MAX_BPW, LittleBitConfig
+from ...internals.transformers import tied_weights
 from ...layers.linear import FactorModule
 from ...layers.parts import pack_parts
 from ...module_names import aliases
@@ -65,7 +66,11 @@ class Converted:
 
 
 def convert_foreign(
-    source: str, base: str | None = None, scale_dtype: str | None = None, progress: bool = True
+    source: str,
+    base: str | None = None,
+    scale_dtype: str | None = None,
+    name: str | None = None,
+    progress: bool = True,
 ) -> Converted:
     """The packed model of a checkpoint that LittleBit, NanoQuant, DBF or OneCompression wrote, on the CPU, to be saved.
 
@@ -75,50 +80,40 @@ def convert_foreign(
         source: folder of safetensors files. base: folder of the original model, whose config and tensors are taken where
             `source` has none.
         scale_dtype: to round scales to; None for the first of bfloat16, float16 and float32 that holds them all.
+        name: what the user calls `source`; a Hub id is named in the model card.
 
     Raises:
         ValueError: for files that are damaged, of no known layout, or of another model than their config, and for layers
             that ours cannot hold, by name.
     """
-    folder = Folder(source)
+    folder, dense = Folder(source), Folder(base) if base else None
+    config, config_folder = _config(folder, dense)
     layout = find_layout(folder.header, source)
-    dense = Folder(base) if base else None
-    config, dense_folder = _config(folder, dense)
-    model = _empty_model(config, dense_folder)
-    tensors = layers_of(layout, folder.header)
-    modules: dict[str, str] = {}
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    for name in tensors:
-        module = _module_of(model, linears, name, layout, source)
-        if module in modules:
-            raise ValueError(f"{source} has one layer as {modules[module]} and as {name}; leave one of them")
-        modules[module] = name
-    layers = {
-        module: ForeignLayer(folder, layout, name, tensors[name], _size(model, module))
-        for module, name in modules.items()
-    }
+    model = _empty_model(config, config_folder)
+    layers = _matched(model, folder, layout)
     _check_settings(folder, layers)
-    own = _own_config(layers, layout, scale_dtype, _base_model(folder.path))
+    own = _own_config(layers, layout, scale_dtype, _origin(source, name))
     plan = Plan([_planned(module, layer, own) for module, layer in layers.items()])
     replace_modules(model, plan, own, placeholders=False)
     rest = _place_rest(model, folder, dense, layers)
-    header = {name: source_of.header[found] for name, (source_of, found) in rest.items()}
+    header = {tensor: place.header[found] for tensor, (place, found) in rest.items()}
     some_file = next(iter(folder.header.values()))[2]
     verify(model, plan, own, {**_packed_header(plan, own, some_file), **header})
+    # Nothing was read so far but scales and sizes; from here on everything fits.
+    dtype = getattr(torch, own.scale_dtype)
     with torch.no_grad():
-        for name, (source_of, found) in rest.items():
-            _set(model, name, source_of.read(found))
+        for tensor, (place, found) in rest.items():
+            _set(model, tensor, place.read(found))
         for module, layer in tqdm(layers.items(), desc="converting", unit="layer", disable=not progress):
             packed = model.get_submodule(module)
             assert isinstance(packed, FactorModule), type(packed)
-            packed.fill("weight", pack_parts(layer.factors(), getattr(torch, own.scale_dtype)))
+            packed.fill("weight", pack_parts(layer.factors(), dtype))
     model.tie_weights()
     model.config.dtype = _main_dtype(header)
     finish(model, LittleBitHfQuantizer(own))
-    _take_generation_config(model, dense_folder)
-    dtype = getattr(torch, own.scale_dtype)
+    _take_generation_config(model, config_folder)
     exact = all(holds(dtype, values) for layer in layers.values() for _, values in _named_scales(layer))
-    return Converted(model, layout, len(layers), own.scale_dtype, dense_folder, exact)
+    return Converted(model, layout, len(layers), own.scale_dtype, config_folder, exact)
 
 
 def _config(folder: Folder, dense: Folder | None) -> tuple[PretrainedConfig, str]:
@@ -147,28 +142,36 @@ def _empty_model(config: PretrainedConfig, folder: str) -> PreTrainedModel:
         raise ValueError(f"{folder} has a config.json of which no model can be made ({what}); restore it") from error
 
 
-def _module_of(model: PreTrainedModel, linears: Collection[str], name: str, layout: Layout, folder: str) -> str:
-    """The one of the model's `linears` that the files call `name`.
+def _matched(model: PreTrainedModel, folder: Folder, layout: Layout) -> dict[str, ForeignLayer]:
+    """{name of a linear layer of the model: the packed layer that it is in the files}.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: for packed layers that are none of the model's linear layers, or whose weight is tied to another.
     """
-    plain = name.replace(COMPILED, "")
-    found = [alias for alias in aliases(plain, model.base_model_prefix) if alias in linears]
-    if not found and layout.blocks and plain.startswith("blocks."):
-        found = [linear for linear in linears if linear.endswith(plain.removeprefix("blocks"))]
-    if len(found) != 1:
-        raise ValueError(
-            f"{folder} has a packed layer {name}, but {type(model).__name__} has no such linear layer; its config.json is of "
-            "another model, or transformers builds it otherwise today"
-        )
-    return found[0]
-
-
-def _size(model: PreTrainedModel, module: str) -> tuple[int, int]:
-    linear = model.get_submodule(module)
-    assert isinstance(linear, nn.Linear)
-    return linear.out_features, linear.in_features
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    tied = tied_weights(model)
+    layers: dict[str, ForeignLayer] = {}
+    for name, tensors in layers_of(layout, folder.header).items():
+        plain = name.replace(COMPILED, "")
+        found = [alias for alias in aliases(plain, model.base_model_prefix) if alias in linears]
+        if not found and layout.blocks and plain.startswith("blocks."):
+            found = [linear for linear in linears if linear.endswith(plain.removeprefix("blocks"))]
+        if len(found) != 1:
+            raise ValueError(
+                f"{folder.path} has a packed layer {name}, but {type(model).__name__} has no such linear layer; its "
+                "config.json is of another model, or transformers builds it otherwise today"
+            )
+        (module,) = found
+        if module in layers:
+            raise ValueError(f"{folder.path} has one layer as {layers[module].name} and as {name}; leave one of them")
+        if f"{module}.weight" in tied:
+            raise ValueError(
+                f"{folder.path} has a packed layer {name}, whose weight {type(model).__name__} shares with "
+                f"{tied[f'{module}.weight']}; set tie_word_embeddings to false in its config.json if they differ"
+            )
+        size = linears[module].out_features, linears[module].in_features
+        layers[module] = ForeignLayer(folder, layout, name, tensors, size)
+    return layers
 
 
 def _check_settings(folder: Folder, layers: Mapping[str, ForeignLayer]) -> None:
@@ -196,37 +199,32 @@ def _own_config(
     layers: Mapping[str, ForeignLayer], layout: Layout, scale_dtype: str | None, base_model: str | None
 ) -> LittleBitConfig:
     """The config of the packed model: its bits per weight are what its layers take."""
-    RULES["scale_dtype"].check("scale_dtype", scale_dtype or SCALE_DTYPES[0])
     chosen = scale_dtype or _exact_dtype(layers.values())
+    own = LittleBitConfig(
+        bpw=MAX_BPW, kv_factor=1.0, scale_dtype=chosen, base_model=base_model, converted_from=layout.name
+    )
     for layer in layers.values() if scale_dtype else ():
         for _, values in _named_scales(layer):
             check_range(values.float(), getattr(torch, chosen), layer.name)
-    scale_bits = SCALE_BITS[chosen]
-    bits = sum(bits_of(*layer.size, layer.ranks, scale_bits) for layer in layers.values())
-    bpw = bits / sum(layer.size[0] * layer.size[1] for layer in layers.values())
-    return LittleBitConfig(
-        bpw=min(float(f"{bpw:.4g}"), MAX_BPW),
-        kv_factor=1.0,
-        scale_dtype=chosen,
-        base_model=base_model,
-        converted_from=layout.name,
-    )
+    plan = Plan([_planned(module, layer, own) for module, layer in layers.items()])
+    own.bpw = min(float(f"{plan.bpw:.4g}"), MAX_BPW)
+    return own
 
 
 def _exact_dtype(layers: Iterable[ForeignLayer]) -> str:
-    """The first of SCALE_DTYPES that holds every scale of every layer.
+    """The first of CONVERTED_DTYPES that holds every scale of every layer.
 
     Raises:
         ValueError: naming a layer whose scales none of them holds.
     """
-    left = list(SCALE_DTYPES)
+    left = list(CONVERTED_DTYPES)
     for layer in layers:
         for what, values in _named_scales(layer):
-            fitting = [name for name in SCALE_DTYPES if holds(getattr(torch, name), values)]
+            fitting = [name for name in CONVERTED_DTYPES if holds(getattr(torch, name), values)]
             if not fitting:
                 raise ValueError(
-                    f"{layer.name}: {what} has more digits than {SCALE_DTYPES[-1]}, the widest dtype of scales here, so that "
-                    f"no layer of ours can hold it exactly; --scale-dtype {SCALE_DTYPES[-1]} rounds it"
+                    f"{layer.name}: {what} has more digits than {CONVERTED_DTYPES[-1]}, the widest dtype of scales here, so that "
+                    f"no layer of ours can hold it exactly; --scale-dtype {CONVERTED_DTYPES[-1]} rounds it"
                 )
             left = [name for name in left if name in fitting]
     # float32 holds what bfloat16 and float16 hold, so that it is left wherever anything fits.
@@ -241,12 +239,14 @@ def _named_scales(layer: ForeignLayer) -> Iterator[tuple[str, Tensor]]:
         yield path.scale_in, scales.into
 
 
-def _base_model(path: str) -> str | None:
-    """The Hub id of the dense model, where the checkpoint names one."""
-    for file, key in (("base_model.json", "model_id"), ("nanoquant_config.json", "model_id")):
-        name = read_json(os.path.join(path, file)).get(key)
-        if isinstance(name, str) and HUB_ID.fullmatch(name) and not os.path.isdir(name):
-            return name
+def _origin(folder: str, name: str | None) -> str | None:
+    """The Hub id of the checkpoint itself, or that of the dense model where the checkpoint names one."""
+    if name is not None and HUB_ID.fullmatch(name) and not os.path.exists(name):
+        return name
+    for file in ("base_model.json", "nanoquant_config.json"):
+        found = read_json(os.path.join(folder, file)).get("model_id")
+        if isinstance(found, str) and HUB_ID.fullmatch(found) and not os.path.isdir(found):
+            return found
     return None
 
 

@@ -60,6 +60,8 @@ class Folder:
         for file in _weight_files(path):
             _regular(file)
             for name, entry in read_headers([file]).items():
+                if not name.isprintable():
+                    raise ValueError(f"{file} has a tensor called {name!r}; names are printable: download it again")
                 if name in self.header:
                     raise ValueError(
                         f"{name} is in {self._files[name]} and in {file}; leave one checkpoint in {path}, not two"
