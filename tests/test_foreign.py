@@ -100,6 +100,19 @@ def test_logits_are_those_of_the_dense_weights(tmp_path, layout):
     assert packed.generate(tokens, **options).tolist() == dense.generate(tokens, **options).tolist()
 
 
+def rows_of_bytes(tensors, weight):
+    """Signs as [rows, columns / 8] where that is possible."""
+    sizes = {
+        "1.bp": tuple(weight.shape[1:]),
+        "3.bp": next(tensors[name].shape for name in tensors if name.endswith("2.w")),
+    }
+    for name, value in tensors.items():
+        (columns,) = sizes.get(name[-4:], (1,))
+        if columns % 8 == 0:
+            tensors[name] = value.view(-1, columns // 8)
+    return tensors, weight
+
+
 SPELLINGS = {
     "littlebit, one path": lambda *args: foreign_files.littlebit(*args, paths=1),
     "littlebit, _R behind": lambda *args: foreign_files.littlebit(*args, spelling="{0}_{2}{1}"),
@@ -107,6 +120,7 @@ SPELLINGS = {
     "nanoquant without shapes": lambda *args: foreign_files.nanoquant(*args, shapes=False),
     "nanoquant, signs alone": lambda *args: foreign_files.nanoquant(*args, mid=False, shapes=False),
     "i32, names of sidecars": foreign_files.i32_sidecars,
+    "dbf, rows of bytes": lambda *args: rows_of_bytes(*foreign_files.dbf(*args[:4], args[4] // 8 * 8 + 8)),
 }
 
 
@@ -267,6 +281,14 @@ def test_the_result_is_an_ordinary_packed_checkpoint(stories, tmp_path, capfd):
     assert report.bpw == pytest.approx(report.bpw_asked, rel=1e-3)
     assert main(["info", str(out)]) == 0 and "nanoquant" in capfd.readouterr().out
     assert main(["generate", str(out), "--prompt", "Once", "--max-new-tokens", "2"]) == 0
+
+
+def test_a_generation_config_that_cannot_be_saved_is_left_out(dense, tmp_path, caplog):
+    foreign_files.write(dense, tmp_path / "source", foreign_files.dbf)
+    (tmp_path / "source" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": false}')
+    model = convert(tmp_path / "source", tmp_path / "out")
+    assert "generation_config.json is left out" in caplog.text
+    assert model.generation_config.eos_token_id == 2 and model.generation_config.temperature is None
 
 
 def test_a_repository_of_the_hub(dense, tmp_path, monkeypatch):

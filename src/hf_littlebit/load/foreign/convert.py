@@ -11,6 +11,7 @@ the digits, so that its scales take 32 bits here, unless the user asks to round 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import Counter
@@ -40,6 +41,8 @@ from .layer import FLOATS, ForeignLayer, holds
 from .layouts import LITTLEBIT, NANOQUANT, Layout, find_layout, layers_of
 
 __all__ = ["Converted", "convert_foreign"]
+
+logger = logging.getLogger("hf_littlebit")
 
 COMPILED = "_orig_mod."  # what torch.compile puts into names
 # Buffers that older transformers saved and a model computes.
@@ -323,12 +326,14 @@ def _main_dtype(header: Header) -> torch.dtype:
 
 
 def _take_generation_config(model: PreTrainedModel, folder: str) -> None:
+    """Give `model` the generation config of `folder`; one that could not be saved is left out, with a warning."""
     if not model.can_generate() or not read_json(os.path.join(folder, "generation_config.json")):
         return
     try:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-        model.generation_config.validate(strict=True)
+        found = GenerationConfig.from_pretrained(folder)
+        found.validate(strict=True)
     except (ValueError, OSError, *UNFIT) as error:
-        raise ValueError(
-            f"{folder} has a generation_config.json that cannot be used ({' '.join(str(error).split())}); restore or remove it"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        logger.warning("%s: generation_config.json is left out, since transformers refuses it: %s", folder, reason)
+    else:
+        model.generation_config = found

@@ -140,8 +140,7 @@ class ForeignLayer:
         out_features, in_features = self.size
         rule = self.layout.signs
         for role, rows, columns in ((path.u, out_features, rank), (path.v, rank, in_features)):
-            expected = rule.shape(rows, columns)
-            self._expect(role, (rule.dtype,), [expected], f"{rows} x {columns} signs")
+            self._expect(role, (rule.dtype,), rule.shapes(rows, columns), f"{rows} x {columns} signs")
         lengths = {path.scale_out: out_features, path.scale_in: in_features}
         lengths.update({role: rank for role in path.scale_rank if role in self.tensors})
         for role, length in lengths.items():

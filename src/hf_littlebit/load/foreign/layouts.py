@@ -7,7 +7,8 @@ Each layer of each of them stands for the sum over its paths of
 with scale_rank a product of as many vectors as the layout has for it. Signs are packed along rows:
 
     words    int32 [rows, ceil(columns / 32)], the least significant bit first, +1 as 0 and -1 as 1
-    bytes    uint8 [ceil(rows * columns / 8)], the matrix as one row, the most significant bit first, +1 as 1 and -1 as 0
+    bytes    uint8 [ceil(rows * columns / 8)], the matrix as one row, the most significant bit first, +1 as 1 and -1 as 0,
+             or [rows, columns / 8], which is the same in memory
 
 Padding bits have no meaning. The facts are those of the programs' public sources and documents: LittleBit (SamsungLabs,
 arXiv 2506.13771 and 2603.00042), NanoQuant (SamsungLabs, arXiv 2602.06694), DBF (arXiv 2505.11076), OneCompression
@@ -32,7 +33,7 @@ class SignRule:
     """How a matrix of signs [rows, columns] is packed; `negative` gives it as bool, True for -1."""
 
     dtype: str  # as safetensors calls it
-    shape: Callable[[int, int], tuple[int, ...]]
+    shapes: Callable[[int, int], list[tuple[int, ...]]]
     negative: Callable[[Tensor, int, int], Tensor]
 
 
@@ -49,11 +50,16 @@ def _of_words(packed: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _of_bytes(packed: Tensor, rows: int, columns: int) -> Tensor:
-    return ~_bits(packed, False)[: rows * columns].view(rows, columns)
+    return ~_bits(packed.flatten(), False)[: rows * columns].view(rows, columns)
 
 
-WORDS = SignRule("I32", lambda rows, columns: (rows, -(-columns // 32)), _of_words)
-BYTES = SignRule("U8", lambda rows, columns: (-(-rows * columns // 8),), _of_bytes)
+def _shapes_of_bytes(rows: int, columns: int) -> list[tuple[int, ...]]:
+    flat = (-(-rows * columns // 8),)
+    return [flat] if columns % 8 else [flat, (rows, columns // 8)]
+
+
+WORDS = SignRule("I32", lambda rows, columns: [(rows, -(-columns // 32))], _of_words)
+BYTES = SignRule("U8", _shapes_of_bytes, _of_bytes)
 
 
 @dataclass(frozen=True)
