@@ -38,14 +38,14 @@ __all__ = [
 
 FORMATS = ("packed", "latent")
 SCALE_DTYPES = ("bfloat16", "float16")
-# Scales of other programs may have more digits than 16 bits hold: a model that was converted has them in 32.
-CONVERTED_DTYPES = (*SCALE_DTYPES, "float32")
+CONVERTED_DTYPES = (*SCALE_DTYPES, "float32")  # of scales that come from another program
 SCALE_BITS = 16
 RANK_MULTIPLE = 8
 MAX_BPW = 16.0
 KV_NAMES = ("k_proj", "v_proj")
 # These options only steer a load on this machine: a user may set them for a saved model too, and they are not saved.
 LOADING_OPTIONS = ("svd_device", "workers", "dequantize", "share_inputs")
+LAYOUT_NAME = re.compile(r"[\w.-]{1,64}")
 LAYER_OPTIONS = ("bpw", "init", "residual", "kv_factor")
 MISSING_BPW = "bpw is missing; say how many bits per weight to keep, e.g. LittleBitConfig(bpw=0.55)"
 
@@ -142,9 +142,7 @@ RULES = {
     "share_inputs": _instance(bool, "True, False, or None (on a GPU alone)"),
     "base_model": _instance(str, "a Hub id, or None"),
     "converted_from": Rule(
-        lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]{1,64}", value) is not None,
-        "it must be the name of a layout, or None",
-        optional=True,
+        lambda value: isinstance(value, str) and bool(LAYOUT_NAME.fullmatch(value)), "it must be a layout's name", True
     ),
 }
 
@@ -347,10 +345,9 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The saved options; those of this machine alone (LOADING_OPTIONS) are left out."""
-        saved = {key: value for key, value in super().to_dict().items() if key not in LOADING_OPTIONS}
-        if self.converted_from is None:  # earlier versions do not know it
-            del saved["converted_from"]
-        return saved
+        # Earlier versions do not know converted_from.
+        out = LOADING_OPTIONS if self.converted_from is not None else (*LOADING_OPTIONS, "converted_from")
+        return {key: value for key, value in super().to_dict().items() if key not in out}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The options that differ from the defaults, with bpw and the method's name always."""
