@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .initialize.factorize import INITS
 from .kernels.packing import FORMAT_VERSION, stored_bits
-from .module_names import check_pattern, matches
+from .module_names import check_globs, check_pattern, matches
 
 __all__ = [
     "FORMATS",
@@ -44,7 +44,7 @@ RANK_MULTIPLE = 8
 MAX_BPW = 16.0
 KV_NAMES = ("k_proj", "v_proj")
 # These options only steer a load on this machine: a user may set them for a saved model too, and they are not saved.
-LOADING_OPTIONS = ("svd_device", "workers", "dequantize", "share_inputs")
+LOADING_OPTIONS = {"svd_device": None, "workers": 1, "dequantize": False, "share_inputs": None}
 LAYOUT_NAME = re.compile(r"[\w.-]{1,64}")
 LAYER_OPTIONS = ("bpw", "init", "residual", "kv_factor")
 MISSING_BPW = "bpw is missing; say how many bits per weight to keep, e.g. LittleBitConfig(bpw=0.55)"
@@ -206,10 +206,16 @@ class LittleBitConfig(QuantizationConfigMixin):
         base_model (`str`, *optional*): Hub id of the dense model, for the model card; filled in while loading from the Hub.
         converted_from (`str`, *optional*): the layout of another program that `littlebit convert` made the layers from, e.g.
             "nanoquant"; filled in by it.
+        save_id (`str`, *optional*): what `save_pretrained` writes to say which files belong together. It is of the files, so
+            a config in memory has none.
 
     Raises:
         ValueError: for unknown options and impossible values, with the value, the limit and the remedy.
     """
+
+    # Of the class until they are set, so that a config's attributes are its options.
+    loading_options_read: tuple[str, ...] = ()  # LOADING_OPTIONS that a dict gave: the user's, or a file's
+    save_id: str | None = None  # only while a model is saved; load/save_id.py reads the files' own
 
     def __init__(
         self,
@@ -231,6 +237,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         share_inputs: bool | None = None,
         base_model: str | None = None,
         converted_from: str | None = None,
+        save_id: str | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = "littlebit",
         **unknown: Any,
@@ -300,6 +307,7 @@ class LittleBitConfig(QuantizationConfigMixin):
             for name in self.modules_to_not_convert:
                 check_pattern("modules_to_not_convert", name)
             self.modules_to_not_convert = list(self.modules_to_not_convert)
+        check_globs("module_config", self.module_config or {})
         for pattern, options in (self.module_config or {}).items():
             if not isinstance(pattern, str) or not pattern or not isinstance(options, dict) or not options:
                 raise ValueError(
@@ -339,15 +347,40 @@ class LittleBitConfig(QuantizationConfigMixin):
         # A layer whose own bpw the user wrote down gets these bits, and none of the leftover ones.
         return LayerConfig(factor=kv_factor or 1.0, auto_kv_factor=kv_factor is None and "bpw" not in own, **options)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As transformers' own; the config remembers which options of LOADING_OPTIONS stood in the dict."""
+        result: Any = super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        config = result[0] if return_unused_kwargs else result
+        config.loading_options_read = tuple(option for option in LOADING_OPTIONS if option in config_dict)
+        return result
+
+    def ignore_loading_options(self) -> list[str]:
+        """Give the options of LOADING_OPTIONS that were read from a saved model's file their defaults; returns their names.
+
+        No version writes them there. They decide what this machine does, which is for its user to say.
+        """
+        names = [name for name in self.loading_options_read if getattr(self, name) != LOADING_OPTIONS[name]]
+        for name in names:
+            setattr(self, name, LOADING_OPTIONS[name])
+        self.loading_options_read = ()
+        return names
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained(saved, quantization_config=...)` may set for a saved model: where and how to load it."""
-        return {option: getattr(self, option) for option in LOADING_OPTIONS}
+        # The last entry says of the saved model's config, which transformers gives these values, that none is the file's.
+        return {option: getattr(self, option) for option in LOADING_OPTIONS} | {"loading_options_read": ()}
 
     def to_dict(self) -> dict[str, Any]:
         """The saved options; those of this machine alone (LOADING_OPTIONS) are left out."""
-        # Earlier versions do not know converted_from.
-        out = LOADING_OPTIONS if self.converted_from is not None else (*LOADING_OPTIONS, "converted_from")
-        return {key: value for key, value in super().to_dict().items() if key not in out}
+        # Earlier versions do not know the last two.
+        absent = {option for option in ("converted_from", "save_id") if getattr(self, option) is None}
+        left_out = {*LOADING_OPTIONS, "loading_options_read"} | absent
+        return {key: value for key, value in super().to_dict().items() if key not in left_out}
+
+    def get(self, option: str, default: Any = None) -> Any:
+        """The value of `option`, as a dict's `get`: transformers asks so for the method of a config, in memory or read."""
+        return getattr(self, option, default)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The options that differ from the defaults, with bpw and the method's name always."""

@@ -20,7 +20,7 @@ from .internals.transformers import fp32_modules, tied_weights
 from .layers.experts import LittleBitExperts, expert_sizes, is_stack
 from .layers.linear import FactorModule
 from .layers.parts import PACKED_PARTS, part_name, stored_ranks
-from .module_names import aliases, is_named, matches, needs_fp32
+from .module_names import aliases, check_steps, is_named, matches, needs_fp32
 
 __all__ = ["Plan", "WeightPlan", "plan_model"]
 
@@ -164,8 +164,9 @@ def plan_model(
     if not plan.weights:
         if stored is not None:
             raise ValueError(
-                f"no tensor of the checkpoint is a part of a LittleBit layer of {type(model).__name__}; its config says "
-                "quant_method 'littlebit', but another program wrote it, or it is of another model"
+                f"no tensor of the checkpoint is a part of a LittleBit layer of {type(model).__name__}, although its config has "
+                "quant_method 'littlebit': a dense model was made with the config of a quantized one and saved, another program "
+                "wrote it, or it is of another model. For a dense model, remove quantization_config from its config.json"
             )
         raise ValueError(
             f"{type(model).__name__} has no layer that LittleBit can replace: it looks for torch.nn.Linear layers other than "
@@ -227,6 +228,8 @@ class _Walk:
         self, model: nn.Module, config: LittleBitConfig, stored: Collection[str] | None, saved: Collection[str] | None
     ):
         self.plan, self.config, self.stored, self.saved = Plan(), config, stored, saved
+        if stored is None:
+            check_steps("modules_to_not_convert", config.modules_to_not_convert or ())
         self.prefix = str(getattr(model, "base_model_prefix", ""))
         self.kept = _kept_modules(model)
         self.fp32 = fp32_modules(model)

@@ -60,7 +60,7 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     quantize = add("quantize", "quantize a dense model and save it", "quantize org/model --bpw 0.3 --out packed")
     quantize.add_argument("model", metavar="MODEL", help="folder or Hub id of a dense model")
     quantize.add_argument("--out", metavar="DIR", required=True, help="folder to save to")
-    quantize.add_argument("--overwrite", action="store_true", help="save even if DIR holds files already")
+    quantize.add_argument("--overwrite", action="store_true", help="replace a model in DIR; other files stay")
     _add_method(quantize, required=True)
     work = quantize.add_argument_group("how the work is done")
     work.add_argument("--device", metavar="NAME", help="device that factorizes, e.g. cuda (default: cpu)")
@@ -83,10 +83,10 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     pack.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="folder that a Trainer saved; FSDP's shards hold a pickle, so take only those of your own trainings",
+        help="folder that a Trainer saved, whatever engine wrote it; no code in it is run",
     )
     pack.add_argument("--out", metavar="DIR", required=True, help="folder to save to")
-    pack.add_argument("--overwrite", action="store_true", help="save even if DIR holds files already")
+    pack.add_argument("--overwrite", action="store_true", help="replace a model in DIR; other files stay")
     pack.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id to copy it from (default: CHECKPOINT)")
     pack.add_argument("--dtype", choices=DTYPES, default="auto", help="of what stays dense (default: as in CHECKPOINT)")
 

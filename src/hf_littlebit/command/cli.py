@@ -13,12 +13,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from .arguments import build_parser, quantization_config
 from .out_folder import check_empty
+from .terminal import guarded, short
 from .train_command import run_train
 
 __all__ = ["build_parser", "main"]
@@ -26,7 +26,12 @@ __all__ = ["build_parser", "main"]
 
 def main(argv: Sequence[str] | None = None, prog: str = "littlebit") -> int:
     """Run the command line `argv` (default: the program's own) and return its exit code."""
-    args = build_parser(prog).parse_args(argv)
+    with guarded():
+        return _run(build_parser(prog).parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run one command, and turn its end into an exit code."""
     commands = {
         "quantize": run_quantize,
         "train": lambda args: run_train(args, quantization_config(args), _tokenizer(args.model, required=True)),
@@ -60,7 +65,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "littlebit") -> int:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split())
+    text = short(" ".join(str(error).split()))
     if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and text:
         return text
     # Nobody wrote this text for a reader of the command line.
@@ -70,6 +75,7 @@ def _one_line(error: Exception) -> str:
 def run_quantize(args: argparse.Namespace) -> int:
     """`littlebit quantize`."""
     from ..load.meta_model import model_class
+    from ..load.replacement import replacement
     from ..load.source import find_source
     from ..report.size import size_report
 
@@ -84,11 +90,11 @@ def run_quantize(args: argparse.Namespace) -> int:
     # Both before the long work, so that neither fails after it.
     tokenizer = _tokenizer(args.model, required=False)
     source_class = model_class(source.config)
-    with _folder(out):
+    with replacement(out) as folder:
         model = source_class.from_pretrained(args.model, quantization_config=config, dtype=args.dtype)
-        model.save_pretrained(out)
+        model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(out)
+            tokenizer.save_pretrained(folder)
     print(size_report(out).table())
     print(f"\nsaved to {out}")
     return 0
@@ -97,19 +103,20 @@ def run_quantize(args: argparse.Namespace) -> int:
 def run_pack(args: argparse.Namespace) -> int:
     """`littlebit pack`."""
     from ..load.convert import pack_model
+    from ..load.replacement import replacement
     from ..report.size import size_report
     from ..train.export import latent_checkpoint
 
     out = args.out
     check_empty(out, args.overwrite, args.checkpoint, "checkpoint")
     tokenizer = _tokenizer(args.tokenizer, required=True) if args.tokenizer else None
-    model = latent_checkpoint(args.checkpoint, args.dtype)
-    if not args.tokenizer:
-        tokenizer = _tokenizer(args.checkpoint, required=False)
-    with _folder(out):
-        pack_model(model).save_pretrained(out)
+    with replacement(out) as folder:
+        model = latent_checkpoint(args.checkpoint, args.dtype)
+        if not args.tokenizer:
+            tokenizer = _tokenizer(args.checkpoint, required=False)
+        pack_model(model).save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(out)
+            tokenizer.save_pretrained(folder)
     print(size_report(out).table())
     print(f"\nsaved to {out}")
     return 0
@@ -119,6 +126,7 @@ def run_convert(args: argparse.Namespace) -> int:
     """`littlebit convert`."""
     from ..load.foreign.convert import convert_foreign
     from ..load.foreign.folder import fetch
+    from ..load.replacement import replacement
     from ..report.card import write_card
     from ..report.size import size_report
 
@@ -127,37 +135,17 @@ def run_convert(args: argparse.Namespace) -> int:
     if args.base:
         check_empty(out, args.overwrite, args.base, "original model")
     tokenizer = _tokenizer(args.tokenizer, required=True) if args.tokenizer else None
-    converted = convert_foreign(fetch(args.source), args.base, args.scale_dtype, args.source)
-    if not args.tokenizer:
-        tokenizer = _tokenizer(converted.config_folder, required=False)
-    with _folder(out):
-        converted.model.save_pretrained(out)
+    with replacement(out) as folder:
+        converted = convert_foreign(fetch(args.source), args.base, args.scale_dtype, args.source)
+        if not args.tokenizer:
+            tokenizer = _tokenizer(converted.config_folder, required=False)
+        converted.model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(out)
-        write_card(out)
+            tokenizer.save_pretrained(folder)
+        write_card(folder, out)
     print(size_report(out).table())
     print(f"\n{converted.summary}\nsaved to {out}")
     return 0
-
-
-@contextmanager
-def _folder(path: str) -> Iterator[None]:
-    """Make the folder `path` now, while nothing is lost if that fails; empty ones are removed if what follows fails."""
-    made = []
-    at = os.path.abspath(path)
-    while not os.path.isdir(at):
-        made.append(at)
-        at = os.path.dirname(at)
-    try:
-        os.makedirs(path, exist_ok=True)
-        yield
-    except BaseException:
-        for folder in made:
-            try:
-                os.rmdir(folder)
-            except OSError:  # not made yet, or something was saved into it: then its parents stay too
-                continue
-        raise
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -318,3 +306,7 @@ def _tokenizer(model: str, required: bool) -> Any:
         )
     print(f"note: no tokenizer is saved along: {reason}", file=sys.stderr)
     return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ..load.replacement import LEFT_OVER
+
 __all__ = ["check_empty", "check_folder"]
 
 
@@ -11,6 +13,8 @@ def check_folder(out: str | os.PathLike[str]) -> None:
     """Raise a ValueError where --out is something else than a folder, or than a name that is still free."""
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out {out} is a file; give a folder")
+    if os.path.islink(out) and not os.path.exists(out):
+        raise ValueError(f"--out {out} is a link to {os.readlink(out)}, which does not exist; give a folder")
 
 
 def check_empty(out: str, overwrite: bool, source: str, what: str) -> None:
@@ -21,7 +25,7 @@ def check_empty(out: str, overwrite: bool, source: str, what: str) -> None:
         what: the source in a word for the message, e.g. "dense model".
     """
     check_folder(out)
-    if os.path.isdir(out) and os.listdir(out) and not overwrite:
+    if os.path.isdir(out) and not overwrite and set(os.listdir(out)) - {LEFT_OVER}:
         raise ValueError(f"--out {out} is not empty; give another folder, or --overwrite to save into it")
     if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
         raise ValueError(f"--out {out} is the {what} itself; give another folder")

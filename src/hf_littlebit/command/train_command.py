@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+from contextlib import nullcontext
 from typing import Any
 
 from .out_folder import check_folder
@@ -78,6 +79,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
 
     from ..compat import resolve_dtype
     from ..load.meta_model import model_class
+    from ..load.replacement import refused_writes, replacement
     from ..load.source import find_source
     from ..report.size import size_report
     from ..train.callback import LittleBitCallback
@@ -120,44 +122,48 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         report_to=[],
         ddp_timeout=WAIT,
     )
-    model.to(arguments.device)
-    with arguments.main_process_first(desc="the text"):
-        if args.data == ["self"]:
-            blocks = sample_blocks(model, tokenizer, args.blocks or 1000, length, seed=seed, cache=checkpoints)
-        else:
-            blocks = text_blocks(read_texts(args.data, args.column), tokenizer, length, args.column, args.blocks)
-        if args.eval:
-            held_out = text_blocks(read_texts(args.eval, args.column), tokenizer, length, args.column, HELD_OUT)
-        else:
-            blocks, held_out = blocks.split(max(1, min(HELD_OUT, len(blocks) // 10)))
-    # Only whole batches: where processes share them, Trainer weighs those of another size wrongly.
-    whole = (size for size in range(args.batch_size, 0, -1) if len(held_out) % size == 0)
-    arguments.per_device_eval_batch_size = next(whole)
-    made_of = {f"--{name}": getattr(args, name.replace("-", "_")) for name in SAME}
-    made_of |= {"the method": config.to_dict(), "--length": length, "the text": fingerprint(blocks.tokens)}
-    keep_options(checkpoints, made_of, args.resume, arguments.process_index == 0)
-    dense = _evaluate(model, arguments, held_out)
-    dtype = resolve_dtype(source.config.dtype) if args.dtype == "auto" else getattr(torch, args.dtype)
-    callback = LittleBitCallback(config, None if args.no_teacher else "self", dtype=dtype)
-    trainer = LittleBitTrainer(model, arguments, callbacks=[callback], train_dataset=blocks, eval_dataset=held_out)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    packed = trainer.evaluate()["eval_loss"]
-    model.config.use_cache = True
-    if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(args.out)
-    trainer.save_model(args.out)
-    if not trainer.is_world_process_zero():
-        return 0
-    size = size_report(args.out)
-    report = {
-        "model": args.model if not os.path.isdir(args.model) else os.path.basename(os.path.realpath(args.model)),
-        "bpw": size.bpw,
-        "steps": args.steps,
-        "tokens_per_step": args.batch_size * args.accumulate * length * arguments.world_size,
-        "perplexity": {"dense": perplexity(dense), "packed": perplexity(packed)},
-        "history": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
-    }
-    _write(args.out, report)
+    main = arguments.process_index == 0
+    # The others have no folder of their own to write to, and write nothing.
+    with replacement(args.out) if main else nullcontext(args.out) as folder:
+        model.to(arguments.device)
+        with arguments.main_process_first(desc="the text"):
+            if args.data == ["self"]:
+                blocks = sample_blocks(model, tokenizer, args.blocks or 1000, length, seed=seed, cache=checkpoints)
+            else:
+                blocks = text_blocks(read_texts(args.data, args.column), tokenizer, length, args.column, args.blocks)
+            if args.eval:
+                held_out = text_blocks(read_texts(args.eval, args.column), tokenizer, length, args.column, HELD_OUT)
+            else:
+                blocks, held_out = blocks.split(max(1, min(HELD_OUT, len(blocks) // 10)))
+        # Only whole batches: where processes share them, Trainer weighs those of another size wrongly.
+        whole = (size for size in range(args.batch_size, 0, -1) if len(held_out) % size == 0)
+        arguments.per_device_eval_batch_size = next(whole)
+        made_of = {f"--{name}": getattr(args, name.replace("-", "_")) for name in SAME}
+        made_of |= {"the method": config.to_dict(), "--length": length, "the text": fingerprint(blocks.tokens)}
+        keep_options(checkpoints, made_of, args.resume, arguments.process_index == 0)
+        dense = _evaluate(model, arguments, held_out)
+        dtype = resolve_dtype(source.config.dtype) if args.dtype == "auto" else getattr(torch, args.dtype)
+        callback = LittleBitCallback(config, None if args.no_teacher else "self", dtype=dtype)
+        trainer = LittleBitTrainer(model, arguments, callbacks=[callback], train_dataset=blocks, eval_dataset=held_out)
+        with refused_writes(checkpoints):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        packed = trainer.evaluate()["eval_loss"]
+        model.config.use_cache = True
+        if main:
+            tokenizer.save_pretrained(folder)
+        trainer.save_model(folder)
+        if not main:
+            return 0
+        size = size_report(folder)
+        report = {
+            "model": args.model if not os.path.isdir(args.model) else os.path.basename(os.path.realpath(args.model)),
+            "bpw": size.bpw,
+            "steps": args.steps,
+            "tokens_per_step": args.batch_size * args.accumulate * length * arguments.world_size,
+            "perplexity": {"dense": perplexity(dense), "packed": perplexity(packed)},
+            "history": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+        }
+        _write(folder, report)
     print(size.table())
     first = next(entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry)
     print(f"\nperplexity on {len(held_out)} held-out blocks of {length} tokens")

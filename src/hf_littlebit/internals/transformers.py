@@ -42,10 +42,12 @@ __all__ = [
     "mark_quantized",
     "marked_initialized",
     "may_be_missing",
+    "plain_save",
     "plain_saving",
     "plain_upload",
     "prompt_request",
     "register",
+    "save_through",
     "save_under_held_names",
     "tied_weights",
     "unmark_quantized",
@@ -216,6 +218,19 @@ def save_under_held_names(model: PreTrainedModel) -> None:
     model._weight_conversions = []  # type: ignore[assignment]
 
 
+def save_through(model: PreTrainedModel, save: Callable[..., None]) -> None:
+    """Make `model.save_pretrained(folder, ...)` call `save(model, folder, ...)`.
+
+    The method is public. It is replaced on this one instance, because nothing public is called when it begins and ends.
+    """
+    model.save_pretrained = partial(save, model)  # type: ignore[method-assign]
+
+
+def plain_save(model: PreTrainedModel, folder: Any, *args: Any, **kwargs: Any) -> None:
+    """The saving of transformers itself, for a function that `save_through` was given."""
+    type(model).save_pretrained(model, folder, *args, **kwargs)
+
+
 def upload_through(model: PreTrainedModel, upload: Callable[..., Any]) -> None:
     """Make `push_to_hub` call `upload(model, folder, repo_id, ...)` where it would upload what it saved in `folder`.
 
@@ -231,8 +246,8 @@ def plain_upload(model: PreTrainedModel, folder: Any, repo_id: str, *args: Any, 
 
 
 def plain_saving(model: PreTrainedModel) -> None:
-    """Undo `save_under_held_names` and `upload_through`: the model is saved and shared as its class does it."""
-    for attribute in ("_weight_conversions", "_upload_modified_files"):
+    """Undo `save_under_held_names`, `save_through` and `upload_through`: the model is saved and shared as its class does it."""
+    for attribute in ("_weight_conversions", "save_pretrained", "_upload_modified_files"):
         vars(model).pop(attribute, None)
 
 

@@ -31,7 +31,7 @@ from ..layers.parts import LATENT_PARTS, part_name
 from ..module_names import needs_fp32
 from ..plan import Plan, WeightPlan, plan_model
 from .conversion import factor_weight
-from .form import factor_modules, finish, record, replace_modules
+from .form import factor_modules, finish, record, refuse_float64, replace_modules
 from .quantizer import LittleBitHfQuantizer
 from .source import quantization_of
 
@@ -75,6 +75,7 @@ def latent_model(
         raise ValueError("the model has LittleBit layers already; only a dense model can be factorized")
     config = _with_format(config, "latent")
     config.svd_device = config.svd_device or (None if device is None else str(device))
+    refuse_float64(model)
     plan, known = plan_model(model, config), dict(importance or {})
     record(config, plan, model)
     _check_in_memory(model, plan)

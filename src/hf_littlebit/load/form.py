@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -32,6 +33,7 @@ from ..generate.generation import fast_generate, plain_generate
 from ..internals.transformers import (
     mark_quantized,
     plain_saving,
+    save_through,
     save_under_held_names,
     unmark_quantized,
     upload_through,
@@ -41,12 +43,22 @@ from ..layers.linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from ..layers.output_head import attach_head, detach_head
 from ..layers.shared_input import share_as_asked
 from ..plan import Plan, plan_model
+from .saving import save_whole
 
-__all__ = ["HUB_ID", "Quantizer", "base_model", "factor_modules", "finish", "make_dense", "record", "replace_modules"]
+__all__ = [
+    "Quantizer",
+    "base_model",
+    "factor_modules",
+    "finish",
+    "is_hub_id",
+    "make_dense",
+    "record",
+    "refuse_float64",
+    "replace_modules",
+]
 
 logger = logging.getLogger("hf_littlebit")
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # org/name, or the name alone of the Hub's oldest models
 NAMELESS = "None"  # the name that from_pretrained(None, state_dict=...) gives a model
 
 
@@ -95,7 +107,29 @@ def replace_modules(model: nn.Module, plan: Plan, config: LittleBitConfig, place
 def base_model(config: PretrainedConfig) -> str | None:
     """The Hub id of the model that `config` was read with, e.g. "org/name"; None for a folder and for no name at all."""
     name = getattr(config, "name_or_path", "") or NAMELESS
-    return name if name != NAMELESS and HUB_ID.fullmatch(name) and not os.path.isdir(name) else None
+    return name if name != NAMELESS and is_hub_id(name) and not os.path.isdir(name) else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be a repository's: org/name, or the name alone of the Hub's oldest models."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def refuse_float64(model: PreTrainedModel) -> None:
+    """Refuse a model in float64, which no product with packed bits computes in, before work is done for it.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if model.dtype == torch.float64:
+        raise ValueError(
+            "the model is in float64, but LittleBit layers compute in float32, bfloat16 or float16; load it with "
+            "dtype=torch.float32 (--dtype float32), or call model.float()"
+        )
 
 
 def record(config: LittleBitConfig, plan: Plan, model: PreTrainedModel) -> None:
@@ -124,6 +158,7 @@ def finish(model: PreTrainedModel, quantizer: Quantizer) -> None:
     for part in _parts_with_configs(model):
         mark_quantized(part.config)
     save_under_held_names(model)
+    save_through(model, save_whole)
     upload_through(model, quantizer.upload_files)
     attach_head(model)
     if config.format == "packed":

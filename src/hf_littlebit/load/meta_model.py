@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 import reprlib
 from typing import Any
 
@@ -13,7 +15,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..internals.transformers import empty_of_class, whole_models
 
-__all__ = ["class_names", "empty_model", "model_class", "saved_class", "saved_names"]
+LARGEST, MOST_LAYERS = 2**63 - 1, 10_000  # of the numbers in a config
+COUNTED = re.compile("layer|expert")  # what a model has one module each of
+LONGEST_NAME = 128  # characters of a class's name
+
+__all__ = ["check_sizes", "class_names", "empty_model", "model_class", "saved_class", "saved_names"]
 
 
 def class_names(architectures: Any) -> list[str]:
@@ -23,12 +29,17 @@ def class_names(architectures: Any) -> list[str]:
         ValueError: if it is something else than a list of names, or absent (None).
     """
     names = architectures
-    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+    if names is not None and not (isinstance(names, list | tuple) and all(map(_is_class_name, names))):
         raise ValueError(
             f"the config's architectures is {reprlib.repr(names)}; it must be a list of class names, e.g. "
             '["LlamaForCausalLM"], or be absent'
         )
     return list(names or ())
+
+
+def _is_class_name(name: Any) -> bool:
+    """Whether `name` can be that of a class. A model card puts it into a text and into Python code."""
+    return isinstance(name, str) and name.isidentifier() and name.isascii() and len(name) <= LONGEST_NAME
 
 
 def saved_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
@@ -53,13 +64,46 @@ def model_class(config: PretrainedConfig) -> Any:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The dense model of `config` on meta: all modules, shapes and tied weights, no memory."""
+    """The dense model of `config` on meta: all modules, shapes and tied weights, no memory.
+
+    Raises:
+        ValueError: if the config describes no model, e.g. because its activation is unknown.
+    """
     found = model_class(config)
+    check_sizes(config.to_dict())
     config = copy.deepcopy(config)  # a model completes its config
-    with torch.device("meta"), whole_models():
-        if issubclass(found, PreTrainedModel):
-            return empty_of_class(found, config)
-        return found.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"), whole_models():
+            if issubclass(found, PreTrainedModel):
+                return empty_of_class(found, config)
+            return found.from_config(config, trust_remote_code=False)
+    except ImportError:
+        raise  # it names the package that the model's class needs
+    except Exception as error:  # Whatever a class of transformers makes of values that it does not expect.
+        words = " ".join(str(error).split())
+        raise ValueError(
+            f"the config describes no {found.__name__} that can be made ({type(error).__name__}: "
+            f"{words if len(words) <= 200 else words[:200] + '...'}); restore or download config.json again"
+        ) from error
+
+
+def check_sizes(options: Any, name: str = "config.json") -> None:
+    """Refuse numbers in the dict of a config, called `name`, that no model has, before modules are counted by them.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    if isinstance(options, dict):
+        for key, value in options.items():
+            check_sizes(value, str(key))
+    elif isinstance(options, list | tuple):
+        for value in options:
+            check_sizes(value, name)
+    elif isinstance(options, int) and abs(options) > (MOST_LAYERS if COUNTED.search(name) else LARGEST):
+        size = f"{options:,}" if abs(options) < 10**18 else f"a number of {int(math.log10(abs(options))) + 1} digits"
+        raise ValueError(
+            f"the config's {reprlib.repr(name)} is {size}; no model is that large: restore or download it again"
+        )
 
 
 def saved_names(model: PreTrainedModel) -> set[str] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -26,8 +27,10 @@ from ..internals.transformers import before_random_fill
 from ..kernels.packing import factor_shape
 from ..plan import Plan, WeightPlan, plan_model
 from .conversion import LittleBitConversion, part_shapes
-from .form import factor_modules, finish, make_dense, record, replace_modules
+from .form import factor_modules, finish, make_dense, record, refuse_float64, replace_modules
 from .meta_model import saved_names
+from .save_id import check_save
+from .saving import stamped
 from .verify import read_headers, refuse_missing, refuse_quantized, verify, verify_dense
 
 __all__ = ["LittleBitHfQuantizer"]
@@ -65,6 +68,13 @@ class LittleBitHfQuantizer(HfQuantizer):
             ValueError: for options that do not fit each other, the checkpoint or the machine.
         """
         config = self.quantization_config
+        ignored = config.ignore_loading_options() if self.pre_quantized else []
+        if ignored:
+            logger.warning(
+                "%s in the model's config.json: ignored, because only you decide how it is loaded; give "
+                "from_pretrained(..., quantization_config=LittleBitConfig(...)) to set it.",
+                " and ".join(ignored),
+            )
         if config.dequantize and not self.pre_quantized:
             raise ValueError(
                 "dequantize=True is for loading a saved LittleBit model as a dense one; this checkpoint is dense already. "
@@ -114,10 +124,13 @@ class LittleBitHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         files = kwargs.get("checkpoint_files") or ()
+        refuse_float64(model)
         # Missing tensors would be drawn at random. The files' headers, if there are files, say earlier what is missing.
         before_random_fill(model, partial(self._refuse_missing, model))
         if self.pre_quantized:
             header = read_headers(files) if files else None
+            if files:
+                check_save(os.path.dirname(files[0]), files)
             self.plan = plan_model(model, config, header)
             replace_modules(model, self.plan, config, placeholders=False)
             if header is not None:
@@ -182,8 +195,9 @@ class LittleBitHfQuantizer(HfQuantizer):
         return self.plan is None or all(weight.weight == "weight" for weight in self.plan.weights)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """No state dict, so that the model's own is saved, and what the header of its safetensors files says of the format."""
-        return None, {"quant_method": "littlebit", "format_version": str(FORMAT_VERSION)}
+        """No state dict, so that the model's own is saved, and what the headers of its files say of the format and the save."""
+        written = {"quant_method": "littlebit", "format_version": str(FORMAT_VERSION)}
+        return None, written | stamped(model, self.quantization_config)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         make_dense(model, compat.resolve_dtype(dtype))

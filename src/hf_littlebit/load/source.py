@@ -25,11 +25,13 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..config import LittleBitConfig
-from .form import HUB_ID
-from .meta_model import class_names
-from .verify import Header, read_headers
+from .form import is_hub_id
+from .meta_model import check_sizes, class_names
+from .replacement import interrupted
+from .save_id import check_save, id_of, recorded_id, refuse_mixed
+from .verify import Header, read_headers, refuse_special
 
-__all__ = ["HUB_ID", "Source", "find_source", "quantization_of"]
+__all__ = ["Source", "find_source", "quantization_of"]
 
 # Group 1 is the variant of a file, e.g. "fp16" of model.fp16.safetensors, and group 2 that of an index.
 WEIGHT_NAME = re.compile(r"model(?:\.([^.]+))?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json")
@@ -57,18 +59,25 @@ def find_source(name: str | os.PathLike[str]) -> Source:
 
     Raises:
         ValueError: if it is none of these, if the folder lacks files, if its config.json holds values that describe no
-            model, or if another method quantized the model.
+            model, if its files are of different saves, or if another method quantized the model.
         OSError: if the Hub does not have it or cannot be reached.
     """
     name = os.fspath(name)
     local = os.path.exists(name)
-    if not local and (name.endswith(".json") or not HUB_ID.fullmatch(name)):
+    aside = None if local else interrupted(name)
+    if aside is not None:
+        raise ValueError(
+            f"{name} does not exist: replacing it was interrupted. What it held is {aside}; rename that to {name}"
+        )
+    if not local and (name.endswith(".json") or not is_hub_id(name)):
         raise ValueError(f"{name} does not exist; give a folder, a config.json, or a Hub id such as org/name")
+    refuse_special(name)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"{name} holds no config.json; give the folder that save_pretrained wrote")
     with _explain(name, local):
         options = {**PretrainedConfig.get_config_dict(name)[0]}  # a TypeError, if the file holds no JSON object
-    # These two are checked before AutoConfig reads them: its errors do not say which value is wrong.
+    # These are checked before AutoConfig reads them: its errors do not say which value is wrong.
+    check_sizes(options)
     _quantization(options.get("quantization_config"))
     class_names(options.get("architectures"))
     with _explain(name, local):
@@ -80,9 +89,10 @@ def find_source(name: str | os.PathLike[str]) -> Source:
     if os.path.isdir(name):
         source.files, source.index, source.variant = _weights(name)
         source.header = read_headers(source.files)
+        check_save(name, source.files)
         source.file_bytes = sum(os.path.getsize(file) for file in source.files)
     else:
-        _read_hub(source)
+        _read_hub(source, recorded_id(options))
     return source
 
 
@@ -168,6 +178,7 @@ def _shards(index: str) -> list[str]:
     Raises:
         ValueError: if it cannot be read, or names files elsewhere.
     """
+    refuse_special(index)
     try:
         with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
@@ -178,8 +189,12 @@ def _shards(index: str) -> list[str]:
     return [os.path.join(os.path.dirname(index), name) for name in names]
 
 
-def _read_hub(source: Source) -> None:
-    """Complete a `source` on the Hub with its tensors' names, dtypes and shapes and its files' size; no weights are read."""
+def _read_hub(source: Source, recorded: str | None) -> None:
+    """Complete a `source` on the Hub with its tensors' names, dtypes and shapes and its files' size; no weights are read.
+
+    Args:
+        recorded: the id of the save in its config.json.
+    """
     api = HfApi()
     try:
         metadata = api.get_safetensors_metadata(source.name)
@@ -188,6 +203,8 @@ def _read_hub(source: Source) -> None:
             f"{source.name} has no readable {SAFE_WEIGHTS_NAME} on the Hub ({error}); for a variant or another layout, "
             "download the repository and give the folder"
         ) from error
+    ids = {file: id_of(content.metadata) for file, content in metadata.files_metadata.items()}
+    refuse_mixed(source.name, ids, recorded)
     source.header = {
         tensor: (info.dtype, tuple(info.shape), file)
         for file, content in metadata.files_metadata.items()

@@ -23,7 +23,16 @@ from ..plan import Plan
 from .conversion import part_shapes
 from .meta_model import saved_class, saved_names
 
-__all__ = ["Header", "read_headers", "refuse_missing", "refuse_quantized", "required", "verify", "verify_dense"]
+__all__ = [
+    "Header",
+    "read_headers",
+    "refuse_missing",
+    "refuse_quantized",
+    "refuse_special",
+    "required",
+    "verify",
+    "verify_dense",
+]
 
 Header = dict[str, tuple[str, tuple[int, ...], str]]  # tensor -> (safetensors dtype, shape, file name)
 # transformers' own table, e.g. "BF16" -> torch.bfloat16.
@@ -42,6 +51,7 @@ def read_headers(files: Sequence[str]) -> Header:
         name = os.path.basename(file)
         if not str(file).endswith(".safetensors"):
             raise ValueError(f"{name} is no safetensors file; quantized models are stored in safetensors only")
+        refuse_special(file)
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118  (no dict: it has no iterator)
@@ -52,6 +62,16 @@ def read_headers(files: Sequence[str]) -> Header:
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise ValueError(f"{name} is damaged: {error}; download or save the checkpoint again") from error
     return header
+
+
+def refuse_special(path: str) -> None:
+    """Refuse a pipe, a socket or a device in a file's place: reading it could wait without end.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ValueError(f"{path} is no regular file but a pipe, a socket or a device; put the file itself there")
 
 
 def verify(model: PreTrainedModel, plan: Plan, config: LittleBitConfig, header: Header) -> None:

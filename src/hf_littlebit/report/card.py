@@ -7,6 +7,7 @@ text, and only metadata it lacks is added. No path of this machine goes into a c
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import zlib
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from tabulate import tabulate
 
@@ -21,7 +23,8 @@ from ..config import LittleBitConfig
 from ..initialize.factorize import INITIALISERS
 from ..internals.transformers import plain_upload
 from ..load.foreign.layouts import LAYOUTS
-from ..load.source import HUB_ID, find_source, quantization_of
+from ..load.form import is_hub_id
+from ..load.source import find_source, quantization_of
 from .size import SizeReport, format_bytes, size_report
 
 __all__ = ["merge", "model_card", "upload_with_card", "write_card"]
@@ -98,14 +101,18 @@ def merge(card: ModelCard | None, ours: ModelCard) -> ModelCard:
     return card
 
 
-def write_card(folder: str) -> None:
-    """Write the card of the model saved in `folder` as its README.md, or complete the one that a person wrote there.
+def write_card(folder: str, former: str | None = None) -> None:
+    """Write the card of the model saved in `folder` as its README.md, or complete the one that a person wrote.
+
+    Args:
+        former: the folder whose place `folder` will take, where that card is; by default `folder` itself.
 
     Raises:
         ValueError: as of `model_card`.
     """
-    path = os.path.join(folder, "README.md")
-    merge(ModelCard.load(path) if os.path.isfile(path) else None, model_card(folder)).save(path)
+    own = os.path.join(former or folder, "README.md")
+    card = merge(ModelCard.load(own) if os.path.isfile(own) else None, model_card(folder))
+    card.save(os.path.join(folder, "README.md"))
 
 
 def _is_automatic(text: str) -> bool:
@@ -140,7 +147,7 @@ def upload_with_card(model: Any, working_dir: str | os.PathLike[str], repo_id: s
 
 def _base_model(config: LittleBitConfig) -> str | None:
     name = config.base_model
-    return name if name and HUB_ID.fullmatch(name) and not os.path.exists(name) else None
+    return name if name and is_hub_id(name) and not os.path.exists(name) else None
 
 
 def _task(architecture: str) -> str | None:
@@ -158,8 +165,9 @@ def _body(
     bits = 32 if config.scale_dtype == "float32" else 16
     of = f"of [{base}](https://huggingface.co/{base}) " if base else ""
     title = repo_id.rpartition("/")[2] if repo_id else f"{report.architecture}, {report.bpw:.2g} bits per weight"
-    model_class = report.architecture
-    model_class = "AutoModelForCausalLM" if model_class.endswith("ForCausalLM") else model_class
+    # The name stands in the config, where anybody may write one; the example imports no other than transformers has.
+    model_class = report.architecture if hasattr(transformers, report.architecture) else "AutoModel"
+    model_class = "AutoModelForCausalLM" if report.architecture.endswith("ForCausalLM") else model_class
     sections = [
         f"# {title}",
         f"A version {of}whose linear layers are products of binary matrices and {bits}-bit scales, "
@@ -217,7 +225,7 @@ def _size_rows(report: SizeReport) -> list[tuple[str, str]]:
 
 
 def _usage(model_class: str, name: str, variant: str | None) -> str:
-    which = f', variant="{variant}"' if variant else ""
+    which = f", variant={json.dumps(variant)}" if variant else ""
     lines = [
         "```bash",
         "pip install hf-littlebit",

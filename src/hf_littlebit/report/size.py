@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from ..config import LittleBitConfig
 from ..internals.transformers import tied_weights
 from ..load.conversion import part_shapes
-from ..load.meta_model import empty_model
+from ..load.meta_model import class_names, empty_model
 from ..load.source import Source, find_source, quantization_of
 from ..load.verify import Header, verify
 from ..plan import Plan, WeightPlan, plan_model
@@ -227,7 +227,7 @@ def _report(
     if config.format == "latent":
         warnings.append(f"the format is latent, for training: packed, the layers take {plan.bpw:.4g} bits per weight.")
     return SizeReport(
-        architecture=(model.config.architectures or [type(model).__name__])[0],
+        architecture=(class_names(model.config.architectures) or [type(model).__name__])[0],
         format=config.format,
         measured=measured,
         bpw_asked=float(config.bpw or 0),

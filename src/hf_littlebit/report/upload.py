@@ -19,6 +19,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..load.save_id import check_save
 from ..load.source import Source, find_source
 from .card import merge, model_card
 from .size import size_report
@@ -71,6 +72,7 @@ def push_folder(folder: str, repo_id: str, private: bool | None = None, token: A
     if source.quantization is None or source.quantization.format != "packed":
         what = "a dense model" if source.quantization is None else "a latent model, for training"
         raise ValueError(f"{folder} holds {what}; only packed models are pushed: quantize it first, or save it packed")
+    check_save(folder, source.files, alone=True)
     report = size_report(source)
     names, left_out = _choose(folder, source)
     api = HfApi(token=token)

@@ -3,12 +3,11 @@
 What a checkpoint holds, in the order in which it is looked for:
 
     model.safetensors, or its index     plain, DDP, FSDP2 with FULL_STATE_DICT, ZeRO-2, ZeRO-3 that gathers when it saves
-    pytorch_model_fsdp_0/               FSDP2 with SHARDED_STATE_DICT: read by torch.distributed.checkpoint
+    pytorch_model_fsdp_0/               FSDP2 with SHARDED_STATE_DICT: read by torch.distributed.checkpoint (shards.py)
     pytorch_model_fsdp.bin              FSDP2 with FULL_STATE_DICT, saved by accelerate alone
     latest, global_step*/               ZeRO: read by deepspeed.utils.zero_to_fp32
 
-Code in a checkpoint is run nowhere, with one exception that torch makes: the .metadata file of pytorch_model_fsdp_0 is a
-pickle, which torch.distributed.checkpoint loads as such. The other files are read with weights_only.
+Code in a checkpoint is run nowhere: pickles are read with weights_only, or by shards.py.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import copy
 import os
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -30,6 +28,8 @@ from ..internals.transformers import whole_models
 from ..load.convert import pack_model
 from ..load.meta_model import model_class
 from ..load.source import UNFIT, quantization_of
+from ..load.verify import refuse_special
+from .shards import read_shards
 
 __all__ = ["latent_checkpoint", "pack_what_is_saved", "packed_model", "saved_config"]
 
@@ -49,11 +49,16 @@ def latent_checkpoint(folder: str, dtype: torch.dtype | str = "auto") -> PreTrai
         ImportError: if its format needs DeepSpeed, which is not installed.
     """
     config = _config(folder)
+    for root, _, files in os.walk(folder):
+        for file in files:
+            refuse_special(os.path.join(root, file))
     trained_class = model_class(config)
     if any(os.path.isfile(os.path.join(folder, name)) for name in PLAIN):
         return trained_class.from_pretrained(folder, dtype=dtype)
     if os.path.isdir(os.path.join(folder, SHARDS)):
-        state = _read_shards(os.path.join(folder, SHARDS))
+        shards = os.path.join(folder, SHARDS)
+        with _one_line(shards):
+            state = read_shards(shards)
     elif os.path.isfile(os.path.join(folder, WHOLE)):
         with _one_line(folder):
             state = torch.load(os.path.join(folder, WHOLE), map_location="cpu", weights_only=True, mmap=True)
@@ -140,29 +145,6 @@ def _config(folder: str) -> PreTrainedConfig:
     if quantization.format != "latent":
         raise ValueError(f"{folder} is packed already; give a checkpoint-* folder of a training")
     return config
-
-
-def _read_shards(folder: str) -> dict[str, Tensor]:
-    """The model's state dict from the files of torch.distributed.checkpoint in `folder`, by its public calls."""
-    import torch.distributed.checkpoint as dcp
-
-    reader = dcp.FileSystemReader(folder)
-    with _one_line(folder):
-        entries = reader.read_metadata().state_dict_metadata
-    whole: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
-    }
-    with _one_line(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that this is one process, as is meant here
-        try:
-            dcp.load(whole, storage_reader=reader, no_dist=True)
-        except (
-            dcp.CheckpointException
-        ) as error:  # no Exception, but a BaseException, which holds what happened in each process
-            raise next(iter(error.failures.values()))[0] from error
-    return {name.removeprefix("model."): value for name, value in whole.items()}
 
 
 def _read_zero(folder: str) -> dict[str, Tensor]:

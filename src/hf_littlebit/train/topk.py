@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..load.replacement import replacement
 from ..placement import input_device
 
 __all__ = ["TopK", "TopKTeacher", "save_topk"]
@@ -102,7 +103,7 @@ def save_topk(
 ) -> TopKTeacher:
     """Run `teacher` over `batches` (input_ids [batch, seq], attention_mask if any; one seq for all) and save its top k.
 
-    Returns the teacher that reads them back. `folder` is made, and overwritten if it exists.
+    Returns the teacher that reads them back. `folder` is made, and its data replaced as a whole if it has any.
 
     Raises:
         ValueError: for an impossible k, or rows of different lengths.
@@ -131,11 +132,11 @@ def save_topk(
         keys += _keys(batch["input_ids"], batch.get("attention_mask"))
     if not keys:
         raise ValueError("there are no batches to compute teacher logits for")
-    os.makedirs(folder, exist_ok=True)
-    for name, value in (("keys", np.array(keys, np.uint64)), ("tokens", tokens), ("logprobs", logprobs)):
-        np.save(os.path.join(folder, f"{name}.npy"), np.stack(value) if isinstance(value, list) else value)
-    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as file:
-        json.dump({"vocabulary": vocabulary, "seq": length, "k": k, "rows": len(keys)}, file)
+    with replacement(folder) as new:
+        for name, value in (("keys", np.array(keys, np.uint64)), ("tokens", tokens), ("logprobs", logprobs)):
+            np.save(os.path.join(new, f"{name}.npy"), np.stack(value) if isinstance(value, list) else value)
+        with open(os.path.join(new, "meta.json"), "w", encoding="utf-8") as file:
+            json.dump({"vocabulary": vocabulary, "seq": length, "k": k, "rows": len(keys)}, file)
     return TopKTeacher(folder)
 
 

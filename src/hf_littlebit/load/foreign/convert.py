@@ -31,7 +31,7 @@ from ...layers.parts import pack_parts
 from ...module_names import aliases
 from ...plan import Plan, WeightPlan
 from ..conversion import check_range, part_shapes
-from ..form import HUB_ID, factor_modules, finish, replace_modules
+from ..form import factor_modules, finish, is_hub_id, replace_modules
 from ..meta_model import empty_model
 from ..quantizer import LittleBitHfQuantizer
 from ..source import UNFIT
@@ -244,11 +244,11 @@ def _named_scales(layer: ForeignLayer) -> Iterator[tuple[str, Tensor]]:
 
 def _origin(folder: str, name: str | None) -> str | None:
     """The Hub id of the checkpoint itself, or that of the dense model where the checkpoint names one."""
-    if name is not None and HUB_ID.fullmatch(name) and not os.path.exists(name):
+    if name is not None and is_hub_id(name) and not os.path.exists(name):
         return name
     for file in ("base_model.json", "nanoquant_config.json"):
         found = read_json(os.path.join(folder, file)).get("model_id")
-        if isinstance(found, str) and HUB_ID.fullmatch(found) and not os.path.isdir(found):
+        if isinstance(found, str) and is_hub_id(found) and not os.path.isdir(found):
             return found
     return None
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..source import HUB_ID, UNFIT
+from ..form import is_hub_id
+from ..source import UNFIT
 from ..verify import Header, read_headers
 
 __all__ = ["Folder", "checked_json", "fetch", "model_config", "read_json"]
@@ -97,7 +98,7 @@ def fetch(name: str) -> str:
         ValueError: if `name` is neither.
         OSError: if the Hub does not have it or cannot be reached.
     """
-    if os.path.lexists(name) or not HUB_ID.fullmatch(name):
+    if os.path.lexists(name) or not is_hub_id(name):
         return name
     return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
 
