@@ -185,6 +185,21 @@ def test_tensors_are_saved_under_the_names_that_they_have(family_dir, tmp_path):
     assert any("block_sparse_moe" in name for name in saved("again"))
 
 
+def test_save_pretrained_comes_by_our_saving_and_the_plain_one_saves(tmp_path):
+    model, called = build("llama"), []
+
+    def save(owner, folder, **options):
+        called.append((owner, folder, options))
+        doors.plain_save(owner, folder, **options)
+
+    doors.save_through(model, save)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert called == [(model, tmp_path, {"max_shard_size": "20KB"})]
+    assert "model.safetensors.index.json" in os.listdir(tmp_path)
+    doors.plain_saving(model)
+    assert "save_pretrained" not in vars(model)
+
+
 def test_push_to_hub_comes_by_our_upload_and_the_plain_one_uploads(monkeypatch, tmp_path):
     hub = stub_hub(monkeypatch, tmp_path)
     model = build("llama")
