@@ -67,12 +67,12 @@ def guarded() -> Iterator[None]:
     sys.stdout, sys.stderr = _Guarded(sys.stdout, False), _Guarded(sys.stderr, True)  # type: ignore[assignment]
     try:
         for handler, stream in handlers.values():
-            handler.setStream(_Guarded(stream, False))
+            handler.stream = _Guarded(stream, False)
         yield
     finally:
         sys.stdout, sys.stderr = former
         for handler, stream in handlers.values():
-            handler.setStream(stream)
+            handler.stream = stream
 
 
 def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
