@@ -1,5 +1,6 @@
 """The two layers: forward, gradients, pack and unpack, compile; and the operator that they share."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -194,10 +195,15 @@ def test_parts_kept_elsewhere_than_in_the_parameters_are_found():
 
 def test_weights_on_another_device_are_an_error():
     packed, _ = pair(33, 70, (16, 8))
-    packed.to("meta")
-    for grad in (False, True):
-        with pytest.raises(RuntimeError, match="x is on cpu, but the packed weight is on meta"):
-            packed(torch.randn(2, 70, requires_grad=grad))
+    for name in [*packed.state_dict(), None]:  # one part, then all
+        elsewhere = copy.deepcopy(packed)
+        if name is None:
+            elsewhere.to("meta")
+        else:
+            setattr(elsewhere, name, nn.Parameter(getattr(elsewhere, name).detach().to("meta"), requires_grad=False))
+        for grad in (False, True):
+            with pytest.raises(RuntimeError, match="x is on cpu, but the packed weight is on meta"):
+                elsewhere(torch.randn(2, 70, requires_grad=grad))
 
 
 def test_compile_without_graph_breaks():

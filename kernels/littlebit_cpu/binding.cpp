@@ -7,6 +7,7 @@
 //                                                           whose schemas are in hf_littlebit/layers/ops.py; nothing calls these if absent
 #include <algorithm>
 #include <deque>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -35,65 +36,73 @@ Dtype dtype_of(int32_t dtype, const char* name) {
   return Dtype::f16;
 }
 
+template <class Sizes>
+std::string shape(const Sizes& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
 // A layer whose arrays point into the parts, which outlive it, or into contiguous copies of them that it holds. Every part
-// is checked: a wrong shape must be an error, not a read past the end.
+// is checked, by the rules and in the words of torch-ext/littlebit/check.py: a wrong shape must be an error, not a read past
+// the end. A part of no rows may be missing.
 struct Bound {
   std::vector<Tensor> copies;
   std::vector<int64_t> ranks;
   littlebit::Layer layer{};
 
-  const void* plain(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-    const int64_t dim = tensor.dim();
-    const int64_t height = dim == 2 ? tensor.size(0) : 1;
-    check(dim >= 1 && dim <= 2, name, " has ", dim, " dimensions, but must be [", rows, ", ", columns, "]");
-    check(height == rows && tensor.size(dim - 1) == columns, name, " is [", height, ", ", tensor.size(dim - 1),
-          "], but must be [", rows, ", ", columns, "]");
-    check(tensor.is_cpu(), name, " is not on the CPU, as x is");
-    if (tensor.is_contiguous()) return tensor.data();
-    copies.push_back(tensor.contiguous());
-    return copies.back().data();
+  const void* plain(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+    bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+    for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == sizes.begin()[i];
+    if (!same) littlebit::fail(name, " is ", shape(tensor.sizes()), ", but must be ", shape(sizes));
+    check(tensor.is_cpu(), name, " is not on the CPU, as x is; move both to one device");
+    if (!tensor.is_contiguous()) {
+      copies.push_back(tensor.contiguous());
+      return copies.back().data();
+    }
+    const void* data = tensor.data();
+    check(data || std::find(sizes.begin(), sizes.end(), 0) != sizes.end(), name,
+          " has no memory: it is sharded or released; gather it, or call the layer through its wrapper");
+    return data;
   }
 
   template <class T>
-  const T* bits(const Part& part, int32_t type, const char* name, int64_t rows, int64_t columns) {
-    if (rows == 0) return nullptr;
-    check(part.has_value(), name, " is missing: the layer needs [", rows, ", ", columns, "]");
-    return bits<T>(*part, type, name, rows, columns);
+  const T* bits(const Tensor* part, int32_t type, const char* name, int64_t rows, int64_t columns) {
+    check(part || rows == 0, name, " is missing: the layer needs [", rows, ", ", columns, "]");
+    if (!part) return nullptr;
+    const void* data = plain(*part, name, {rows, columns});
+    const int32_t found = part->dtype();
+    check(found == type, name, " is ", littlebit::dtype_name(found), ", but must be ", littlebit::dtype_name(type));
+    return rows == 0 ? nullptr : static_cast<const T*>(data);
   }
 
-  template <class T>
-  const T* bits(const Tensor& part, int32_t type, const char* name, int64_t rows, int64_t columns) {
-    const int32_t found = part.dtype();
-    check(found == type, name, " is ", littlebit::dtype_name(found), ", but must be ",
-          littlebit::dtype_name(type));
-    return static_cast<const T*>(plain(part, name, rows, columns));
-  }
-
-  Array values(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-    return {plain(tensor, name, rows, columns), dtype_of(tensor.dtype(), name)};
+  Array values(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+    const void* data = plain(tensor, name, sizes);
+    return {data, dtype_of(tensor.dtype(), name)};
   }
 
   Bound(const Tensor& u, const Part& u_tail, const Part& v, const Part& v_tail, const Tensor& scale_out,
         const Tensor& scale_rank, const Tensor& scale_in, const Part& bias, std::vector<int64_t> path_ranks)
       : ranks(std::move(path_ranks)) {
-    check(u.dim() == 2, "u has ", u.dim(), " dimensions, but must have 2");
+    check(scale_out.dim() == 2, "scale_out has ", scale_out.dim(), " dimensions, but must have 2");
     check(scale_in.dim() == 2, "scale_in has ", scale_in.dim(), " dimensions, but must have 2");
-    const int64_t in = scale_in.size(1), out = u.size(1), paths = static_cast<int64_t>(ranks.size());
+    const int64_t in = scale_in.size(1), out = scale_out.size(1), paths = static_cast<int64_t>(ranks.size());
     check(paths > 0, "ranks is empty, but a layer has at least one path");
     int64_t rank = 0, words = 0, bytes = 0;
     for (const int64_t r : ranks) {
-      check(r >= 0 && r <= kMaxRank, "a rank is ", r, ", but must be from 0 to ", kMaxRank);
+      check(r >= 1 && r <= kMaxRank, "a rank is ", r, ", but must be from 1 to ", kMaxRank);
       rank += r, words += r / 32, bytes += (r % 32 + 7) / 8;
     }
+    const auto given = [](const Part& part) { return part ? &*part : nullptr; };
     layer.in_features = in, layer.out_features = out, layer.paths = paths, layer.ranks = ranks.data();
-    layer.u = bits<uint32_t>(u, aoti_torch_dtype_int32(), "u", words, out);
-    layer.u_tail = bits<uint8_t>(u_tail, aoti_torch_dtype_uint8(), "u_tail", bytes, out);
-    layer.v = bits<uint32_t>(v, aoti_torch_dtype_int32(), "v", in / 32, rank);
-    layer.v_tail = bits<uint8_t>(v_tail, aoti_torch_dtype_uint8(), "v_tail", (in % 32 + 7) / 8, rank);
-    layer.scale_out = values(scale_out, "scale_out", paths, out);
-    layer.scale_rank = values(scale_rank, "scale_rank", 1, rank);
-    layer.scale_in = values(scale_in, "scale_in", paths, in);
-    if (bias) layer.bias = values(*bias, "bias", 1, out);
+    layer.u = bits<uint32_t>(&u, aoti_torch_dtype_int32(), "u", words, out);
+    layer.u_tail = bits<uint8_t>(given(u_tail), aoti_torch_dtype_uint8(), "u_tail", bytes, out);
+    layer.v = bits<uint32_t>(given(v), aoti_torch_dtype_int32(), "v", in / 32, rank);
+    layer.v_tail = bits<uint8_t>(given(v_tail), aoti_torch_dtype_uint8(), "v_tail", (in % 32 + 7) / 8, rank);
+    layer.scale_out = values(scale_out, "scale_out", {paths, out});
+    layer.scale_rank = values(scale_rank, "scale_rank", {rank});
+    layer.scale_in = values(scale_in, "scale_in", {paths, in});
+    if (bias) layer.bias = values(*bias, "bias", {out});
   }
 
   Bound(const Bound&) = delete;
@@ -126,8 +135,8 @@ struct Rows {
   int64_t stride = 0, tokens = 1;
 
   Rows(const Tensor& x, const char* name, int64_t features) : sizes(x.sizes()) {
-    check(!sizes.empty() && sizes.back() == features, name, " has ", sizes.empty() ? 0 : sizes.back(),
-          " values in its last dimension, but the layer takes ", features);
+    const bool same = !sizes.empty() && sizes.back() == features;
+    if (!same) littlebit::fail(name, " is ", shape(sizes), ", but its last dimension must be ", features);
     values.dtype = dtype_of(x.dtype(), name);
     // Rows may be apart (a slice of a batch); anything else is copied.
     const bool apart = sizes.size() == 2 && features > 0 && x.stride(1) == 1 && x.stride(0) >= features;
@@ -136,6 +145,7 @@ struct Rows {
     values.data = (copy ? *copy : x).data();
     sizes.pop_back();
     for (const int64_t size : sizes) tokens *= size;
+    check(values.data || !tokens || !features, name, " has no memory: it is released");
   }
 
   // Uninitialised, [..., features], of the dtype of x.
@@ -224,13 +234,6 @@ struct LatentFactor {
     const int32_t found = tensor.dtype();
     check(found == aoti_torch_dtype_float32(), name, " is ", littlebit::dtype_name(found), ", but must be float32");
     return static_cast<const float*>(plain(tensor, name, sizes).data());
-  }
-
-  template <class Sizes>
-  static std::string shape(const Sizes& sizes) {
-    std::string text;
-    for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
-    return "[" + text + "]";
   }
 
   LatentFactor(const Tensor& latent, const Tensor& scale_feature, const Part& scale_rank, std::vector<int64_t> path_ranks)

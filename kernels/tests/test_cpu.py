@@ -211,7 +211,7 @@ def test_wrong_parts_are_errors():
         (r"u is \[0, 33\], but must be \[1, 33\]", 0, good[0][:0]),
         (r"v_tail is missing: the layer needs \[1, 56\]", 3, None),
         ("scale_rank is int32, but must be float32, bfloat16 or float16", 5, good[5].to(torch.int32)),
-        ("scale_out has 3 dimensions", 4, good[4][None]),
+        ("scale_out has 3 dimensions, but must have 2", 4, good[4][None]),
         ("scale_in has 1 dimensions, but must have 2", 6, good[6][0]),
     ):
         with pytest.raises(RuntimeError, match=message):

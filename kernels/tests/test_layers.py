@@ -37,7 +37,7 @@ def test_wrong_layers_are_errors():
     x = torch.randn(2, 70)
     assert len(linears(cpu, x, layers)) == 2
     for wrong, text in (
-        ((*layers[1][:5], layers[1][5][1:], *layers[1][6:]), r"scale_rank is \[1, 7\], but must be \[1, 8\]"),
+        ((*layers[1][:5], layers[1][5][1:], *layers[1][6:]), r"layer 1: scale_rank is \[7\], but must be \[8\]"),
         ((None, *layers[1][1:]), "u, scale_out, scale_rank or scale_in of layer 1 is missing"),
         ((*layer(20, 71, (8,))[0], None, [8]), "layer 1 takes 71 values, but layer 0 70"),
         ((*layers[1][:8], [8, 8]), "but must be"),

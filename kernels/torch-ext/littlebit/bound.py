@@ -11,19 +11,18 @@ out by that, and the layer is checked anew:
 The table of all layers holds them only as long as their parts live.
 """
 
-import functools
 import weakref
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
+from .check import FLOATS, checked
 from .launch import Recorded
-from .parts import PARTS, PackedLayer, part_shapes
+from .parts import PackedLayer
 
-__all__ = ["Bound", "bind", "checked", "find", "forget", "known"]
+__all__ = ["Bound", "bind", "check_once", "find", "forget", "known"]
 
 RECORDS = 64  # numbers of tokens, dtypes ... of a layer whose launches are kept
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Bound:
@@ -83,7 +82,7 @@ class Bound:
         if found is None:
             self._learn(x)
             return None
-        if address % 16 or not x.is_contiguous() or x.is_neg() or x.get_device() != self.index:
+        if not address or address % 16 or not x.is_contiguous() or x.is_neg() or x.get_device() != self.index:
             return None
         if torch._C._cuda_getDevice() != self.index:
             return None
@@ -105,7 +104,7 @@ class Bound:
 
     def fits(self, x: torch.Tensor) -> bool:
         """x has the features, the device and a dtype that the layers take."""
-        return bool(x.shape) and x.shape[-1] == self.features and x.device == self.device and x.dtype in _DTYPES
+        return bool(x.shape) and x.shape[-1] == self.features and x.device == self.device and x.dtype in FLOATS
 
     def forget(self) -> None:
         """Drop the launches; whoever keeps this object goes through the JIT again."""
@@ -148,17 +147,39 @@ def bind(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool) -> Bo
     Raises:
         RuntimeError: as `gpu.products`.
     """
-    key = _key(layers, transposed)
+    key, table = _key(layers, transposed), _all
 
     def drop(_: Any) -> None:
-        # Whoever still keeps it must not launch with the addresses of a part that is gone.
+        # Whoever still keeps it must not launch with the addresses of a part that is gone. When Python ends, the names of this
+        # module may be gone before the parts are: `table` is not.
         made.forget()
-        if _all.get(key) is made:
-            del _all[key]
+        if table.get(key) is made:
+            del table[key]
 
     made = Bound(x, layers, transposed, drop)
     _all[key] = made
     return made
+
+
+def check_once(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool) -> None:
+    """Refuse wrong parts, for an implementation that takes the others as they are; layers that were met cost a look-up.
+
+    Raises:
+        RuntimeError: as `check.checked`.
+    """
+    if torch.compiler.is_compiling() or not _stay(x, layers):
+        for layer in layers:
+            checked(x, layer, transposed)
+        return
+    found = find(layers, transposed)
+    if found is None or not found.fits(x):
+        bind(x, layers, transposed).ready = None
+
+
+def _stay(x: torch.Tensor, layers: Sequence[PackedLayer]) -> bool:
+    """Whether x and all parts are tensors with an identity and an address: those of a tracer have none."""
+    plain = (torch.Tensor, torch.nn.Parameter, type(None))
+    return type(x) in plain and all(type(part) in plain for layer in layers for part in layer[:8])
 
 
 def known() -> int:
@@ -171,55 +192,3 @@ def forget() -> None:
     for one in _all.values():
         one.forget()
     _all.clear()
-
-
-@functools.lru_cache(maxsize=4096)
-def _expected(in_features: int, out_features: int, ranks: Tuple[int, ...]) -> List[Tuple[Tuple[int, ...], torch.dtype]]:
-    """(shape, dtype) of every part, in the order of PARTS; a floating dtype stands for all that the kernels take."""
-    if not ranks or min(ranks) < 1:
-        raise RuntimeError(f"ranks is {list(ranks)}, but a layer has one path or more, each of rank 1 or more")
-    shapes = part_shapes(in_features, out_features, ranks)
-    return [shapes[name] for name in PARTS]
-
-
-def checked(x: torch.Tensor, layer: PackedLayer, transposed: bool) -> PackedLayer:
-    """The layer, its parts contiguous, as the kernels take it: a wrong shape would read past the end of a tensor.
-
-    A tail of no rows becomes None; words of no rows become u's, which are then never read.
-    """
-    parts, bias, ranks = layer[:7], layer.bias, tuple(layer.ranks)
-    u, scale_out, scale_in = layer.u, layer.scale_out, layer.scale_in
-    if u is None or scale_out is None or scale_in is None or scale_out.dim() != 2 or scale_in.dim() != 2:
-        raise RuntimeError("u, scale_out and scale_in are needed, the scales with 2 dimensions: [paths, features]")
-    features = (scale_out if transposed else scale_in).shape[1]
-    if x.dtype not in _DTYPES:
-        raise RuntimeError(f"x is {x.dtype}, but must be float32, bfloat16 or float16")
-    if not x.dim() or x.shape[-1] != features:
-        raise RuntimeError(f"x is {list(x.shape)}, but its last dimension must be {features}")
-    ready: List[Any] = []
-    for name, part, (shape, dtype) in zip(PARTS, parts, _expected(scale_in.shape[1], scale_out.shape[1], ranks)):  # noqa: B905
-        if part is None:
-            if shape[0]:
-                raise RuntimeError(f"{name} is missing: the layer needs {list(shape)}")
-            ready.append(None)
-            continue
-        if tuple(part.shape) != tuple(shape):
-            raise RuntimeError(f"{name} is {list(part.shape)}, but must be {list(shape)}")
-        if part.device != x.device:
-            raise RuntimeError(f"{name} is on {part.device}, but x is on {x.device}; move both to one device")
-        if part.dtype != dtype and not (dtype.is_floating_point and part.dtype in _DTYPES):
-            wanted = "a float" if dtype.is_floating_point else str(dtype).replace("torch.", "")
-            raise RuntimeError(f"{name} is {part.dtype}, but must be {wanted}")
-        ready.append(part.contiguous() if shape[0] else None)
-    if bias is not None and (tuple(bias.shape) != (scale_out.shape[1],) or bias.device != x.device):
-        raise RuntimeError(
-            f"bias is {list(bias.shape)} on {bias.device}, but must be [{scale_out.shape[1]}] on {x.device}"
-        )
-    for name, part in zip((*PARTS, "bias"), (*parts, bias)):  # noqa: B905 Python 3.9
-        if part is not None and part.numel() and not part.data_ptr():
-            raise RuntimeError(
-                f"{name} has no memory: it is sharded or released; gather it, or call the layer through its wrapper"
-            )
-    for index in (0, 2):
-        ready[index] = u if ready[index] is None else ready[index]
-    return PackedLayer._make([*ready, None if bias is None else bias.contiguous(), ranks])

@@ -20,7 +20,8 @@ from typing import Any, Iterator, List, Optional, Sequence
 
 import torch
 
-from .bound import Bound, bind, checked, find, forget
+from .bound import Bound, bind, find, forget
+from .check import checked
 from .device import abilities
 from .launch import Step, record, run
 from .parts import PackedLayer
@@ -109,6 +110,8 @@ def products(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool = 
         if rows.stride(1) != 1 and bound.features > 1:
             rows = rows.contiguous()
     address = rows.data_ptr()
+    if not address:
+        raise RuntimeError("x has no memory: it is released, or stands for zeros that nobody has written yet")
     stride = bound.features if tokens == 1 or rows is x else rows.stride(0)
     key = (tokens, x.dtype, address % 16, stride)
     recorded = bound.recorded.get(key)

@@ -11,6 +11,7 @@ from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
+from .bound import check_once
 from .packing import factor_shape, unpack_signs
 from .parts import PackedLayer, Place, places
 
@@ -27,7 +28,11 @@ def products(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool = 
 
     Returns:
         [..., out_features] of x's dtype for each layer, in their order; the gradient is [..., in_features].
+
+    Raises:
+        RuntimeError: a part is missing, or has another shape, dtype or device than the ranks and x ask for.
     """
+    check_once(x, layers, transposed)
     return [_gradient(x, layer) if transposed else _product(x, layer) for layer in layers]
 
 

@@ -79,26 +79,27 @@ def _linears(x: Tensor, parts: list[Tensor | None], ranks: list[int], paths: lis
 
 
 def _linears_fake(x: Tensor, parts: list[Any], ranks: list[int], paths: list[int]) -> list[Tensor]:
-    return [_linear_fake(x, parts[PART_COUNT * index]) for index in range(len(paths))]
+    return [_linear_fake(x, *parts[PART_COUNT * index : PART_COUNT * (index + 1)]) for index in range(len(paths))]
 
 
 def _linear_fake(x: Tensor, u: Tensor, *rest: Any) -> Tensor:
-    _same_device(x, u)
+    _same_device(x, u, *rest)
     return x.new_empty(*x.shape[:-1], u.shape[-1])
 
 
 def _linear_grad_fake(grad: Tensor, u: Tensor, *rest: Any) -> Tensor:
     *_, scale_in, _ = rest
-    _same_device(grad, u)
+    _same_device(grad, u, *rest)
     return grad.new_empty(*grad.shape[:-1], scale_in.shape[-1])
 
 
-def _same_device(x: Tensor, u: Tensor) -> None:
+def _same_device(x: Tensor, *parts: Any) -> None:
     # A fake implementation is also what the dispatcher finds for parts on meta: x elsewhere would get uninitialised memory.
-    if x.device.type != u.device.type:
-        raise RuntimeError(
-            f"x is on {x.device}, but the packed weight is on {u.device}; load the weights, or move both to one device"
-        )
+    for part in parts:
+        if isinstance(part, Tensor) and x.device.type != part.device.type:
+            raise RuntimeError(
+                f"x is on {x.device}, but the packed weight is on {part.device}; load the weights, or move both to one device"
+            )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
