@@ -1,6 +1,7 @@
 """Which wing of the package may import which, and that no file imports itself by way of others.
 
-    kernels, compat, internals, module_names, placement <- layers <- initialize <- config <- plan <- generate <- load
+    kernels, compat, internals, module_names, placement, weight_reads, model_parts <- layers
+    layers <- initialize <- config <- plan <- generate <- load
     load <- train | report <- command
 
 A wing imports itself and what stands left of it; train and report do not import each other. An import inside a function
@@ -8,8 +9,9 @@ counts, and so does one for types alone. Besides the wings:
 
 - compat, which says how versions of transformers differ, and internals, where the private doors of other packages are,
   import nothing of the package, so that everything may use them.
-- placement (where a model computes that accelerate keeps elsewhere) and module_names (whom a name means) know of modules
-  only, and import nothing of it either.
+- placement (where a model computes that accelerate keeps elsewhere), module_names (whom a name means) and weight_reads (which
+  layers' weights a model's code reads) know of modules only, and import nothing of it either; model_parts (what is a router, a
+  tower, a head) reads a model with them.
 - generate stands below load, because a model that was loaded is given its faster generation at once; it needs no plan.
 - __init__ and __main__ stand above all: __init__ also joins what may not import each other (the model card, a report, to
   the quantizer).
@@ -27,7 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "src" / "hf_littlebit"
 FLOORS = [
     {"kernels", "compat", "internals"},
-    {"module_names", "placement"},
+    {"module_names", "placement", "weight_reads"},
+    {"model_parts"},
     {"layers"},
     {"initialize"},
     {"config"},

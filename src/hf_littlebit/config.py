@@ -46,6 +46,8 @@ KV_NAMES = ("k_proj", "v_proj")
 # These options only steer a load on this machine: a user may set them for a saved model too, and they are not saved.
 LOADING_OPTIONS = {"svd_device": None, "workers": 1, "dequantize": False, "share_inputs": None}
 LAYOUT_NAME = re.compile(r"[\w.-]{1,64}")
+# This one only says which layers a new model gets; of a saved one its tensors say it.
+PLANNING_OPTIONS = ("text_only",)
 LAYER_OPTIONS = ("bpw", "init", "residual", "kv_factor")
 MISSING_BPW = "bpw is missing; say how many bits per weight to keep, e.g. LittleBitConfig(bpw=0.55)"
 
@@ -130,6 +132,7 @@ RULES = {
     ),
     "kv_factor": _number(64.0, "4 is the paper's choice for grouped-query models"),
     "modules_to_not_convert": _instance((list, tuple), "a list of module names, or None"),
+    "text_only": Rule(lambda value: isinstance(value, bool), "it must be True or False"),
     "module_config": _instance(dict, "a dict of name pattern -> options"),
     "format": _choice(FORMATS),
     "seed": _integer(0, 2**63 - 1),
@@ -187,7 +190,10 @@ class LittleBitConfig(QuantizationConfigMixin):
             largest up to 4 that the bits asked for the whole model allow, which rounding ranks down leaves some of.
         modules_to_not_convert (`list[str]`, *optional*): names, name endings or regular expressions of modules to leave
             dense, in addition to the output head, tied weights and the embeddings. Each is used as a regular expression
-            from the start of a name, and must be a valid one.
+            from the start of a name, and must be a valid one; each must name a module of the model. "re:..." is an expression
+            that need only match the start of a name, as other tools write it.
+        text_only (`bool`): leave the vision towers, audio encoders and projectors of composite models dense; with False they
+            are quantized like the text model. Not saved: a saved model's tensors say it.
         module_config (`dict[str, dict]`, *optional*): overrides by module name, e.g. `{"*.down_proj": {"bpw": 1.0}}`. A
             pattern with `*`, `?` or `[` is matched against the whole name; any other must be the name or its dotted end.
             Later entries win. Options: bpw, init, residual, kv_factor.
@@ -238,6 +244,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         base_model: str | None = None,
         converted_from: str | None = None,
         save_id: str | None = None,
+        text_only: bool = True,
         format_version: int = FORMAT_VERSION,
         quant_method: str = "littlebit",
         **unknown: Any,
@@ -260,6 +267,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         self.share_inputs = share_inputs
         self.base_model = base_model
         self.converted_from = converted_from
+        self.text_only = text_only
         self.format_version = format_version
         # The version is checked first, because a newer format explains the options that this version does not know.
         self._check_version()
@@ -372,10 +380,10 @@ class LittleBitConfig(QuantizationConfigMixin):
         return {option: getattr(self, option) for option in LOADING_OPTIONS} | {"loading_options_read": ()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The saved options; those of this machine alone (LOADING_OPTIONS) are left out."""
-        # Earlier versions do not know the last two.
+        """The saved options; those of this machine alone (LOADING_OPTIONS) and of a new model's plan are left out."""
+        # Earlier versions do not know these two.
         absent = {option for option in ("converted_from", "save_id") if getattr(self, option) is None}
-        left_out = {*LOADING_OPTIONS, "loading_options_read"} | absent
+        left_out = {*LOADING_OPTIONS, *PLANNING_OPTIONS, "loading_options_read"} | absent
         return {key: value for key, value in super().to_dict().items() if key not in left_out}
 
     def get(self, option: str, default: Any = None) -> Any:

@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import Any
 
+EXPRESSION = "re:"  # stands before a regular expression in the lists of other tools
+
 __all__ = ["aliases", "check_globs", "check_pattern", "check_steps", "is_named", "matches", "needs_fp32"]
 
 # A regular expression is tried in as many ways as its repeats and alternatives combine to. Each repeat is counted as 2^5 ways
@@ -50,8 +52,12 @@ def matches(pattern: str, name: str) -> bool:
 def is_named(names: Iterable[str], pattern: str) -> bool:
     """True if `pattern` is the ending of one of `names`, matches one from its start up to a dot, or names a module around it.
 
-    "down_proj", r"model\\.layers\\.\\d+" and "mlp" all mean "model.layers.0.mlp.down_proj".
+    "down_proj", r"model\\.layers\\.\\d+" and "mlp" all mean "model.layers.0.mlp.down_proj". After "re:" stands an expression
+    that need only match the start of a name, as in llm-compressor's and compressed-tensors' lists: "re:.*down".
     """
+    if pattern.startswith(EXPRESSION):
+        expression = re.compile(pattern.removeprefix(EXPRESSION))
+        return any(expression.match(name) for name in names)
     boundary = _boundary(pattern)
     return any(name.endswith(pattern) or boundary.match(name) or f".{name}".find(f".{pattern}.") >= 0 for name in names)
 
@@ -91,8 +97,9 @@ def check_pattern(option: str, name: Any) -> None:
             f"{option} holds {reprlib.repr(name)} of {len(name):,} characters; at most {LONGEST:,} are read: list several"
         )
     try:
-        re.compile(name)
-        re.compile(f"(?:{name})")  # as should_convert_module puts it: a flag such as (?i) is valid alone only
+        pattern = name.removeprefix(EXPRESSION)
+        re.compile(pattern)
+        re.compile(f"(?:{pattern})")  # as should_convert_module puts it: a flag such as (?i) is valid alone only
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{option} holds {reprlib.repr(name)}, which is no valid regular expression ({error}); write '.*' where any "

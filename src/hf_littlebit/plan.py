@@ -12,14 +12,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of
 from .internals.torch import is_convolution
-from .internals.transformers import fp32_modules, tied_weights
+from .internals.transformers import fp32_modules
 from .layers.experts import LittleBitExperts, expert_sizes, is_stack
 from .layers.linear import FactorModule
 from .layers.parts import PACKED_PARTS, part_name, stored_ranks
+from .model_parts import dense_parts, kept_modules
 from .module_names import aliases, check_steps, is_named, matches, needs_fp32
 
 __all__ = ["Plan", "WeightPlan", "plan_model"]
@@ -154,7 +154,7 @@ def plan_model(
             lacks is new and stays dense.
 
     Raises:
-        ValueError: if nothing in the model can be replaced, or none of its weights' parts is stored.
+        ValueError: if nothing can be replaced, no part is stored, or the user names modules that the model does not have.
     """
     walk = _Walk(model, config, stored, saved)
     for name, module in model.named_modules():
@@ -231,8 +231,10 @@ class _Walk:
         if stored is None:
             check_steps("modules_to_not_convert", config.modules_to_not_convert or ())
         self.prefix = str(getattr(model, "base_model_prefix", ""))
-        self.kept = _kept_modules(model)
+        self.kept = kept_modules(model)
         self.fp32 = fp32_modules(model)
+        self.parts = dense_parts(model, config.text_only) if stored is None else {}
+        self.names = [name for name, _ in model.named_modules()]
         self.inside: tuple[str, ...] = ()  # modules that were replaced, or kept, with all they hold
         self.excluding: set[str] = set()  # entries of modules_to_not_convert that matched
 
@@ -279,7 +281,7 @@ class _Walk:
         parts = [f"{alias}.{part}" for alias in aliases(name, self.prefix) for part, _ in module.named_parameters()]
         if self.saved is not None and not any(part in self.saved for part in parts):
             return NEW
-        return ""
+        return next((reason for reason, held in self.parts.items() if name in held), "")
 
     def _plan_module(self, name: str, sizes: dict[str, tuple[int, int, int]]) -> None:
         if self.stored is not None and not any(self._is_stored(name, weight) for weight in sizes):
@@ -326,13 +328,22 @@ class _Walk:
             self._keep(own if isinstance(module, nn.Linear) else f"{class_name} is not covered", name, matrices)
 
     def unused(self) -> list[str]:
-        """Options of the config that changed nothing."""
+        """Options of the config that changed nothing.
+
+        Raises:
+            ValueError: for an entry of modules_to_not_convert that is the name of nothing in the model.
+        """
         config = self.config
-        unused = [
-            f"modules_to_not_convert entry {pattern!r}"
-            for pattern in config.modules_to_not_convert or ()
-            if pattern not in self.excluding
-        ]
+        unused = []
+        for pattern in config.modules_to_not_convert or () if self.stored is None else ():
+            if pattern in self.excluding:
+                continue
+            if not any(is_named(aliases(name, self.prefix), pattern) for name in self.names):
+                raise ValueError(
+                    f"modules_to_not_convert holds {pattern!r}, which names no module of this model, so that what it was to leave "
+                    "dense would be quantized; compare it with model.named_modules(), or leave it out"
+                )
+            unused.append(f"modules_to_not_convert entry {pattern!r}")
         names = [self._option_names(weight.module, weight.weight) for weight in self.plan.weights]
         kv = [each for each in names if each[0].rpartition(".")[2] in KV_NAMES]
         for pattern, options in (config.module_config or {}).items():
@@ -342,15 +353,6 @@ class _Walk:
         if config.kv_factor not in (None, 1.0) and not kv:
             unused.append(f"kv_factor={config.kv_factor:g} (it is for layers named {' and '.join(KV_NAMES)})")
         return unused
-
-
-def _kept_modules(model: nn.Module) -> set[str]:
-    """Names of the modules that stay dense in any model: the output head, tied weights, and the last module (a task's head)."""
-    tied = tied_weights(model)
-    parameters = {*tied, *tied.values(), list(model.named_parameters())[-1][0]}
-    modules = {name.rpartition(".")[0] for name in parameters}
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return modules | {name for name, module in model.named_modules() if head is not None and module is head}
 
 
 def _capped(weight: WeightPlan) -> bool:

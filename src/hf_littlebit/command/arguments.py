@@ -201,6 +201,9 @@ def _add_method(parser: argparse.ArgumentParser, required: bool, steps: str = "-
     )
     group.add_argument("--skip", metavar="NAME", nargs="+", action="extend", help="modules to leave dense")
     group.add_argument(
+        "--towers", action="store_true", help="also quantize a composite's vision towers, audio encoders and projectors"
+    )
+    group.add_argument(
         "--module",
         metavar="PATTERN:KEY=VALUE,...",
         action="append",
@@ -234,6 +237,7 @@ def quantization_config(args: argparse.Namespace) -> Any:
         "residual": SWITCH[args.residual],
         "kv_factor": args.kv_factor,
         "modules_to_not_convert": args.skip,
+        "text_only": False if args.towers else None,
         "module_config": dict(_override(text) for text in args.module) or None,
         "format": args.format,
         "seed": args.seed,

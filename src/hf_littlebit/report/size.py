@@ -27,6 +27,7 @@ from ..load.conversion import part_shapes
 from ..load.meta_model import class_names, empty_model
 from ..load.source import Source, find_source, quantization_of
 from ..load.verify import Header, verify
+from ..model_parts import other_senses
 from ..plan import Plan, WeightPlan, plan_model
 
 __all__ = ["LayerSize", "SizeReport", "format_bytes", "size_report"]
@@ -41,6 +42,7 @@ PREDICTION = (
     "the LittleBit paper is 3 to 6 % above such figures: its dense and its quantized sizes alike hold about 0.1 % of the "
     "dense size that is no parameter (13 MB of Llama2-7B's 13.49 GB), and its ranks are not floored to a multiple of 8."
 )
+SENSES = "vision, audio and projectors"
 INDEX = re.compile(r"\.\d+(?=\.)")
 
 
@@ -288,12 +290,15 @@ def _bytes(entry: tuple[str, tuple[int, ...], str]) -> int:
 
 def _dense_parts(model: Any, rest: Header) -> dict[str, int]:
     """Bytes of what is not replaced, by its part in the model; parts without any are left out."""
-    parts = {"embeddings": 0, "output head": 0, "norms, biases and other vectors": 0, "other layers": 0}
+    parts = dict.fromkeys(("embeddings", "output head", SENSES, "norms, biases and other vectors", "other layers"), 0)
     modules = dict(model.named_modules())
+    others = tuple(f"{name}." for name in other_senses(model))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, entry in rest.items():
         owner = modules.get(name.rpartition(".")[0])
-        if isinstance(owner, nn.Embedding):
+        if name.startswith(others):
+            part = SENSES
+        elif isinstance(owner, nn.Embedding):
             part = "embeddings"
         elif owner is not None and owner is head:
             part = "output head"
