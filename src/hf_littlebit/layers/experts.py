@@ -23,7 +23,7 @@ from ..kernels import PackedLayer
 from . import ops
 from .linear import FactorModule, autocast_input, latent_product
 from .parts import LATENT_PARTS, PACKED_PARTS, latent_parts, latent_paths, pack_parts, unpack_paths
-from .path import Path, dense_weight
+from .path import Path, cast, dense_weight
 
 __all__ = ["LittleBitExperts", "expert_sizes", "is_stack"]
 
@@ -147,7 +147,7 @@ class LittleBitExperts(FactorModule):
         with torch.device("meta"):
             module = self.source_class(self.config)
         for weight, (count, *_) in self.sizes.items():
-            stack = torch.stack([dense_weight(self.paths(weight, expert)).to(dtype) for expert in range(count)])
+            stack = torch.stack([cast(dense_weight(self.paths(weight, expert)), dtype) for expert in range(count)])
             setattr(module, weight, nn.Parameter(stack))
         for key, child in self.named_children():
             module.add_module(key, child)

@@ -32,7 +32,7 @@ from .parts import (
     part_shapes,
     unpack_paths,
 )
-from .path import Path, dense_weight
+from .path import Path, cast, dense_weight
 from .sign import ALPHA, SignGradient
 
 __all__ = ["FactorModule", "LatentLittleBitLinear", "LittleBitLinear", "autocast_input"]
@@ -162,8 +162,12 @@ class _FactoredLinear(FactorModule, nn.Linear):
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight this layer stands for, [out_features, in_features] of `dtype`, without gradients."""
-        return dense_weight(self.paths()).to(dtype)
+        """The weight this layer stands for, [out_features, in_features] of `dtype`, without gradients.
+
+        Raises:
+            ValueError: if it leaves the range of `dtype`.
+        """
+        return cast(dense_weight(self.paths()), dtype)
 
     def _twin(self, form: type[Twin], parts: dict[str, Tensor]) -> Twin:
         """A layer of the other form with these parts and this layer's bias."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from .precision import exact_fp32
 from .sign import sign
 
-__all__ = ["Path", "dense_weight"]
+__all__ = ["Path", "cast", "dense_weight", "is_finite"]
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,24 @@ def dense_weight(paths: Sequence[Path]) -> Tensor:
     for path in paths[1:]:
         total += path.dense()
     return total
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor of floats holds neither NaN nor Inf; it takes no memory beside it."""
+    return value.numel() == 0 or all(bool(end.isfinite()) for end in torch.aminmax(value.detach()))
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`.
+
+    Raises:
+        ValueError: if it leaves the range of `dtype`, where torch would give Inf without a word.
+    """
+    found = value.to(dtype)
+    if found.dtype != value.dtype and not is_finite(found) and is_finite(value):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"values of magnitude {float(value.abs().max()):.3g} do not fit {name}, which holds at most "
+            f"{torch.finfo(dtype).max:.3g}; use bfloat16 or float32"
+        )
+    return found

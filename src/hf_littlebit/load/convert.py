@@ -31,6 +31,7 @@ from ..layers.parts import LATENT_PARTS, part_name
 from ..module_names import needs_fp32
 from ..plan import Plan, WeightPlan, plan_model
 from .conversion import factor_weight
+from .finite import refuse_non_finite
 from .form import factor_modules, finish, record, refuse_float64, replace_modules
 from .quantizer import LittleBitHfQuantizer
 from .source import quantization_of
@@ -68,7 +69,8 @@ def latent_model(
             experts, and layers that no token reached) are factorized with all errors counted alike.
 
     Raises:
-        ValueError: for a model that is quantized, offloaded or partitioned, and for weights that cannot be factorized.
+        ValueError: for a model that is quantized, offloaded or partitioned, that holds NaN or Inf, and for weights that cannot be
+            factorized.
     """
     quantized = quantization_of(model.config)
     if quantized is not None or factor_modules(model):
@@ -79,6 +81,7 @@ def latent_model(
     plan, known = plan_model(model, config), dict(importance or {})
     record(config, plan, model)
     _check_in_memory(model, plan)
+    refuse_non_finite(model, dense=True)
     for message in plan.warnings():
         logger.warning("%s", message)
     with torch.no_grad(), tqdm(total=len(plan.weights), desc="factorizing", unit="layer", disable=not progress) as bar:

@@ -43,6 +43,7 @@ from ..layers.linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from ..layers.output_head import attach_head, detach_head
 from ..layers.shared_input import share_as_asked
 from ..plan import Plan, plan_model
+from .finite import refuse_overflow
 from .saving import save_whole
 
 __all__ = [
@@ -182,7 +183,7 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
             one (norms in fp32, say) stays there.
 
     Raises:
-        ValueError: if a layer is offloaded; then nothing has changed.
+        ValueError: if a layer is offloaded, or if values leave the range of `dtype`; then nothing has changed.
     """
     modules = factor_modules(model)
     for name, module in modules.items():
@@ -193,6 +194,7 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
     parts = {id(value) for module in modules.values() for value in module.parameters(recurse=False)}
     others = [value.dtype for value in model.parameters() if id(value) not in parts and value.is_floating_point()]
     former = next(iter(others), dtype)
+    refuse_overflow(model, dtype, former)
     for name, module in modules.items():
         model.set_submodule(name, _dense_module(module, dtype))
     for parameter in model.parameters():

@@ -27,6 +27,7 @@ from ..internals.transformers import before_random_fill
 from ..kernels.packing import factor_shape
 from ..plan import Plan, WeightPlan, plan_model
 from .conversion import LittleBitConversion, part_shapes
+from .finite import refuse_non_finite
 from .form import factor_modules, finish, make_dense, record, refuse_float64, replace_modules
 from .meta_model import saved_names
 from .save_id import check_save
@@ -166,7 +167,7 @@ class LittleBitHfQuantizer(HfQuantizer):
             self._conversion.finish(model)
             self._conversion = None
             self._pending = {}
-        _check_scales(model)
+        refuse_non_finite(model, dense=not self.pre_quantized)
         _own_dtype(model)
         _own_storage(model)
         if self.quantization_config.dequantize:
@@ -202,20 +203,6 @@ class LittleBitHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         make_dense(model, compat.resolve_dtype(dtype))
         return model
-
-
-def _check_scales(model: nn.Module) -> None:
-    """Refuse scales and latents that are no numbers, which a damaged file may hold, before they are found in the output.
-
-    Raises:
-        ValueError: naming the first of them.
-    """
-    for name, module in factor_modules(model).items():
-        for part, value in module.named_parameters(recurse=False):
-            if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"{name}.{part} holds NaN or Inf; the checkpoint is damaged: download or save it again"
-                )
 
 
 def _own_dtype(model: nn.Module) -> None:
