@@ -47,7 +47,10 @@ def dense_weight(paths: Sequence[Path]) -> Tensor:
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether a tensor of floats holds neither NaN nor Inf; it takes no memory beside it."""
+    """Whether a tensor of floats holds neither NaN nor Inf."""
+    if type(value) not in (Tensor, torch.nn.Parameter):  # a sharded one has no aminmax
+        return bool(torch.isfinite(value).all())
+    # Unlike isfinite it makes no mask of the tensor's size, and NaN comes out of it.
     return value.numel() == 0 or all(bool(end.isfinite()) for end in torch.aminmax(value.detach()))
 
 
