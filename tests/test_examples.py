@@ -96,3 +96,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+def test_the_sweep_over_model_classes():
+    """A class that is quantized, one whose code reads weights itself, and one without linear layers."""
+    names = ["LlamaForCausalLM", "MambaForCausalLM", "GPT2LMHeadModel"]
+    *lines, counts = run(sys.executable, EXAMPLES / "experiments" / "sweep.py", *names).splitlines()
+    rows = {row["class"]: row for row in map(json.loads, lines)}
+    assert [rows[name]["verdict"] for name in names] == ["ok", "ok", "refused"] and counts == "ok: 2, refused: 1"
+    assert rows["LlamaForCausalLM"]["kept"] == {} and rows["LlamaForCausalLM"]["error"] < 1e-5
+    assert any("reads their weight" in reason for reason in rows["MambaForCausalLM"]["kept"])
