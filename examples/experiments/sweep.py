@@ -68,7 +68,8 @@ def small(config_class: Any) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, size in SIZES.items():
         own = vars(default).get(name)
-        if name not in mapped and isinstance(own, int) and not isinstance(own, bool):
+        sized = isinstance(own, int) and not isinstance(own, bool)
+        if name not in mapped and (sized or (name == "head_dim" and name in vars(default) and own is None)):
             options[name] = size
     for name in getattr(config_class, "sub_configs", {}):
         part = getattr(default, name, None)
