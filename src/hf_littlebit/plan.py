@@ -328,11 +328,7 @@ class _Walk:
             self._keep(own if isinstance(module, nn.Linear) else f"{class_name} is not covered", name, matrices)
 
     def unused(self) -> list[str]:
-        """Options of the config that changed nothing.
-
-        Raises:
-            ValueError: for an entry of modules_to_not_convert that is the name of nothing in the model.
-        """
+        """Options of the config that changed nothing. Raises ValueError for names of modules that the model does not have."""
         config = self.config
         unused = []
         for pattern in config.modules_to_not_convert or () if self.stored is None else ():
