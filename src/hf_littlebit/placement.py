@@ -18,6 +18,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from .internals.accelerate import execution_device
+from .internals.torch import own_parameters
 from .internals.transformers import tied_weights
 
 __all__ = ["input_device", "stored_parameters"]
@@ -54,4 +55,6 @@ def stored_parameters(model: nn.Module) -> Iterator[Tensor]:
         module_name, _, own = name.rpartition(".")
         module = model.get_submodule(module_name)
         with align_module_device(module):
-            yield module.get_parameter(own).detach()
+            value = own_parameters(module)[own]
+            assert value is not None
+            yield value.detach()

@@ -10,31 +10,42 @@ Some are called for every layer and token, where each microsecond of the host co
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+
+# A torch.autograd.Function for one level of torch.func's transforms, to be used in an operator's own kernel, which the
+# dispatcher asks once for each level. Public way: torch.autograd.Function, which goes through all levels at once, and which
+# therefore has to be called above the dispatcher, where torch.compile and others who call the operator do not come by.
+from torch.autograd.function import _SingleLevelFunction as OneLevelFunction
 
 # A mode sees every operator with its tensors. Public way: torch documents the class, for profilers and loggers, but not under
 # a public name.
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "OneLevelFunction",
     "TorchDispatchMode",
     "below_autograd",
     "compiled_model",
     "cuda_stream",
     "has_global_hooks",
     "has_own_call",
+    "in_forward_mode",
     "in_function_transform",
     "is_convolution",
     "is_watched",
     "module_hooks",
     "module_state",
+    "one_level",
     "operators_are_watched",
     "own_parameters",
+    "recording",
     "version",
 ]
 
@@ -58,6 +69,11 @@ def in_function_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+def in_forward_mode() -> bool:
+    """Whether the call is inside of a `torch.autograd.forward_ad.dual_level`, with or without torch.no_grad. Public way: none."""
+    return forward_ad._current_level >= 0
+
+
 def is_watched() -> bool:
     """Whether anything but the kernels wants to see an operator: the two above, forward-mode derivatives, torch.jit.trace.
 
@@ -78,6 +94,22 @@ def below_autograd() -> AbstractContextManager[None]:
     layer as much as all the rest of its call.
     """
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def one_level() -> AbstractContextManager[None]:
+    """A block in which a OneLevelFunction may be applied inside of torch.func's transforms. Public way: none, as for the class."""
+    return enable_single_level_autograd_function()  # type: ignore[no-untyped-call, no-any-return]
+
+
+@contextmanager
+def recording(in_transform: bool) -> Iterator[None]:
+    """A block in the forward of a OneLevelFunction, in which an operator is called for the levels below.
+
+    The forward runs with gradients off, which holds for its own level only: the levels below, if it runs in a transform of
+    torch.func, may record. Public way: none, as for the class.
+    """
+    with torch.set_grad_enabled(in_transform), forward_ad._set_fwd_grad_enabled(in_transform), below_autograd():
+        yield
 
 
 # -- tensors and streams ------------------------------------------------------------------------------------------------------

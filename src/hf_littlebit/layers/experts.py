@@ -21,6 +21,7 @@ from ..internals.torch import own_parameters
 from ..internals.transformers import apply_gate, gates_its_experts
 from ..kernels import PackedLayer
 from . import ops
+from .bits import asked_by_peft
 from .linear import FactorModule, autocast_input, latent_product
 from .parts import LATENT_PARTS, PACKED_PARTS, latent_parts, latent_paths, pack_parts, unpack_paths
 from .path import Path, cast, dense_weight
@@ -118,6 +119,17 @@ class LittleBitExperts(FactorModule):
         if self.latent:
             return latent_paths(self.parts(weight, LATENT_PARTS, expert), self.path_ranks[weight], self.scale_dtype)
         return unpack_paths(self.parts(weight, PACKED_PARTS, expert), self.path_ranks[weight])
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """Refuses adapters: PEFT asks every module that it attaches one to for this. To others, nothing of the kind is here."""
+        if not asked_by_peft():
+            raise AttributeError("W_q")
+        raise ValueError(
+            "adapters cannot attach to stacked LittleBit experts, which hold bits (or latents) and no dense weights: give "
+            "target_modules a list of linear layers in the place of 'all-linear', and no target_parameters, or call "
+            "model.dequantize() first"
+        )
 
     def _twin(self, latent: bool) -> LittleBitExperts:
         twin = LittleBitExperts(self, self.path_ranks, latent, "meta", self.scale_dtype)

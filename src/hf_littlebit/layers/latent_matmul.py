@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..internals.torch import is_watched
 from ..kernels import compiled, cpu, places
-from .sign import SignGradient, sign, times_slope
+from .sign import SignGradient, sign, surrogate, times_slope
 
-__all__ = ["factored_product", "scaled_signs", "scaled_signs_grad"]
+__all__ = ["factored_product", "plain_product", "scaled_signs", "scaled_signs_grad"]
 
 WIDTH = 32  # 16-bit products on a CPU go by tiles of so many columns, and are up to a third slower where one is cut
 
@@ -48,8 +48,41 @@ def factored_product(
         u, v: latents [out, R] and [in, R], where R is the sum of `ranks`, one for each path.
         scale_out, scale_rank, scale_in: [paths, out], [R] and [paths, in], rounded to `scale_dtype` before they are used.
         gradient: what passes the sign backward.
+
+    Derivatives beyond the first, in forward mode and in torch.func's transforms are those of `plain_product`, which has the
+    same values.
     """
+    if not torch.compiler.is_compiling() and is_watched():
+        return plain_product(x, u, v, scale_out, scale_rank, scale_in, ranks, scale_dtype, gradient)
     return _FactoredProduct.apply(x, u, v, scale_out, scale_rank, scale_in, ranks, scale_dtype, gradient)
+
+
+def plain_product(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    scale_out: Tensor,
+    scale_rank: Tensor,
+    scale_in: Tensor,
+    ranks: tuple[int, ...],
+    scale_dtype: torch.dtype,
+    gradient: SignGradient,
+) -> Tensor:
+    """`factored_product` in operations that torch can differentiate in every way and order, with more memory and time.
+
+    The sign's derivatives are those of the function that stands for it backward (`surrogate`), of every order.
+    """
+    out, rank, features = (_rounded(scale, scale_dtype) for scale in (scale_out, scale_rank, scale_in))
+    own = [place.columns for place in places(ranks)]
+    u_signs, v_signs = surrogate(u, gradient), surrogate(v, gradient)
+    u_scaled = torch.cat([u_signs[:, columns] * out[path][:, None] for path, columns in enumerate(own)], dim=1) * rank
+    v_scaled = torch.cat([v_signs[:, columns] * features[path][:, None] for path, columns in enumerate(own)], dim=1)
+    return (x @ v_scaled.to(x.dtype)) @ u_scaled.to(x.dtype).T
+
+
+def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale as it is stored, with derivatives as if nothing was rounded."""
+    return scale.detach().to(dtype).to(scale.dtype) + (scale - scale.detach())
 
 
 class _FactoredProduct(torch.autograd.Function):
@@ -66,20 +99,24 @@ class _FactoredProduct(torch.autograd.Function):
         scale_dtype: torch.dtype,
         gradient: SignGradient,
     ) -> Tensor:
-        ctx.ranks, ctx.gradient = ranks, gradient
+        ctx.ranks, ctx.gradient, ctx.scale_dtype = ranks, gradient, scale_dtype
+        given = scale_out, scale_rank, scale_in
         scale_out, scale_rank, scale_in = (
             scale.to(scale_dtype).to(scale.dtype) for scale in (scale_out, scale_rank, scale_in)
         )
         u_scaled = scaled_signs(u, scale_out, scale_rank, ranks, x.dtype)
         v_scaled = scaled_signs(v, scale_in, None, ranks, x.dtype)
         rank_acts = x.reshape(-1, x.shape[-1]) @ v_scaled
-        ctx.save_for_backward(x, rank_acts, u_scaled, v_scaled, u, v, scale_out, scale_rank, scale_in)
+        ctx.save_for_backward(x, rank_acts, u_scaled, v_scaled, u, v, scale_out, scale_rank, scale_in, *given)
         return (rank_acts @ u_scaled.T).view(*x.shape[:-1], u_scaled.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, rank_acts, u_scaled, v_scaled, u, v, scale_out, scale_rank, scale_in = ctx.saved_tensors
+        x, rank_acts, u_scaled, v_scaled, u, v, scale_out, scale_rank, scale_in, *given = ctx.saved_tensors
+        if (
+            torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # create_graph=True: a derivative of this is wanted
+            return *_recorded_backward(ctx, dy, (x, u, v, *given)), None, None, None
         need_x, need_u, need_v, need_out, need_rank, need_in = ctx.needs_input_grad[:6]
         of_x = of_u = of_v = of_out = of_rank = of_in = None
         rows = dy.reshape(-1, dy.shape[-1])
@@ -95,6 +132,17 @@ class _FactoredProduct(torch.autograd.Function):
                 v_grad = x.reshape(-1, x.shape[-1]).T @ rank_grad
                 of_v, of_in, _ = scaled_signs_grad(v_grad, v, scale_in, None, ctx.ranks, ctx.gradient)
         return of_x, of_u, of_v, of_out, of_rank, of_in, None, None, None
+
+
+def _recorded_backward(ctx: Any, dy: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """The gradients of the six `inputs` as results of recorded operations, so that they can be differentiated again."""
+    with torch.autocast(dy.device.type, enabled=False):
+        # An input that is no leaf would lead past this product to its own, and one given twice would count twice.
+        own = [value.view_as(value) for value in inputs]
+        y = plain_product(*own, ctx.ranks, ctx.scale_dtype, ctx.gradient)
+        of_wanted = [value for value, needed in zip(own, ctx.needs_input_grad, strict=False) if needed]
+        found = iter(torch.autograd.grad(y, of_wanted, dy, create_graph=True))
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[:6]]
 
 
 def scaled_signs(

@@ -17,9 +17,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..internals.torch import own_parameters
 from ..internals.transformers import marked_initialized
 from ..kernels import PackedLayer
 from . import ops
+from .bits import WAY_OUT, Bits, DenseWeight, asked_by_peft
 from .eager import Repeated, repeated
 from .latent_matmul import factored_product
 from .parts import (
@@ -37,6 +39,10 @@ from .sign import ALPHA, SignGradient
 
 __all__ = ["FactorModule", "LatentLittleBitLinear", "LittleBitLinear", "autocast_input"]
 
+ADAPTED_LATENT = (
+    "adapters attach to packed LittleBit layers, but this one holds latents, which are trained themselves; call "
+    "pack_model(model) first, or train the latents with LittleBitCallback"
+)
 FORWARD_PARAMETERS = (*(part_name("weight", part) for part in PACKED_PARTS), "bias")
 
 
@@ -45,12 +51,31 @@ class FactorModule(nn.Module):
 
     scale_dtype: torch.dtype
     part_dtypes: dict[str, torch.dtype]  # of the declared parts, by parameter name
+    bit_weights: list[str]  # weights whose names are borne by the words of their U
     sign_gradient: str = "smooth"  # what passes the sign of latents backward, and its steepness (sign.py)
     alpha: float = ALPHA
 
     def __init__(self, scale_dtype: torch.dtype):
         nn.Module.__init__(self)
-        self.scale_dtype, self.part_dtypes = scale_dtype, {}
+        self.scale_dtype, self.part_dtypes, self.bit_weights = scale_dtype, {}, []
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is no plain attribute: parameters, buffers and modules.
+        value = super().__getattr__(name)
+        if name in vars(self).get("bit_weights", ()) and type(value) is nn.Parameter and value.dtype == torch.int32:
+            return DenseWeight.of(self) if isinstance(self, nn.Linear) and asked_by_peft() else Bits.of(value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        held = own_parameters(self).get(name) if name in vars(self).get("bit_weights", ()) else None
+        if (
+            held is not None
+            and not held.is_floating_point()
+            and isinstance(value, Tensor)
+            and value.is_floating_point()
+        ):
+            raise ValueError(WAY_OUT)
+        super().__setattr__(name, value)
 
     def declare(
         self,
@@ -77,6 +102,8 @@ class FactorModule(nn.Module):
     ) -> None:
         """Register the parts of a weight of `size` (out, in); `lead` is (experts,) for a stack of weights."""
         shapes = part_shapes(*size, ranks, latent, self.scale_dtype)
+        if not latent:
+            self.bit_weights.append(weight)
         for part in LATENT_PARTS if latent else PACKED_PARTS:
             if part in shapes:
                 shape, dtype = shapes[part]
@@ -90,10 +117,15 @@ class FactorModule(nn.Module):
 
     def parts(self, weight: str, names: Sequence[str], index: int | None = None) -> dict[str, Any]:
         """{part: parameter or None} of `weight`, or of the `index`-th weight of a stack."""
-        values = {part: getattr(self, part_name(weight, part)) for part in names}
+        values = {part: self._held(part_name(weight, part)) for part in names}
         if index is None:
             return values
         return {part: None if value is None else value[index] for part, value in values.items()}
+
+    def _held(self, name: str) -> Any:
+        """The parameter called `name`, or what a wrapper (parametrizations, sharding) has put in its place."""
+        held = own_parameters(self)
+        return held[name] if name in held else getattr(self, name)
 
     def fill(self, weight: str, parts: dict[str, Tensor]) -> None:
         """Set the declared parts of `weight` from tensors of the same shapes, in place of the parameters."""
@@ -127,7 +159,9 @@ class FactorModule(nn.Module):
 def autocast_input(x: Tensor) -> Tensor:
     """x as `nn.Linear` would take it: cast to the autocast dtype where autocast is on."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(
+        device_type
+    ):  # torch does not let itself be asked about meta
         return x.to(torch.get_autocast_dtype(device_type))
     return x
 
@@ -168,6 +202,10 @@ class _FactoredLinear(FactorModule, nn.Linear):
             ValueError: if it leaves the range of `dtype`.
         """
         return cast(dense_weight(self.paths()), dtype)
+
+    def dequantize(self) -> Tensor:
+        """`dense()` under the name that PEFT asks for: it computes DoRA's norms with the weight that this gives."""
+        return self.dense()
 
     def _twin(self, form: type[Twin], parts: dict[str, Tensor]) -> Twin:
         """A layer of the other form with these parts and this layer's bias."""
@@ -217,6 +255,12 @@ class LittleBitLinear(_FactoredLinear):
             self._repeated = repeated(x, (layer,), (self._parameters,))
         return y
 
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The same as `.weight`, under a name by which PEFT knows a layer that has `dequantize()`."""
+        weight: Tensor = self.weight
+        return weight
+
     def packed(self) -> PackedLayer:
         """The layer's parts as the kernels take them."""
         held = self._parameters
@@ -224,7 +268,7 @@ class LittleBitLinear(_FactoredLinear):
             # Eight times Module.__getattr__ would cost as much as the whole product of a small layer.
             parts = [held[name] for name in FORWARD_PARAMETERS]
         except KeyError:  # a wrapper (parametrizations, sharding) keeps them elsewhere
-            parts = [getattr(self, name) for name in FORWARD_PARAMETERS]
+            parts = [self._held(name) for name in FORWARD_PARAMETERS]
         return PackedLayer._make((*parts, self.ranks))
 
     def paths(self) -> list[Path]:
@@ -245,6 +289,13 @@ class LatentLittleBitLinear(_FactoredLinear):
         x = autocast_input(x)
         out = latent_product(x, self.parts("weight", LATENT_PARTS), self.ranks, self)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """Refuses adapters: PEFT asks every layer that it attaches one to for this. To others, nothing of the kind is here."""
+        if asked_by_peft():
+            raise ValueError(ADAPTED_LATENT)
+        raise AttributeError("W_q")
 
     def paths(self) -> list[Path]:
         """The latents, with the scales rounded as in the forward."""

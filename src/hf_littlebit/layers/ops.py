@@ -1,11 +1,11 @@
 """The layer as a torch.library operator, so that torch.compile, fake tensors and autograd see one opaque node.
 
     hf_littlebit::linear(x, u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, bias, ranks) -> y
-    hf_littlebit::linears(x, parts, ranks, paths) -> y of every layer; no gradient is recorded
+    hf_littlebit::linears(x, parts, ranks, paths) -> y of every layer
     hf_littlebit::linear_grad(grad, u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, ranks) -> grad_x
 
-Parts as in kernels/parts.py. The gradient is that of x and of the bias; it runs through the same packed parts, with no
-dense copy. Scales and bits are constants here: they are trained as a latent layer (linear.py).
+Parts as in kernels/parts.py. Derivatives are those of x and of the bias (derivatives.py); they run through the same packed
+parts, with no dense copy. Scales and bits are constants here: they are trained as a latent layer (linear.py).
 
 The plain-torch implementation is registered for every device; where the compiled CPU kernel is loaded (kernels/cpu.py) the
 dispatcher goes to it without a step through Python.
@@ -14,19 +14,19 @@ dispatcher goes to it without a step through Python.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..internals.torch import below_autograd
+from ..internals.torch import below_autograd, is_watched
 from ..kernels import PackedLayer, littlebit_linear, littlebit_linear_grad, products
+from .derivatives import PART_COUNT, differentiable, register, split_layers
 from .eager import unseen
 
 __all__ = ["PART_COUNT", "differentiable", "linear", "linears"]
 
 
-PART_COUNT: Final = 8  # of a layer in `linears`: those below and the bias
 _PARTS = "Tensor u, Tensor? u_tail, Tensor? v, Tensor? v_tail, Tensor scale_out, Tensor scale_rank, Tensor scale_in"
 _LIBRARY = torch.library.Library("hf_littlebit", "FRAGMENT")  # lives as long as the module: dropping it unregisters
 
@@ -41,6 +41,8 @@ def linear(x: Tensor, layer: PackedLayer) -> Tensor:
         return _OPERATOR(x, *layer)
     if not x.is_cpu and unseen(x):
         return products(x, (layer,))[0]
+    if is_watched():
+        return _OPERATOR(x, *layer)
     # Nothing to record: autograd's step through Python costs as much as all the rest of a call on a small layer.
     with below_autograd():
         return _OPERATOR(x, *layer)
@@ -53,29 +55,14 @@ def linears(x: Tensor, layers: Sequence[PackedLayer]) -> list[Tensor]:
     parts = [part for layer in layers for part in layer[:PART_COUNT]]
     ranks = [rank for layer in layers for rank in layer.ranks]
     paths = [len(layer.ranks) for layer in layers]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_watched():
         return _TOGETHER(x, parts, ranks, paths)
     with below_autograd():
         return _TOGETHER(x, parts, ranks, paths)
 
 
-def differentiable(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record a product of these."""
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:  # noqa: SIM110 any() over a generator takes twice as long
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
 def _linears(x: Tensor, parts: list[Tensor | None], ranks: list[int], paths: list[int]) -> list[Tensor]:
-    layers, first = [], 0
-    for index, count in enumerate(paths):
-        own = parts[PART_COUNT * index : PART_COUNT * (index + 1)]
-        layers.append(PackedLayer._make([*own, ranks[first : first + count]]))
-        first += count
-    return products(x, layers)
+    return products(x, [PackedLayer._make([*own, of_own]) for own, of_own in split_layers(parts, ranks, paths)])
 
 
 def _linears_fake(x: Tensor, parts: list[Any], ranks: list[int], paths: list[int]) -> list[Tensor]:
@@ -102,27 +89,6 @@ def _same_device(x: Tensor, *parts: Any) -> None:
             )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *parts, bias, ranks = inputs
-    if any(needed for needed in ctx.needs_input_grad[1:8]):
-        raise RuntimeError(
-            "the scales of a packed LittleBit layer ask for a gradient, but they are constants; "
-            "freeze them (requires_grad_(False)), or train a model loaded with LittleBitConfig(..., format='latent')"
-        )
-    ctx.save_for_backward(*parts)
-    ctx.ranks = ranks
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.hf_littlebit.linear_grad(grad, *ctx.saved_tensors, ctx.ranks)
-    if ctx.needs_input_grad[8]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(dim=0).to(ctx.bias_dtype)
-    return grad_x, *(None,) * 7, grad_bias, None
-
-
 def _register() -> None:
     _LIBRARY.define(f"linear(Tensor x, {_PARTS}, Tensor? bias, int[] ranks) -> Tensor")
     _LIBRARY.define(f"linear_grad(Tensor grad, {_PARTS}, int[] ranks) -> Tensor")
@@ -133,7 +99,7 @@ def _register() -> None:
     _LIBRARY.impl("linear_grad", littlebit_linear_grad, "CompositeExplicitAutograd")
     torch.library.register_fake("hf_littlebit::linear", _linear_fake, lib=_LIBRARY)
     torch.library.register_fake("hf_littlebit::linear_grad", _linear_grad_fake, lib=_LIBRARY)
-    torch.library.register_autograd("hf_littlebit::linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+    register(_LIBRARY)
 
 
 _register()

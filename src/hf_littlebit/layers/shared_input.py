@@ -165,7 +165,8 @@ class SharedInput:
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What a result depends on besides x's identity and the weights. A tensor made under inference_mode counts no changes."""
     device_type = x.device.type
-    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    under_autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    autocast = torch.get_autocast_dtype(device_type) if under_autocast else None
     stream = cuda_stream(x.get_device()) if device_type == "cuda" else None
     return version(x), autocast, torch.is_inference_mode_enabled(), stream
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ALPHA", "SIGN_GRADIENTS", "SignGradient", "sign", "times_slope"]
+__all__ = ["ALPHA", "SIGN_GRADIENTS", "SignGradient", "sign", "surrogate", "times_slope"]
 
 ALPHA = 100.0
 SIGN_GRADIENTS = ("smooth", "ste")
@@ -38,3 +38,16 @@ def times_slope(grad: Tensor, x: Tensor, gradient: SignGradient) -> Tensor:
     # tanh's own backward, grad * (1 - tanh^2), reads each operand once; a training step waits for memory here.
     tanh = (gradient.alpha * x).tanh_()
     return torch.ops.aten.tanh_backward(grad, tanh).mul_(gradient.alpha)
+
+
+def surrogate(x: Tensor, gradient: SignGradient) -> Tensor:
+    """The sign of x's shape and dtype, with all derivatives of the function that stands for it: tanh(alpha x), or x where |x| < 1.
+
+    Made of operations that autograd records, for whoever needs more than `times_slope`: derivatives of higher order, or
+    forward ones.
+    """
+    if gradient.surrogate == "ste":
+        smooth = x * (x.detach().abs() < 1).to(x.dtype)
+    else:
+        smooth = torch.tanh(gradient.alpha * x)
+    return sign(x.detach()) + (smooth - smooth.detach())
