@@ -121,7 +121,7 @@ class LittleBitExperts(FactorModule):
         return unpack_paths(self.parts(weight, PACKED_PARTS, expert), self.path_ranks[weight])
 
     @property
-    def W_q(self) -> Tensor:  # noqa: N802
+    def W_q(self) -> Tensor:
         """Refuses adapters: PEFT asks every module that it attaches one to for this. To others, nothing of the kind is here."""
         if not asked_by_peft():
             raise AttributeError("W_q")

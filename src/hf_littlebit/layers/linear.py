@@ -256,7 +256,7 @@ class LittleBitLinear(_FactoredLinear):
         return y
 
     @property
-    def W_q(self) -> Tensor:  # noqa: N802
+    def W_q(self) -> Tensor:
         """The same as `.weight`, under a name by which PEFT knows a layer that has `dequantize()`."""
         weight: Tensor = self.weight
         return weight
@@ -291,7 +291,7 @@ class LatentLittleBitLinear(_FactoredLinear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     @property
-    def W_q(self) -> Tensor:  # noqa: N802
+    def W_q(self) -> Tensor:
         """Refuses adapters: PEFT asks every layer that it attaches one to for this. To others, nothing of the kind is here."""
         if asked_by_peft():
             raise ValueError(ADAPTED_LATENT)

@@ -46,8 +46,5 @@ def surrogate(x: Tensor, gradient: SignGradient) -> Tensor:
     Made of operations that autograd records, for whoever needs more than `times_slope`: derivatives of higher order, or
     forward ones.
     """
-    if gradient.surrogate == "ste":
-        smooth = x * (x.detach().abs() < 1).to(x.dtype)
-    else:
-        smooth = torch.tanh(gradient.alpha * x)
+    smooth = x * (x.detach().abs() < 1).to(x.dtype) if gradient.surrogate == "ste" else torch.tanh(gradient.alpha * x)
     return sign(x.detach()) + (smooth - smooth.detach())
