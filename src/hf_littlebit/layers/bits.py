@@ -35,7 +35,7 @@ _SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _SHAPE = (
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.is_floating_point, Tensor.is_complex),
     *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__),  # type: ignore[attr-defined]
-    *(Tensor.requires_grad.__get__, Tensor.grad.__get__, Tensor.layout.__get__),  # type: ignore[attr-defined]
+    *(Tensor.requires_grad.__get__, Tensor.grad.__get__, Tensor.layout.__get__),  # type: ignore[attr-defined, union-attr]
 )
 _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__imatmul__", "__setitem__")
 

@@ -31,6 +31,7 @@ from ..layers.parts import LATENT_PARTS, part_name
 from ..module_names import needs_fp32
 from ..plan import Plan, WeightPlan, plan_model
 from .conversion import factor_weight
+from .diverged import refuse_diverged
 from .finite import refuse_non_finite
 from .form import factor_modules, finish, record, refuse_float64, replace_modules
 from .quantizer import LittleBitHfQuantizer
@@ -110,12 +111,14 @@ def pack_model(model: Model, dtype: torch.dtype | None = None) -> Model:
         dtype: of the parameters that stay dense, e.g. torch.bfloat16. They are trained in fp32, and stay so with None.
 
     Raises:
-        ValueError: if it has no latent layers, or if they are partitioned over devices.
+        ValueError: if it has no latent layers, or if they are partitioned over devices; and, naming the first, for latents and
+            scales that are not finite, or too large for the stored dtype. Then nothing has changed.
     """
     config = quantization_of(model.config)
     modules = {name: module for name, module in factor_modules(model).items() if module.latent}
     if config is None or not modules:
         raise ValueError("the model has no latent LittleBit layers, so there is nothing to pack")
+    refuse_diverged(model)
     with torch.no_grad():
         for name, module in modules.items():
             model.set_submodule(name, module.pack())

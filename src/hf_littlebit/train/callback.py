@@ -123,9 +123,18 @@ class LittleBitCallback(TrainerCallback):
         assert model is not None
         self.session.begin(model, optimizer, args.device)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse to train on without the teacher."""
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse to train on without the teacher, and with numbers that are none."""
+        assert model is not None
         self.session.refuse_step_without_teacher()
+        self.session.refuse_nonfinite(model, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

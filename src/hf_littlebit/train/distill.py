@@ -75,9 +75,18 @@ class _KLDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        _refuse_second_derivatives()
         # In place, for memory; autograd itself refuses a second backward through a saved tensor that was changed.
         (grad,) = ctx.saved_tensors
         return grad.mul_(outer.to(grad.dtype)).view(ctx.shape), None, None
+
+
+def _refuse_second_derivatives() -> None:
+    """Refuse create_graph=True: gradients that are computed in the forward, or from saved values, would pass for constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the loss of distillation has first derivatives only; leave create_graph=True out, or train without a teacher"
+        )
 
 
 def _gradient_memory(rows: Tensor, teacher: Tensor | TopK) -> Tensor:
@@ -108,12 +117,15 @@ class _HiddenError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(student, teacher, mask)
-        return ((student.float() - teacher.float()).square().mean(-1) * mask).sum()
+        # Where nothing counts, a state may be anything: attention over a row of padding gives NaN in some implementations.
+        return torch.where(mask, (student.float() - teacher.float()).square().mean(-1), 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        _refuse_second_derivatives()
         student, teacher, mask = ctx.saved_tensors
-        grad = (student.float() - teacher.float()) * (mask.unsqueeze(-1) * (2 / student.shape[-1] * outer))
+        difference = torch.where(mask.unsqueeze(-1), student.float() - teacher.float(), 0.0)
+        grad = difference.mul_(2 / student.shape[-1] * outer)
         return grad.to(student.dtype), None, None
 
 
@@ -282,10 +294,9 @@ class Distillation:
         sums = torch.stack([total.detach(), hidden.detach(), tokens.float()])
         self._sums = sums if self._sums is None else self._sums + sums
         self.calls += 1
-        if count is None:
-            count = tokens.clamp_min(1)
-        elif torch.is_tensor(count):
-            count = count.to(total.device)
+        # A step without a label counts nothing: 0 / 0 would make all that it trains NaN.
+        count = tokens if count is None else torch.as_tensor(count, device=total.device)
+        count = count.masked_fill(count == 0, 1)
         return (total + self.hidden_weight * hidden) / count
 
     def _ask(self, inputs: dict[str, Any], logits: Tensor) -> tuple[Tensor | TopK, Any]:

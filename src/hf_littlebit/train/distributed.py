@@ -24,6 +24,7 @@ __all__ = [
     "broadcast_from_rank0",
     "check_optimizer",
     "check_weights",
+    "first_nonfinite",
     "gather",
     "is_partitioned",
     "is_sharded",
@@ -95,6 +96,24 @@ def sum_over_processes(values: Tensor) -> None:
     """Add to `values`, in place, those of all other processes that train with this one. Each of them must call it."""
     if _has_others():
         dist.all_reduce(values)
+
+
+def first_nonfinite(model: nn.Module, device: torch.device) -> str | None:
+    """The name of the first trained parameter of `model` that holds NaN or Inf; None where all are finite.
+
+    Every process must call it where the model is sharded: one that holds no such part then hears of it, by way of `device`.
+    """
+    trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    parts = [(name, local_part(value)[0]) for name, value in trained]
+    # The largest size of all, in few launches: NaN and Inf pass through every maximum.
+    size = torch.nn.utils.get_total_norm([part for _, part in parts if part.numel()], float("inf"))
+    bad = 1 - torch.isfinite(size).to(device, torch.float32)
+    if is_sharded(value for _, value in trained):
+        sum_over_processes(bad)
+    if not bad:
+        return None
+    found = [name for name, part in parts if not bool(torch.isfinite(part).all())]
+    return found[0] if found else "a parameter in another process"
 
 
 def broadcast_from_rank0(values: Iterable[Tensor], device: torch.device) -> None:

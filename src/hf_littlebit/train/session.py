@@ -37,7 +37,14 @@ from ..load.convert import (
 )
 from ..plan import plan_model
 from .distill import Distillation
-from .distributed import broadcast_from_rank0, check_optimizer, check_weights, is_sharded, sum_over_processes
+from .distributed import (
+    broadcast_from_rank0,
+    check_optimizer,
+    check_weights,
+    first_nonfinite,
+    is_sharded,
+    sum_over_processes,
+)
 from .export import packed_model, saved_config
 from .flips import SignFlips
 from .topk import TopKTeacher
@@ -92,6 +99,7 @@ class TrainingSession:
         self.flips: SignFlips | None = None
         self.sharded = False  # each process holds only a part of the model
         self.ended = False
+        self.device = torch.device("cpu")
         self._model: PreTrainedModel | None = None
         self._model_class: type[PreTrainedModel] | None = (
             None  # kept, because FSDP2 puts a class of its own in its place
@@ -153,6 +161,8 @@ class TrainingSession:
         elif trained is not self._model:
             raise ValueError(REBUILT)
         check_optimizer(optimizer, latents, scales)
+        self.device = device
+        self.refuse_nonfinite(trained, 0)
         if self.flips is not None:
             self.flips.rebase(latents)
         if self.distillation is not None:
@@ -292,6 +302,20 @@ class TrainingSession:
             raise ValueError(
                 "a training step was made without the model's own forward, so there was no distillation; a Trainer whose "
                 "compute_loss does not call model(**inputs) cannot use LittleBitCallback"
+            )
+
+    def refuse_nonfinite(self, model: nn.Module, step: int) -> None:
+        """A step that leaves NaN or Inf has ended the training: all that follows is NaN, while Trainer logs a loss of 0.
+
+        Args:
+            step: the number of steps made. Every process of a distributed training must call it.
+        """
+        name = first_nonfinite(unwrapped(model), self.device)
+        if name is not None:
+            when = f"after step {step}" if step else "before its first step"
+            raise ValueError(
+                f"{name} holds NaN or Inf {when}, so the training stops; go on from a checkpoint before it with a lower "
+                "learning rate (or max_grad_norm), and look at the data of that step"
             )
 
     def _ready_teacher(self, model: PreTrainedModel) -> nn.Module | TopKTeacher:
