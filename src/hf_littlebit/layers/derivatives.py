@@ -148,7 +148,7 @@ def _refuse_tangents(of_parts: Sequence[Any]) -> None:
 def _linear(x: Tensor, *rest: Any) -> Tensor:
     if _recorded(x, *rest[:-1]):
         with one_level():
-            return _Linear.apply(x, *rest)
+            return _Linear.apply(x, *rest)  # type: ignore[attr-defined, no-any-return]
     with below_autograd():
         return torch.ops.hf_littlebit.linear(x, *rest)
 
@@ -156,7 +156,7 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
 def _linear_grad(grad: Tensor, *rest: Any) -> Tensor:
     if _recorded(grad, *rest[:-1]):
         with one_level():
-            return _LinearGrad.apply(grad, *rest)
+            return _LinearGrad.apply(grad, *rest)  # type: ignore[attr-defined, no-any-return]
     with below_autograd():
         return torch.ops.hf_littlebit.linear_grad(grad, *rest)
 

@@ -139,7 +139,8 @@ def _recorded_backward(ctx: Any, dy: Tensor, inputs: tuple[Tensor, ...]) -> list
     with torch.autocast(dy.device.type, enabled=False):
         # An input that is no leaf would lead past this product to its own, and one given twice would count twice.
         own = [value.view_as(value) for value in inputs]
-        y = plain_product(*own, ctx.ranks, ctx.scale_dtype, ctx.gradient)
+        x, u, v, out, rank, features = own
+        y = plain_product(x, u, v, out, rank, features, ctx.ranks, ctx.scale_dtype, ctx.gradient)
         of_wanted = [value for value, needed in zip(own, ctx.needs_input_grad, strict=False) if needed]
         found = iter(torch.autograd.grad(y, of_wanted, dy, create_graph=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:6]]

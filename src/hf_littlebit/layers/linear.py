@@ -62,9 +62,15 @@ class FactorModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         # Only for what is no plain attribute: parameters, buffers and modules.
         value = super().__getattr__(name)
-        if name in vars(self).get("bit_weights", ()) and type(value) is nn.Parameter and value.dtype == torch.int32:
-            return DenseWeight.of(self) if isinstance(self, nn.Linear) and asked_by_peft() else Bits.of(value)
-        return value
+        if (
+            name not in vars(self).get("bit_weights", ())
+            or type(value) is not nn.Parameter
+            or value.dtype != torch.int32
+        ):
+            return value
+        if isinstance(self, nn.Linear) and asked_by_peft():
+            return DenseWeight.of(self)
+        return value if value.is_meta else Bits.of(value)  # without words, transformers knows a weight by its identity
 
     def __setattr__(self, name: str, value: Any) -> None:
         held = own_parameters(self).get(name) if name in vars(self).get("bit_weights", ()) else None

@@ -61,6 +61,15 @@ def linears(x: Tensor, layers: Sequence[PackedLayer]) -> list[Tensor]:
         return _TOGETHER(x, parts, ranks, paths)
 
 
+def _refuse_onnx() -> None:
+    """ONNX has no operator for packed bits, which its exporter says in words that help nobody. It asks the fake implementation
+    in every way it has of capturing a model; torch.compile answers the same question with no, wherever it follows Python."""
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "packed LittleBit layers have no ONNX operator; call model.dequantize() first, and export the dense model"
+        )
+
+
 def _linears(x: Tensor, parts: list[Tensor | None], ranks: list[int], paths: list[int]) -> list[Tensor]:
     return products(x, [PackedLayer._make([*own, of_own]) for own, of_own in split_layers(parts, ranks, paths)])
 
@@ -70,6 +79,7 @@ def _linears_fake(x: Tensor, parts: list[Any], ranks: list[int], paths: list[int
 
 
 def _linear_fake(x: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    _refuse_onnx()
     _same_device(x, u, *rest)
     return x.new_empty(*x.shape[:-1], u.shape[-1])
 

@@ -26,11 +26,11 @@ import inspect
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from ..config import LittleBitConfig
@@ -43,6 +43,7 @@ from .topk import TopKTeacher
 __all__ = ["LittleBitCallback"]
 
 logger = logging.getLogger("hf_littlebit")
+Found = TypeVar("Found")
 
 
 class LittleBitCallback(TrainerCallback):
@@ -100,15 +101,30 @@ class LittleBitCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Convert `model` and prepare its loss."""
+        self._refuse_trl()
         self.session.prepare(model, args, progress=state.is_local_process_zero and not args.disable_tqdm)
         if not self.attaches:
             return
         if self.session.distillation is not None:
             self.session.distillation.attach(self.session.model)
-        handler = _handler_of(self)
-        if handler is not None:
+        handler = _caller(CallbackHandler)
+        if handler is not None and self in handler.callbacks:
             # A new list, because the handler is going through the present one.
             handler.callbacks = [_Figures(self.session), *handler.callbacks]
+
+    def _refuse_trl(self) -> None:
+        """TRL's trainers make their losses of other outputs than the model's own loss, so that a teacher would not be heard."""
+        trainer = _caller(Trainer)
+        if self.session.teacher is None or all(
+            known.__module__.partition(".")[0] != "trl" for known in type(trainer).__mro__
+        ):
+            return
+        name = type(trainer).__name__
+        raise ValueError(
+            f"{name} is a trainer of TRL, which computes its loss itself, so there would be no distillation. Distil with "
+            f"LittleBitTrainer or transformers' Trainer (the rows that TRL makes are {name}(...).train_dataset), or train with "
+            f"{name} on the labels alone: LittleBitCallback(config, teacher=None)"
+        )
 
     def on_train_begin(
         self,
@@ -176,16 +192,16 @@ class _Figures(TrainerCallback):
             state.log_history[-1].update(values)
 
 
-def _handler_of(callback: TrainerCallback) -> CallbackHandler | None:
-    """The handler that is giving `callback` an event; None if something else calls it, which then has no log either.
+def _caller(kind: type[Found]) -> Found | None:
+    """The nearest object of this `kind` whose method an event comes from; None if something else calls the callback.
 
     Trainer puts its reporters (tensorboard, wandb ...) before a user's callbacks, and tells a callback neither of itself nor
-    of its handler. The frame of the handler, which every event comes from, is where it can be found.
+    of its handler. Their frames, which every event comes from, are where they can be found.
     """
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler) and callback in caller.callbacks:
+        if isinstance(caller, kind):
             return caller
         frame = frame.f_back
     return None
