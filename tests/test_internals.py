@@ -515,3 +515,49 @@ def test_parameters_and_groups_that_deepspeed_took_apart():
     pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'hf-littlebit[deepspeed]'")
     done = subprocess.run([sys.executable, "-c", ZERO3], capture_output=True, text=True, timeout=200)
     assert "all doors are open" in done.stdout, done.stderr[-4000:]
+
+
+def test_a_function_of_one_level_is_applied_at_each_level():
+    """In the kernel of an operator, which the dispatcher asks once for each transform; a usual Function may not be there."""
+
+    class Square(torch_doors.OneLevelFunction):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            ctx.save_for_forward(x)
+            with torch_doors.recording(torch_doors.in_function_transform()):
+                levels.append((torch.is_grad_enabled(), torch_doors.in_function_transform()))
+                return torch.ops.littlebit_doors.square(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad * ctx.saved_tensors[0]
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return 2 * tangent * ctx.saved_tensors[0]
+
+    def kernel(x):
+        with torch_doors.one_level():
+            return Square.apply(x)
+
+    levels: list[tuple[bool, bool]] = []
+    with torch.library._scoped_library("littlebit_doors", "FRAGMENT") as library:
+        library.define("square(Tensor x) -> Tensor")
+        library.impl("square", lambda x: x * x, "CompositeExplicitAutograd")
+        library.impl("square", kernel, "Autograd")
+        square = torch.ops.littlebit_doors.square
+        x = torch.tensor(3.0)
+        assert torch.func.grad(square)(x) == 6
+        assert levels[0] == (True, True)  # the level below may record
+        assert torch.func.jvp(torch.func.grad(square), (x,), (torch.tensor(1.0),))[1] == 2
+        levels.clear()
+        square(x.clone().requires_grad_()).backward()
+        assert levels == [(False, False)]
+
+
+def test_forward_mode_is_seen_whether_gradients_are_on_or_not():
+    assert not torch_doors.in_forward_mode()
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        assert torch_doors.in_forward_mode() and torch_doors.is_watched()
+    assert not torch_doors.in_forward_mode()

@@ -238,3 +238,12 @@ def test_compile_without_a_gradient():
                 assert torch.equal(compiled(x), packed(x))
     exported = torch.export.export(packed, (torch.randn(2, 70),))
     assert "hf_littlebit.linear" in str(exported.graph)
+
+
+def test_an_export_to_onnx_is_refused_in_words(monkeypatch):
+    packed, _ = pair(33, 70, (16, 8))
+    packed.requires_grad_(False)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    for strict in (False, True):  # the exporter tries both ways
+        with pytest.raises(Exception, match=r"call model\.dequantize\(\) first, and export the dense model"):
+            torch.export.export(packed, (torch.randn(2, 70),), strict=strict)

@@ -478,6 +478,21 @@ def test_misuse_is_refused_when_the_trainer_is_made(tmp_path, family_dir):
         LittleBitTrainer(build("llama"), arguments(tmp_path), config=CONFIG, model_init=lambda: build("llama"))
 
 
+def test_trainers_of_trl_are_refused_before_work(tmp_path):
+    """They make the loss of other outputs than the model's own loss, so that a teacher would not be heard."""
+    sft_trainer = type("SFTTrainer", (Trainer,), {"__module__": "trl.trainer.sft_trainer"})
+    for trainer_class in (sft_trainer, type("Mine", (sft_trainer,), {})):
+        model = build("llama")
+        options = {"model": model, "args": arguments(tmp_path), "train_dataset": Rows()}
+        with pytest.raises(
+            ValueError, match=f"{trainer_class.__name__} is a trainer of TRL.* Distil with LittleBitTrainer"
+        ):
+            trainer_class(**options, callbacks=[LittleBitCallback(CONFIG, teacher="self")])
+        assert equal(model, build("llama"))
+        trainer_class(**options, callbacks=[LittleBitCallback(CONFIG)]).train()
+        assert any(isinstance(module, LittleBitLinear) for module in model.modules())
+
+
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
