@@ -561,3 +561,16 @@ def test_forward_mode_is_seen_whether_gradients_are_on_or_not():
     with torch.autograd.forward_ad.dual_level(), torch.no_grad():
         assert torch_doors.in_forward_mode() and torch_doors.is_watched()
     assert not torch_doors.in_forward_mode()
+
+
+def test_without_overrides_a_subclass_is_a_plain_tensor():
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError(func)
+
+    loud = torch.ones(2).as_subclass(Loud)
+    with pytest.raises(AssertionError):
+        loud + 1
+    with torch_doors.without_overrides():
+        assert (loud + 1).tolist() == [2, 2] and loud.dtype == torch.float32

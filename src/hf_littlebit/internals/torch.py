@@ -47,6 +47,7 @@ __all__ = [
     "own_parameters",
     "recording",
     "version",
+    "without_overrides",
 ]
 
 
@@ -110,6 +111,14 @@ def recording(in_transform: bool) -> Iterator[None]:
     """
     with torch.set_grad_enabled(in_transform), forward_ad._set_fwd_grad_enabled(in_transform), below_autograd():
         yield
+
+
+def without_overrides() -> AbstractContextManager[None]:
+    """A block in which functions take subclasses of tensors for plain ones, for use in a `__torch_function__`.
+
+    Public way: none; torch's notes on extending it name this class.
+    """
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 # -- tensors and streams ------------------------------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ that mean nothing where they do not. So the attribute gives
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
+
+from ..internals.torch import without_overrides
 
 __all__ = ["WAY_OUT", "Bits", "DenseWeight", "asked_by_peft"]
 
@@ -42,7 +43,25 @@ _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__
 
 def asked_by_peft() -> bool:
     """Whether the caller of the function that asks this is code of PEFT, which tells a layer by no other sign what it wants."""
-    return str(sys._getframe(2).f_globals.get("__name__")).partition(".")[0] == "peft"
+    here = inspect.currentframe()
+    asker = None if here is None or here.f_back is None else here.f_back.f_back
+    return asker is not None and str(asker.f_globals.get("__name__")).partition(".")[0] == "peft"
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """What is in lists, tuples and dictionaries, as the arguments and results of torch's functions are."""
+    if isinstance(tree, list | tuple | dict):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(branch)
+    else:
+        yield tree
+
+
+def _changed(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """The same lists, tuples and dictionaries with `change` of what is in them; those of another class are left as they are."""
+    if type(tree) is dict:
+        return {key: _changed(branch, change) for key, branch in tree.items()}
+    return type(tree)(_changed(branch, change) for branch in tree) if type(tree) in (list, tuple) else change(tree)
 
 
 class Bits(Tensor):
@@ -72,19 +91,19 @@ class Bits(Tensor):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func == _SET_DATA or any(map(_is_float, _pytree.tree_leaves((args, kwargs)))):
+        with without_overrides():
+            if func == _SET_DATA or any(map(_is_float, _leaves((args, kwargs)))):
                 raise ValueError(WAY_OUT)
             try:
                 result = func(*args, **(kwargs or {}))
             except (RuntimeError, TypeError) as error:  # sizes that do not fit, a norm of integers
                 raise ValueError(f"{WAY_OUT} ({error})") from error
-            if any(isinstance(value, Tensor) and _is_float(value) for value in _pytree.tree_leaves(result)):
+            if any(isinstance(value, Tensor) and _is_float(value) for value in _leaves(result)):
                 raise ValueError(WAY_OUT)
             if func in _MOVES:
                 # What is moved becomes a parameter elsewhere, as accelerate's hooks do it.
                 return result.as_subclass(Tensor) if isinstance(result, Bits) else result
-            return _pytree.tree_map_only(Tensor, _as_bits, result)
+            return _changed(result, _as_bits)
 
 
 def _is_float(value: Any) -> bool:
@@ -92,7 +111,7 @@ def _is_float(value: Any) -> bool:
     return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
 
 
-def _as_bits(value: Tensor) -> Tensor:
+def _as_bits(value: Any) -> Any:
     return value.as_subclass(Bits) if type(value) is Tensor and value.dtype == torch.int32 else value
 
 
@@ -126,7 +145,7 @@ class DenseWeight(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             first = args[0] if args else None
             if isinstance(first, cls):
                 if func in _SHAPE:
@@ -141,8 +160,12 @@ class DenseWeight(Tensor):
                     return None  # frozen as it is
             if _writes(func, args, kwargs):
                 raise ValueError(WAY_OUT)
-            args, kwargs = _pytree.tree_map_only(cls, lambda value: value._layer.dense(), (tuple(args), kwargs))
+            args, kwargs = _changed((tuple(args), kwargs), _dense)
         return func(*args, **kwargs)
+
+
+def _dense(value: Any) -> Any:
+    return value._layer.dense() if isinstance(value, DenseWeight) else value
 
 
 def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
