@@ -67,6 +67,10 @@ def test_words_can_be_replaced_by_words(layer):
     layer.weight = nn.Parameter(~layer._parameters["weight"], requires_grad=False)
     bias = layer.bias
     torch.testing.assert_close(layer(x) - bias, -(other(x) - other.bias), rtol=1e-4, atol=1e-4)
+    layer.weight = layer.weight  # read, and put back
+    assert type(layer._parameters["weight"]) is nn.Parameter
+    layer.weight = other.weight
+    assert type(layer._parameters["weight"]) is nn.Parameter
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x))
 

@@ -81,6 +81,9 @@ class FactorModule(nn.Module):
             and value.is_floating_point()
         ):
             raise ValueError(WAY_OUT)
+        if isinstance(value, Bits):  # that was read here, or of another layer, and is put (back) in its place
+            plain = value.as_subclass(Tensor)
+            value = plain if held is None else nn.Parameter(plain, requires_grad=False)
         super().__setattr__(name, value)
 
     def declare(
