@@ -115,7 +115,7 @@ def products(x: torch.Tensor, layers: Sequence[PackedLayer], transposed: bool = 
     stride = bound.features if tokens == 1 or rows is x else rows.stride(0)
     key = (tokens, x.dtype, address % 16, stride)
     recorded = bound.recorded.get(key)
-    with _on(x):
+    with on(x):
         if recorded is None:
             _first(key, bound, rows.reshape(tokens, bound.features), results, layers, ready, transposed)
         else:
@@ -179,7 +179,7 @@ def bound(x: torch.Tensor, layers: Sequence[PackedLayer]) -> Optional[Bound]:
 _here = contextlib.nullcontext()
 
 
-def _on(x: torch.Tensor) -> Any:
+def on(x: torch.Tensor) -> Any:
     """triton launches on the current device, whatever the tensors are on."""
     if x.is_cuda:
         return _here if torch._C._cuda_getDevice() == x.get_device() else torch.cuda.device(x.device)
