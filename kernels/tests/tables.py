@@ -10,7 +10,12 @@ RAGGED = [(1, 1), (5, 33), (37, 64), (70, 130), (131, 200), (16, 576)]  # rows, 
 
 
 def made(
-    rows: int, columns: int, bits: int, grouped: Optional[bool], scale_dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    rows: int,
+    columns: int,
+    bits: int,
+    grouped: Optional[bool],
+    scale_dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
 ) -> Tuple[table.PackedTable, torch.Tensor]:
     """A table of random codes and scales of either sign, and its fp64 matrix; padded codes are what a file holds."""
     draw = torch.Generator().manual_seed(seed)
@@ -35,7 +40,9 @@ def dense(weight: torch.Tensor, bits: int, grouped: Optional[bool]) -> torch.Ten
     return found
 
 
-def worst_row(result: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, bias: Optional[torch.Tensor] = None) -> float:
+def worst_row(
+    result: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, bias: Optional[torch.Tensor] = None
+) -> float:
     """The largest error relative to the sum of magnitudes, as a dot product's error is."""
     exact, size = x.double() @ matrix, x.double().abs() @ matrix.abs()
     if bias is not None:

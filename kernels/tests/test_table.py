@@ -6,7 +6,6 @@ from hf_littlebit.kernels import table, table_fit, table_reference
 from tables import KINDS, RAGGED, dense, made, worst_row
 
 
-
 @pytest.mark.parametrize("bits, least, most", [(8, -127, 127), (4, -8, 7)])
 @pytest.mark.parametrize("columns", [1, 7, 64, 65, 200])
 def test_codes_are_unpacked_as_they_were_packed(bits, least, most, columns):

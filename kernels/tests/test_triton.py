@@ -33,6 +33,8 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int64: "*i64",
 }
 
 

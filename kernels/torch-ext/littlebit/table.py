@@ -137,7 +137,9 @@ def _parts(device: torch.device, codes: torch.Tensor, scale: torch.Tensor, colum
     rows, groups = codes.shape[0], groups_of(columns)
     width = columns if bits == 8 else WORDS * groups
     if codes.shape[1] != width:
-        raise RuntimeError(f"codes is {list(codes.shape)}, but must be [rows, {width}] for {columns} columns in {bits} bits")
+        raise RuntimeError(
+            f"codes is {list(codes.shape)}, but must be [rows, {width}] for {columns} columns in {bits} bits"
+        )
     if scale.shape[0] != rows or scale.shape[1] not in ((1, groups) if bits == 8 else (groups,)):
         wanted = f"[{rows}, 1] or [{rows}, {groups}]" if bits == 8 else f"[{rows}, {groups}]"
         raise RuntimeError(f"scale is {list(scale.shape)}, but must be {wanted}")
@@ -161,7 +163,9 @@ def checked(
     if not x.dim():
         raise RuntimeError("x has no dimension, but must be [..., columns]")
     _parts(x.device, codes, scale, x.shape[-1])
-    if bias is not None and (tuple(bias.shape) != (codes.shape[0],) or bias.device != x.device or bias.dtype not in _FLOATS):
+    if bias is not None and (
+        tuple(bias.shape) != (codes.shape[0],) or bias.device != x.device or bias.dtype not in _FLOATS
+    ):
         raise RuntimeError(
             f"bias is {_name(bias.dtype)} {list(bias.shape)} on {bias.device}, but must be floats [{codes.shape[0]}] on {x.device}"
         )

@@ -17,26 +17,21 @@ __all__ = ["gradient", "many"]
 
 
 @triton.jit
-def _expand(words, BLOCK_N: tl.constexpr):
-    """The codes of one group, [BLOCK_N, 64] in fp32, of words [BLOCK_N, 8]."""
-    shift = 4 * tl.arange(0, 8)
-    code = (words[:, None, :] >> shift[None, :, None]) & 15
-    values = (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
-    return tl.reshape(values, [BLOCK_N, 64])
+def _codes8(codes, row, k, columns, EVEN: tl.constexpr):
+    """Codes of 8 bits of the rows at columns k, int8 [rows, columns]."""
+    place = codes + row.to(tl.int64)[:, None] * columns + k[None, :]
+    if EVEN:
+        return tl.load(place)
+    return tl.load(place, mask=(k < columns)[None, :], other=0)
 
 
 @triton.jit
-def _codes(codes, row, start, rows, columns, groups, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """Codes of the rows, [rows, BLOCK_K] from column `start` on: int8, or with 4 bits (BLOCK_K: 64) fp32."""
-    if BITS == 8:
-        k = start + tl.arange(0, BLOCK_K)
-        place = codes + row.to(tl.int64)[:, None] * columns + k[None, :]
-        if EVEN:
-            return tl.load(place)
-        return tl.load(place, mask=(k < columns)[None, :], other=0)
-    word = start // 8 + tl.arange(0, 8)
-    words = tl.load(codes + row.to(tl.int64)[:, None] * (groups * 8) + word[None, :])
-    return _expand(words, row.shape[0])
+def _codes4(codes, row, group, groups):
+    """Codes of 4 bits of one group of the rows, fp32 [rows, 64]."""
+    place = codes + row.to(tl.int64)[:, None] * (groups * 8) + (group * 8 + tl.arange(0, 8))[None, :]
+    nibbles = (tl.load(place)[:, None, :] >> (4 * tl.arange(0, 8))[None, :, None]) & 15
+    values = (nibbles | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    return tl.reshape(values, [row.shape[0], 64])
 
 
 @triton.jit
@@ -101,7 +96,10 @@ def many(
             values = tl.load(x + k[:, None], mask=(k < columns)[:, None], other=0.0)
         if TERMS != 1:
             values = values.to(tl.float32)
-        whole = _codes(codes, held, start, rows, columns, groups, BLOCK_K, BITS, EVEN)
+        if BITS == 8:
+            whole = _codes8(codes, held, k, columns, EVEN)
+        else:
+            whole = _codes4(codes, held, start // 64, groups)
         if PER_ROW:
             total = _multiply(total, whole, values, TERMS, True)
         else:
@@ -137,6 +135,7 @@ def gradient(
     """Tiles [BLOCK_T tokens, 64 columns], summed over `span` blocks of rows; y [splits, tokens, columns] or [tokens, columns]."""
     split = tl.program_id(2)
     start = tl.program_id(1) * 64
+    k = start + tl.arange(0, 64)
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     grad += tl.minimum(token, tokens - 1)[:, None] * stride_grad
     scale += start // 64 if not PER_ROW else 0
@@ -147,9 +146,11 @@ def gradient(
         held = tl.minimum(row, rows - 1)
         values = tl.load(grad + row[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
         values *= tl.load(scale + held.to(tl.int64) * groups).to(tl.float32)[None, :]
-        whole = _codes(codes, held, start, rows, columns, groups, 64, BITS, EVEN)
+        if BITS == 8:
+            whole = _codes8(codes, held, k, columns, EVEN)
+        else:
+            whole = _codes4(codes, held, start // 64, groups)
         total = _multiply(total, values, whole, TERMS, False)
-    k = start + tl.arange(0, 64)
     kept = (token < tokens)[:, None] & (k < columns)[None, :]
     place = (split.to(tl.int64) * tokens + token)[:, None] * columns + k[None, :]
     tl.store(y + place, total.to(y.dtype.element_ty), mask=kept)

@@ -10,7 +10,7 @@ from typing import Any, Dict, NamedTuple, Optional
 import torch
 
 from . import gpu
-from .device import capability, cores
+from .device import capability, cores, shared_memory
 from .launch import run
 from .table import GROUP, bits_of, checked, checked_grad, checked_indices, groups_of
 
@@ -18,10 +18,9 @@ __all__ = ["One", "Tile", "embedding", "head", "head_grad", "one_tile", "tile"]
 
 
 class One(NamedTuple):
-    """Tile of one token: rows and columns of a program, warps, and the loads' stages (1: no pipeline)."""
+    """Tile of one token: rows and warps of a program, which lie along the columns, and the loads' stages (1: no pipeline)."""
 
     rows: int
-    columns: int
     warps: int
     stages: int
 
@@ -36,20 +35,27 @@ class Tile(NamedTuple):
     stages: int
 
 
+WIDTH = {8: 256, 4: 1024}  # columns that a warp reads of a row at a time (table_gemv.py)
+
+
 def one_tile(bits: int, columns: int) -> One:
-    """For one token. A warp has eight rows; a thread has 16 bytes of each."""
-    width = 512 if bits == 8 else 1024
-    while width > 64 and width // 2 >= columns:
-        width //= 2
-    return One(32, width, 4, 1)
+    """For one token."""
+    warps = 1
+    while warps < 4 and 2 * warps * WIDTH[bits] <= columns:
+        warps *= 2
+    # Columns that are no multiple of 16 are loaded byte by byte, which takes registers.
+    return One(16 if bits == 8 and columns % 16 == 0 else 8, warps, 1)
 
 
-def tile(bits: int, per_row: bool, tokens: int) -> Tile:
-    """For several tokens. A sum with one scale for a row may take steps of any length, one with groups those of a group."""
+def tile(device: torch.device, per_row: bool, tokens: int, terms: int) -> Tile:
+    """For several tokens of so many terms. A sum with one scale for a row may take longer steps than a group."""
     block = 16
     while block < min(tokens, 128):
         block *= 2
-    return Tile(128 if tokens > 64 else 64, block, 128 if per_row else GROUP, 8 if block > 64 else 4, 3)
+    stages = 3 if shared_memory(device) > 64 << 10 else 2
+    if block > 64:
+        return Tile(128, block, GROUP, 8, stages)
+    return Tile(64, block, 2 * GROUP if per_row and terms == 1 else GROUP, 4, stages)
 
 
 def _ready(x: torch.Tensor) -> None:
@@ -94,23 +100,26 @@ def head(
         from . import table_gemv
 
         one = one_tile(bits, columns)
+        width = one.warps * WIDTH[bits]
+        arguments = (values, codes, scale, bias, y, codes.shape[0], columns, groups)
         step = (
             table_gemv.one8 if bits == 8 else table_gemv.one4,
             (-(-codes.shape[0] // one.rows),),
-            (values, codes, scale, bias, y, codes.shape[0], columns, groups),
-            {**shared, "BLOCK_N": one.rows, "BLOCK_K": one.columns, "EVEN": columns % one.columns == 0}
+            arguments if bits == 8 else (*arguments, table_gemv.MAGIC),
+            {**shared, "BLOCK_N": one.rows, "BLOCK_K": width, "EVEN": columns % width == 0}
             | {"STAGES": one.stages, "num_warps": one.warps},
         )
     else:
         from . import table_gemm
 
-        sizes = tile(bits, shared["PER_ROW"], tokens)
+        terms = _terms(x.dtype, x.device, False)
+        sizes = tile(x.device, shared["PER_ROW"], tokens, terms)
         step = (
             table_gemm.many,
             (-(-tokens // sizes.tokens), -(-codes.shape[0] // sizes.rows)),
             (values, codes, scale, bias, y, tokens, codes.shape[0], columns, groups, values.stride(0)),
             {**shared, "BLOCK_N": sizes.rows, "BLOCK_T": sizes.tokens, "BLOCK_K": sizes.columns, "BITS": bits}
-            | {"EVEN": columns % sizes.columns == 0, "TERMS": _terms(x.dtype, x.device, False)}
+            | {"EVEN": columns % sizes.columns == 0, "TERMS": terms}
             | {"num_warps": sizes.warps, "num_stages": sizes.stages},
         )
     with gpu.on(x):
@@ -143,7 +152,11 @@ def head_grad(grad: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, colu
         (-(-tokens // block_t), groups_of(columns), splits),
         (values, codes, scale, made, tokens, rows, columns, groups, values.stride(0), span),
         {"BLOCK_N": block_n, "BLOCK_T": block_t, "BITS": bits, "PER_ROW": groups == 1, "EVEN": columns % GROUP == 0}
-        | {"TERMS": _terms(grad.dtype, grad.device, True), "num_warps": 4, "num_stages": 3},
+        | {
+            "TERMS": _terms(grad.dtype, grad.device, True),
+            "num_warps": 4,
+            "num_stages": 3 if shared_memory(grad.device) > 64 << 10 else 2,
+        },
     )
     with gpu.on(grad):
         run([step])
