@@ -40,10 +40,8 @@ def _multiply(total, left, right, TERMS: tl.constexpr, LEFT: tl.constexpr):
     if TERMS == 0:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
     if TERMS == 1:
-        if LEFT:
-            kind: tl.constexpr = OPERAND if right.dtype == tl.bfloat16 else right.dtype
-        else:
-            kind: tl.constexpr = OPERAND if left.dtype == tl.bfloat16 else left.dtype
+        given: tl.constexpr = right.dtype if LEFT else left.dtype
+        kind: tl.constexpr = OPERAND if given == tl.bfloat16 else given
         return tl.dot(left.to(kind), right.to(kind), total)
     if LEFT:
         rest = right
@@ -54,10 +52,7 @@ def _multiply(total, left, right, TERMS: tl.constexpr, LEFT: tl.constexpr):
     for _ in tl.static_range(TERMS):
         term = rest.to(tl.bfloat16)
         rest -= term.to(tl.float32)
-        if LEFT:
-            total = tl.dot(whole, term.to(OPERAND), total)
-        else:
-            total = tl.dot(term.to(OPERAND), whole, total)
+        total = tl.dot(whole, term.to(OPERAND), total) if LEFT else tl.dot(term.to(OPERAND), whole, total)
     return total
 
 
@@ -90,16 +85,10 @@ def many(
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for start in range(0, columns, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        if EVEN:
-            values = tl.load(x + k[:, None])
-        else:
-            values = tl.load(x + k[:, None], mask=(k < columns)[:, None], other=0.0)
+        values = tl.load(x + k[:, None]) if EVEN else tl.load(x + k[:, None], mask=(k < columns)[:, None], other=0.0)
         if TERMS != 1:
             values = values.to(tl.float32)
-        if BITS == 8:
-            whole = _codes8(codes, held, k, columns, EVEN)
-        else:
-            whole = _codes4(codes, held, start // 64, groups)
+        whole = _codes8(codes, held, k, columns, EVEN) if BITS == 8 else _codes4(codes, held, start // 64, groups)
         if PER_ROW:
             total = _multiply(total, whole, values, TERMS, True)
         else:
@@ -146,10 +135,7 @@ def gradient(
         held = tl.minimum(row, rows - 1)
         values = tl.load(grad + row[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
         values *= tl.load(scale + held.to(tl.int64) * groups).to(tl.float32)[None, :]
-        if BITS == 8:
-            whole = _codes8(codes, held, k, columns, EVEN)
-        else:
-            whole = _codes4(codes, held, start // 64, groups)
+        whole = _codes8(codes, held, k, columns, EVEN) if BITS == 8 else _codes4(codes, held, start // 64, groups)
         total = _multiply(total, values, whole, TERMS, False)
     kept = (token < tokens)[:, None] & (k < columns)[None, :]
     place = (split.to(tl.int64) * tokens + token)[:, None] * columns + k[None, :]

@@ -114,10 +114,9 @@ def one4(
     sums = tl.zeros([BLOCK_N, WORDS // PART4], tl.float32)
     for start in tl.range(0, columns, BLOCK_K, num_stages=STAGES):
         first = start // 8
-        if EVEN:
-            words = tl.load(codes + first)
-        else:
-            words = tl.load(codes + first, mask=(first + word < width)[None, :], other=0)
+        words = (
+            tl.load(codes + first) if EVEN else tl.load(codes + first, mask=(first + word < width)[None, :], other=0)
+        )
         high = words >> 12
         products = tl.zeros([BLOCK_N, WORDS], tl.float32)
         for q in tl.static_range(8):

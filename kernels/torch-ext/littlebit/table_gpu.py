@@ -11,7 +11,7 @@ import torch
 
 from . import gpu
 from .device import capability, cores, shared_memory
-from .launch import run
+from .launch import Step, run
 from .table import GROUP, bits_of, checked, checked_grad, checked_indices, groups_of
 
 __all__ = ["One", "Tile", "embedding", "head", "head_grad", "one_tile", "tile"]
@@ -102,7 +102,7 @@ def head(
         one = one_tile(bits, columns)
         width = one.warps * WIDTH[bits]
         arguments = (values, codes, scale, bias, y, codes.shape[0], columns, groups)
-        step = (
+        step: Step = (
             table_gemv.one8 if bits == 8 else table_gemv.one4,
             (-(-codes.shape[0] // one.rows),),
             arguments if bits == 8 else (*arguments, table_gemv.MAGIC),
