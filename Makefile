@@ -12,7 +12,7 @@ NEWEST := .venv-newest
 OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
-CHECK := $(filter-out %/binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp))
+CHECK := $(filter-out %binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp))
 
 .PHONY: demo test test-fast test-newest test-oldest constraints lint docs asan valgrind neon bench-cpu bench-gpu check-gpu clean
 

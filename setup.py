@@ -15,7 +15,8 @@ from setuptools.command.build_ext import build_ext
 
 NAME = "hf_littlebit.kernels.liblittlebit_cpu"
 SOURCE = "kernels/littlebit_cpu"
-FILES = ("binding", "layer", "latents", "generic", "x86", "amx", "neon")
+FILES = ("binding", "layer", "latents", "generic", "x86", "amx", "neon", "table_binding", "table", "table_x86")
+HEADERS = ("littlebit", "kernels", "factor", "latents", "torch_abi", "binding", "table", "table_kernels")
 
 
 class OptionalBuild(build_ext):
@@ -79,7 +80,7 @@ setup(
         Extension(
             NAME,
             [f"{SOURCE}/{file}.cpp" for file in FILES],
-            depends=[f"{SOURCE}/{header}.h" for header in ("littlebit", "kernels", "factor", "latents", "torch_abi")],
+            depends=[f"{SOURCE}/{header}.h" for header in HEADERS],
             language="c++",
         )
     ],

@@ -10,10 +10,16 @@
 #define LITTLEBIT_INLINE inline __attribute__((always_inline))
 #define LITTLEBIT_RESTRICT __restrict__
 #define LITTLEBIT_PREFETCH(address, level) __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 4 - level)
+#if defined(__clang__)
+#define LITTLEBIT_UNROLL _Pragma("unroll")
+#else
+#define LITTLEBIT_UNROLL _Pragma("GCC unroll 16")
+#endif
 #else
 #define LITTLEBIT_INLINE inline
 #define LITTLEBIT_RESTRICT
 #define LITTLEBIT_PREFETCH(address, level)
+#define LITTLEBIT_UNROLL
 #endif
 
 namespace littlebit {

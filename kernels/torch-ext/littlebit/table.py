@@ -101,9 +101,9 @@ def pack_codes(values: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = values.shape
     padded = torch.full((rows, GROUP * groups_of(columns)), ZERO, dtype=torch.int32, device=values.device)
     padded[:, :columns] = values.to(torch.int32) + ZERO
-    nibbles = padded.view(rows, -1, 8, WORDS)
+    nibbles = padded.view(rows, groups_of(columns), 8, WORDS)
     shift = 4 * torch.arange(8, device=values.device, dtype=torch.int32)
-    return (nibbles << shift[:, None]).sum(dim=2, dtype=torch.int32).view(rows, -1)
+    return (nibbles << shift[:, None]).sum(dim=2, dtype=torch.int32).view(rows, WORDS * groups_of(columns))
 
 
 def unpack_codes(codes: torch.Tensor, columns: int) -> torch.Tensor:
@@ -111,7 +111,7 @@ def unpack_codes(codes: torch.Tensor, columns: int) -> torch.Tensor:
     if bits_of(codes) == 8:
         return codes
     shift = 4 * torch.arange(8, device=codes.device, dtype=torch.int32)
-    nibbles = (codes.view(codes.shape[0], -1, 1, WORDS) >> shift[:, None]) & 15
+    nibbles = (codes.view(codes.shape[0], codes.shape[1] // WORDS, 1, WORDS) >> shift[:, None]) & 15
     return (nibbles - ZERO).to(torch.int8).flatten(1)[:, :columns]
 
 
