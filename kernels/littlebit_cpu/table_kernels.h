@@ -42,7 +42,6 @@ template <int lanes>
 struct Vector {
   typedef float F __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
-  typedef int8_t B __attribute__((vector_size(lanes), aligned(1), may_alias));
 };
 
 template <int lanes>
@@ -71,11 +70,14 @@ template <int bits, int lanes>
 LITTLEBIT_INLINE void block(const char* codes, const float* x, typename Vector<lanes>::F& sum0, typename Vector<lanes>::F& sum1) {
   using F = typename Vector<lanes>::F;
   using I = typename Vector<lanes>::I;
-  using B = typename Vector<lanes>::B;
   if constexpr (bits == 8) {
+    // A plain loop, which is vectorized; a conversion of vectors from bytes gcc takes apart.
+    alignas(64) float values[kGroup];
+    const int8_t* bytes = reinterpret_cast<const int8_t*>(codes);
+    for (int k = 0; k < kGroup; ++k) values[k] = static_cast<float>(bytes[k]);
     for (int k = 0; k < kGroup; k += 2 * lanes) {
-      sum0 += __builtin_convertvector(*reinterpret_cast<const B*>(codes + k), F) * *reinterpret_cast<const F*>(x + k);
-      sum1 += __builtin_convertvector(*reinterpret_cast<const B*>(codes + k + lanes), F) * *reinterpret_cast<const F*>(x + k + lanes);
+      sum0 += *reinterpret_cast<const F*>(values + k) * *reinterpret_cast<const F*>(x + k);
+      sum1 += *reinterpret_cast<const F*>(values + k + lanes) * *reinterpret_cast<const F*>(x + k + lanes);
     }
   } else {
     static_assert(lanes <= 8, "a group has 8 words");
