@@ -5,7 +5,8 @@
 The public functions take and return tensors and know nothing of transformers. `packing` is the layout of one factor and `parts`
 that of a layer: together they are the file format. `reference` is the product in plain torch, `cpu` the compiled one, `gpu` the
 Triton kernels; the functions here choose one at each call, from x's device. Every device that none of them serves computes in
-plain torch, after one warning.
+plain torch, after one warning. `head`, `head_grad` and `embedding` do the same for a table of rows in 8 or 4 bits (`table`, with
+`table_reference`, `table_cpu` and `table_gpu`).
 
 The environment variable LITTLEBIT_BACKEND names the implementation (backend.py). It is read once per kind of device, at its
 first product in the process, because from then on the dispatcher calls the compiled operators without asking Python. It
@@ -17,22 +18,28 @@ from typing import Any, List, Optional, Sequence
 
 import torch
 
-from . import backend, cpu, gpu, packing, reference
+from . import backend, cpu, gpu, packing, reference, table_cpu, table_gpu, table_reference
 from .backend import BACKENDS
 from .packing import FORMAT_VERSION, factor_shape, pack_signs, stored_bits, unpack_signs
 from .parts import PARTS, PackedLayer, factor_shapes, places
+from .table import PackedTable, table_shapes, unpack_table
+from .table_fit import quantize_table
 
 __all__ = [
     "BACKENDS",
     "FORMAT_VERSION",
     "PARTS",
     "PackedLayer",
+    "PackedTable",
     "backend",
     "compiled",
     "cpu",
+    "embedding",
     "factor_shape",
     "factor_shapes",
     "gpu",
+    "head",
+    "head_grad",
     "littlebit_linear",
     "littlebit_linear_grad",
     "littlebit_linears",
@@ -40,9 +47,12 @@ __all__ = [
     "packing",
     "places",
     "products",
+    "quantize_table",
     "reference",
     "stored_bits",
+    "table_shapes",
     "unpack_signs",
+    "unpack_table",
 ]
 
 
@@ -83,6 +93,42 @@ def littlebit_linear_grad(
     """The gradient of one layer with respect to x: grad [..., out_features] -> [..., in_features] of grad's dtype."""
     layer = PackedLayer(u, u_tail, v, v_tail, scale_out, scale_rank, scale_in, None, ranks)
     return _backend(grad).products(grad, (layer,), True)[0]
+
+
+def head(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """y = x W^T + bias of a packed table W: x [..., columns] of fp32, bf16 or fp16 -> [..., rows] of x's dtype.
+
+    Args:
+        codes, scale: the table's parts (table.py). bias: floats [rows].
+
+    Raises:
+        RuntimeError: a part has another shape, dtype or device than the others and x ask for; or the implementation that
+            LITTLEBIT_BACKEND names cannot run.
+        ValueError: LITTLEBIT_BACKEND holds an unknown name.
+    """
+    return _tables(x).head(x, codes, scale, bias)
+
+
+def head_grad(grad: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, columns: int) -> torch.Tensor:
+    """The gradient of `head` with respect to x: grad [..., rows] -> grad W, [..., columns] of grad's dtype. Errors as `head`."""
+    return _tables(grad).head_grad(grad, codes, scale, columns)
+
+
+def embedding(
+    indices: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of a packed table: indices [...] of int64 or int32 -> [..., columns] of dtype (fp32, bf16 or fp16).
+
+    Errors as `head`. An index outside of the table is an error on a CPU; the Triton kernel gives NaN for it.
+    """
+    return _tables(indices).embedding(indices, codes, scale, columns, dtype)
+
+
+def _tables(x: torch.Tensor) -> Any:
+    """The module that computes with tables for x: the neighbour of the one that computes with layers."""
+    return {reference: table_reference, cpu: table_cpu, gpu: table_gpu}[_backend(x)]
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the loading
