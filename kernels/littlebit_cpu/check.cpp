@@ -13,6 +13,10 @@
 
 #include "littlebit.h"
 
+namespace littlebit {
+double check_tables(int rounds);  // table_check.cpp
+}
+
 using littlebit::Array;
 using littlebit::Dtype;
 
@@ -235,6 +239,7 @@ int main(int count, char** arguments) {
     const double threaded = check(600, 700, {104, 40}, 70, Dtype::f32, Dtype::bf16, true, 3);
     worst = std::fmax(worst, std::fmax(wide, threaded));
     worst = std::fmax(worst, check_latents(1200, {37, 24}, Dtype::bf16, true, true, 3));
+    worst = std::fmax(worst, littlebit::check_tables(rounds));
     good = good && worst < kLimit;
     std::printf("%-8s worst error %.2e of %.0e: %s\n", isa, worst, kLimit, worst < kLimit ? "ok" : "TOO LARGE");
   }

@@ -9,7 +9,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
 
 SOURCE = Path(__file__).parents[1] / "littlebit_cpu"
-SOURCES = [str(path) for path in SOURCE.glob("*.cpp") if path.name != "binding.cpp"]
+SOURCES = [str(path) for path in SOURCE.glob("*.cpp") if not path.name.endswith("binding.cpp")]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or not SOURCES, reason="needs g++ and the C++ source")

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from hf_littlebit import kernels
 from hf_littlebit.kernels import cpu, table_cpu, table_reference
-from hf_littlebit.layers import table_ops
 from tables import KINDS, made, worst_row
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hf_littlebit  # noqa: F401
+from hf_littlebit import kernels
+from hf_littlebit.layers import table_ops
 
 
 @pytest.mark.parametrize("bits, grouped", KINDS)

@@ -4,9 +4,9 @@
     hf_littlebit::head_grad(grad, codes, scale, columns) -> grad_x
     hf_littlebit::embedding(indices, codes, scale, columns, dtype) -> rows of the table, [..., columns] of dtype
 
-Parts as in kernels/table.py. The gradient is that of x and of the bias; it runs through the same codes, with no dense copy. Codes and
-scales are constants here, and indices have no gradient. As in ops.py, plain torch is registered for every device, and the dispatcher
-goes to the compiled CPU kernel by itself.
+Parts as in kernels/table.py. The gradient is that of x and of the bias; it runs through the same codes, with no dense copy. Codes
+and scales are constants here, and indices have no gradient. As in ops.py, plain torch is registered for every device, and the
+dispatcher goes to the compiled CPU kernel by itself.
 """
 
 from __future__ import annotations
