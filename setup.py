@@ -15,8 +15,30 @@ from setuptools.command.build_ext import build_ext
 
 NAME = "hf_littlebit.kernels.liblittlebit_cpu"
 SOURCE = "kernels/littlebit_cpu"
-FILES = ("binding", "layer", "latents", "generic", "x86", "amx", "neon", "table_binding", "table", "table_x86", "table_bf16")
-HEADERS = ("littlebit", "kernels", "factor", "latents", "torch_abi", "binding", "table", "table_kernels", "table_avx512")
+FILES = (
+    "binding",
+    "layer",
+    "latents",
+    "generic",
+    "x86",
+    "amx",
+    "neon",
+    "table_binding",
+    "table",
+    "table_x86",
+    "table_bf16",
+)
+HEADERS = (
+    "littlebit",
+    "kernels",
+    "factor",
+    "latents",
+    "torch_abi",
+    "binding",
+    "table",
+    "table_kernels",
+    "table_avx512",
+)
 
 
 class OptionalBuild(build_ext):
