@@ -33,11 +33,11 @@ def check(result, x, matrix, bias=None, own=1e-6):
 
 
 @pytest.mark.parametrize("bits, grouped", KINDS)
-@pytest.mark.parametrize("shape", [*RAGGED, (40, 1100)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (37, 64), (70, 130), (40, 1100)], ids=str)
 def test_heads_and_gradients_are_exact_in_fp32(bits, grouped, shape):
     packed, matrix = made(*shape, bits, grouped)
     parts, bias = put(*packed[:2]), torch.randn(shape[0])
-    for lead in ((), (0,), (1,), (2, 3), (19,)):
+    for lead in ((), (0,), (2, 3), (19,)):
         x, grad = torch.randn(*lead, shape[1]), torch.randn(*lead, shape[0])
         y = table_gpu.head(*put(x), *parts, *put(bias))
         assert y.shape == grad.shape and worst_row(y.cpu(), x, matrix.T, bias) < 1e-6

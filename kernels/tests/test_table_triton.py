@@ -77,14 +77,16 @@ def launched(monkeypatch, vendor):  # noqa: F811
 @pytest.mark.slow
 @needs_triton
 @compiles
-@pytest.mark.parametrize("bits, grouped", [(8, False), (8, True), (4, None)])
 @pytest.mark.parametrize(
-    "rows, columns, dtype",
+    "bits, grouped, rows, columns, dtype",
     [
-        (128256, 4096, torch.bfloat16),
-        (32000, 2048, torch.float32),
-        (49152, 576, torch.bfloat16),
-        (1003, 130, torch.float16),
+        (8, False, 128256, 4096, torch.bfloat16),
+        (8, True, 128256, 4096, torch.bfloat16),
+        (4, None, 128256, 4096, torch.bfloat16),
+        (8, False, 32000, 2048, torch.float32),
+        (4, None, 32000, 2048, torch.float32),
+        (8, False, 1003, 130, torch.float16),
+        (4, None, 49152, 576, torch.float16),
     ],
     ids=str,
 )
@@ -102,17 +104,19 @@ def test_one_token(launched, build, vendor, bits, grouped, rows, columns, dtype)
 @pytest.mark.slow
 @needs_triton
 @compiles
-@pytest.mark.parametrize("bits, grouped", [(8, False), (8, True), (4, None)])
 @pytest.mark.parametrize(
-    "tokens, dtype, what",
+    "bits, grouped, tokens, dtype, what",
     [
-        (4, torch.bfloat16, "head"),
-        (64, torch.float16, "head"),
-        (64, torch.float32, "head"),
-        (2048, torch.bfloat16, "head"),
-        (16, torch.bfloat16, "gradient"),
-        (512, torch.float32, "gradient"),
-        (16, torch.bfloat16, "embedding"),
+        (8, False, 4, torch.bfloat16, "head"),
+        (8, False, 64, torch.float32, "head"),
+        (8, False, 2048, torch.bfloat16, "head"),
+        (8, True, 64, torch.bfloat16, "head"),
+        (4, None, 4, torch.float16, "head"),
+        (4, None, 64, torch.float32, "head"),
+        (4, None, 2048, torch.bfloat16, "head"),
+        (8, False, 16, torch.bfloat16, "gradient"),
+        (4, None, 512, torch.float32, "gradient"),
+        (4, None, 16, torch.bfloat16, "embedding"),
     ],
     ids=str,
 )

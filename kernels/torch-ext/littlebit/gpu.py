@@ -33,6 +33,7 @@ __all__ = [
     "interpreted",
     "load",
     "missing",
+    "on",
     "products",
 ]
 
