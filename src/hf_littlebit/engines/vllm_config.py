@@ -1,0 +1,166 @@
+"""What vLLM asks about a packed checkpoint: whether it can be served, and how each of its layers is loaded.
+
+vLLM makes one `LittleBitQuantization` from a model's config.json, has it look at the files before any process is started, and
+sends it to the engine's processes with pickle, which is why the class stands at the top of a module. There every layer of
+the model asks for its method.
+
+Which layers are packed is what the file says. `modules_to_not_convert` names layers that are dense for certain, and these get
+vLLM's own method at once; any other linear layer gets `LittleBitLinearMethod`, which also takes a dense weight where it is given
+one: layers that were too small to gain, or that the model's code wants in floats, are listed nowhere.
+
+vLLM merges layers (qkv_proj, gate_up_proj) and may rename them. `packed_modules_mapping` says of which layers of the checkpoint
+a merged one is made, and `apply_vllm_mapper` renames what the config says about the checkpoint's layers.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from ..config import LittleBitConfig
+from ..load.meta_model import empty_model
+from ..load.source import find_source
+from ..load.verify import verify
+from ..module_names import aliases, is_named
+from ..plan import plan_model
+from .vllm_version import explain_layout
+
+__all__ = ["LittleBitQuantization"]
+
+BASE_PREFIX = "model"  # what vLLM's models call the part without the head, as nearly all of transformers' do
+REMEDY = (
+    "serve it with `transformers serve`, or load it with LittleBitConfig(dequantize=True), save it, and serve the dense model"
+)
+
+
+class LittleBitQuantization(QuantizationConfig):
+    """The quantization method "littlebit" of vLLM; one instance for each model.
+
+    Args:
+        config: as the model's config.json has it.
+    """
+
+    def __init__(self, config: LittleBitConfig):
+        super().__init__()
+        self.config = config
+        self.skipped = list(config.modules_to_not_convert or ())  # renamed by apply_vllm_mapper
+        self.no_experts = False  # True once the files have shown that none are packed
+
+    # -- what vLLM asks of any method ---------------------------------------------------------------------------------------
+
+    def get_name(self) -> str:
+        """The quant_method of the model's config."""
+        return "littlebit"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The dtypes that x may have."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The oldest CUDA devices that the Triton kernels compile for: compute capability 7.0."""
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: config.json says everything."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LittleBitQuantization:
+        """The method for a model whose config.json has `config` under quantization_config.
+
+        Raises:
+            ValueError: for options that are unknown or impossible, a newer format, and latents.
+        """
+        own = LittleBitConfig.from_dict(dict(config))
+        if own.bpw is None:
+            raise ValueError(
+                "the config's quantization_config has no bpw; config.json is damaged: download or save it again"
+            )
+        if own.format != "packed":
+            raise ValueError(
+                f"the checkpoint holds {own.format} factors, which are for training; pack it with: littlebit pack CHECKPOINT "
+                "--out DIR"
+            )
+        return cls(own)
+
+    # -- before anything is started -----------------------------------------------------------------------------------------
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Look at the headers of a folder's files, as `from_pretrained` does, before vLLM starts its processes.
+
+        A model that vLLM is yet to download is looked at layer by layer while it is loaded, and so is one whose code is not
+        part of transformers.
+
+        Raises:
+            ValueError: if the checkpoint is damaged or incomplete, or has packed layers that vLLM cannot be given.
+        """
+        if not os.path.isdir(model_name) or getattr(hf_config, "auto_map", None):
+            return
+        source = find_source(model_name)
+        if source.header is None or source.quantization is None:
+            return
+        model = empty_model(source.config)
+        plan = plan_model(model, source.quantization, source.header)
+        verify(model, plan, source.quantization, source.header)
+        for weight in plan.weights:
+            if type(model.get_submodule(weight.module)) is not nn.Linear:
+                raise ValueError(
+                    f"{weight.name} is packed, and vLLM is given packed linear layers only, no experts and no embeddings; {REMEDY}"
+                )
+        self.no_experts = True
+
+    # -- a layer at a time --------------------------------------------------------------------------------------------------
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename what the config says about layers, as vLLM renames the layers themselves."""
+        self.skipped = hf_to_vllm_mapper.apply_list(self.skipped)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """The method of one layer; None where vLLM shall use its own, as for embeddings and attention.
+
+        Raises:
+            ValueError: for experts that are packed, or that may be, and where a merged layer is dense in part.
+        """
+        with explain_layout():
+            from vllm.model_executor.layers.fused_moe import RoutedExperts
+            from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+            from .vllm_linear import LittleBitLinearMethod
+        if isinstance(layer, RoutedExperts):
+            if self.no_experts or self._is_skipped(prefix):
+                return None
+            raise ValueError(f"{prefix} are experts, and vLLM is given packed linear layers only; {REMEDY}")
+        if not isinstance(layer, LinearBase):
+            return None
+        names = self.members(prefix)
+        dense = [name for name in names if self._is_skipped(name)]
+        if not dense:
+            return LittleBitLinearMethod(self, prefix)
+        self.refuse_mixed(prefix, dense, [name for name in names if name not in dense])
+        return UnquantizedLinearMethod()
+
+    def members(self, prefix: str) -> list[str]:
+        """The names that the layers of the checkpoint have which vLLM's layer `prefix` is made of, in their order."""
+        parent, dot, own = prefix.rpartition(".")
+        return [f"{parent}{dot}{member}" for member in self.packed_modules_mapping.get(own, [own])]
+
+    def refuse_mixed(self, prefix: str, dense: list[str], packed: list[str]) -> None:
+        """Refuse a merged layer of which some members are dense and some packed.
+
+        Raises:
+            ValueError: naming them.
+        """
+        if dense and packed:
+            raise ValueError(
+                f"{', '.join(dense)} is dense in the checkpoint and {', '.join(packed)} is packed, but vLLM computes them as one "
+                f"layer, {prefix.rpartition('.')[2]}; quantize the model with all of them in modules_to_not_convert, or none"
+            )
+
+    def _is_skipped(self, name: str) -> bool:
+        return any(is_named(aliases(name, BASE_PREFIX), pattern) for pattern in self.skipped)
