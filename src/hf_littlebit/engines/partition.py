@@ -27,7 +27,7 @@ from ..config import LittleBitConfig
 from ..kernels import PARTS
 from ..layers.parts import part_name, part_shapes, stored_ranks
 
-__all__ = ["WORD", "Partition", "checked_ranks", "member_range"]
+__all__ = ["WORD", "Partition", "checked_ranks", "member_range", "refuse_mixed"]
 
 WORD = 32  # inputs whose signs share an int32 word of v
 REMEDY = "the checkpoint is damaged or incomplete: download or save it again"
@@ -50,6 +50,20 @@ def member_range(name: str, total: int, size: int, rank: int, world: int) -> Ran
         raise ValueError(f"{name} has {total} outputs, of which each of {world} processes should keep {size}; {REMEDY}")
     first = rank // (world // pieces) * size
     return first, first + size
+
+
+def refuse_mixed(layer: str, dense: Sequence[str], packed: Sequence[str]) -> None:
+    """Refuse a merged layer of which some members, called by their names in the checkpoint, are dense and some packed.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if dense and packed:
+        raise ValueError(
+            f"{', '.join(dense)} {'is' if len(dense) == 1 else 'are'} dense in the checkpoint and {', '.join(packed)} packed, but "
+            f"the engine computes them as one layer, {layer.rpartition('.')[2]}; quantize the model with all of them in "
+            "modules_to_not_convert, or none"
+        )
 
 
 @dataclass(frozen=True)
@@ -122,8 +136,12 @@ def checked_ranks(name: str, parts: Mapping[str, Tensor], config: LittleBitConfi
     shapes = {part: tuple(value.shape) for part, value in parts.items()}
     dims = [len(shapes.get(part, ())) for part in ("u", "scale_out", "scale_rank", "scale_in")]
     if dims != [2, 2, 1, 2]:
-        lacking = [part for part, length in zip(("u", "scale_out", "scale_rank", "scale_in"), dims, strict=True) if not length]
-        what = f"lacks {', '.join(part_name('weight', part) for part in lacking)}" if lacking else f"has parts of {shapes}"
+        lacking = [
+            part for part, length in zip(("u", "scale_out", "scale_rank", "scale_in"), dims, strict=True) if not length
+        ]
+        what = (
+            f"lacks {', '.join(part_name('weight', part) for part in lacking)}" if lacking else f"has parts of {shapes}"
+        )
         raise ValueError(f"{name} is packed but {what}; {REMEDY}")
     size = shapes["scale_out"][1], shapes["scale_in"][1]
     ranks = stored_ranks(shapes, size, config.for_module(name).ranks(*size), latent=False)

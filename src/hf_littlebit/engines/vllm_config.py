@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization import QuantizationConfig
 
 from ..config import LittleBitConfig
 from ..load.meta_model import empty_model
@@ -27,14 +27,13 @@ from ..load.source import find_source
 from ..load.verify import verify
 from ..module_names import aliases, is_named
 from ..plan import plan_model
+from .partition import refuse_mixed
 from .vllm_version import explain_layout
 
 __all__ = ["LittleBitQuantization"]
 
 BASE_PREFIX = "model"  # what vLLM's models call the part without the head, as nearly all of transformers' do
-REMEDY = (
-    "serve it with `transformers serve`, or load it with LittleBitConfig(dequantize=True), save it, and serve the dense model"
-)
+REMEDY = "serve it with `transformers serve`, or load it with LittleBitConfig(dequantize=True), save it, and serve the dense model"
 
 
 class LittleBitQuantization(QuantizationConfig):
@@ -76,7 +75,9 @@ class LittleBitQuantization(QuantizationConfig):
 
         Raises:
             ValueError: for options that are unknown or impossible, a newer format, and latents.
+            ImportError: if this vLLM has moved a class that the layers need.
         """
+        _layer_classes()  # vLLM calls this before it starts its processes, whose errors are in its log only
         own = LittleBitConfig.from_dict(dict(config))
         if own.bpw is None:
             raise ValueError(
@@ -127,40 +128,34 @@ class LittleBitQuantization(QuantizationConfig):
         Raises:
             ValueError: for experts that are packed, or that may be, and where a merged layer is dense in part.
         """
-        with explain_layout():
-            from vllm.model_executor.layers.fused_moe import RoutedExperts
-            from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-
-            from .vllm_linear import LittleBitLinearMethod
-        if isinstance(layer, RoutedExperts):
+        experts, linear, unquantized, packed = _layer_classes()
+        if isinstance(layer, experts):
             if self.no_experts or self._is_skipped(prefix):
                 return None
             raise ValueError(f"{prefix} are experts, and vLLM is given packed linear layers only; {REMEDY}")
-        if not isinstance(layer, LinearBase):
+        if not isinstance(layer, linear):
             return None
         names = self.members(prefix)
         dense = [name for name in names if self._is_skipped(name)]
         if not dense:
-            return LittleBitLinearMethod(self, prefix)
-        self.refuse_mixed(prefix, dense, [name for name in names if name not in dense])
-        return UnquantizedLinearMethod()
+            return packed(self.config, prefix, names)
+        refuse_mixed(prefix, dense, [name for name in names if name not in dense])
+        return unquantized()
 
     def members(self, prefix: str) -> list[str]:
         """The names that the layers of the checkpoint have which vLLM's layer `prefix` is made of, in their order."""
         parent, dot, own = prefix.rpartition(".")
         return [f"{parent}{dot}{member}" for member in self.packed_modules_mapping.get(own, [own])]
 
-    def refuse_mixed(self, prefix: str, dense: list[str], packed: list[str]) -> None:
-        """Refuse a merged layer of which some members are dense and some packed.
-
-        Raises:
-            ValueError: naming them.
-        """
-        if dense and packed:
-            raise ValueError(
-                f"{', '.join(dense)} is dense in the checkpoint and {', '.join(packed)} is packed, but vLLM computes them as one "
-                f"layer, {prefix.rpartition('.')[2]}; quantize the model with all of them in modules_to_not_convert, or none"
-            )
-
     def _is_skipped(self, name: str) -> bool:
         return any(is_named(aliases(name, BASE_PREFIX), pattern) for pattern in self.skipped)
+
+
+def _layer_classes() -> tuple[type, type, type, type]:
+    """vLLM's experts, its linear layers, its method for dense ones, and ours; imported for the first packed model."""
+    with explain_layout():
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from .vllm_linear import LittleBitLinearMethod
+    return RoutedExperts, LinearBase, UnquantizedLinearMethod, LittleBitLinearMethod

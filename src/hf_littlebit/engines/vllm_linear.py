@@ -10,21 +10,20 @@ computed in one call; a member that the file holds merged already (Phi-3) has on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.utils import set_weight_attrs
 
+from ..config import LittleBitConfig
 from ..kernels import PARTS, PackedLayer
 from ..layers import ops
 from ..layers.parts import part_name
-from .partition import REMEDY, Partition, checked_ranks, member_range
-
-if TYPE_CHECKING:
-    from .vllm_config import LittleBitQuantization
+from .partition import REMEDY, Partition, checked_ranks, member_range, refuse_mixed
 
 __all__ = ["LittleBitLinearMethod"]
 
@@ -38,11 +37,11 @@ class LittleBitLinearMethod(LinearMethodBase):
     """How one linear layer is loaded and computed.
 
     Args:
-        quantization: of the model. prefix: name of the layer in vLLM's model.
+        config: of the model. prefix: name of the layer in vLLM's model. names: of the layers of the checkpoint that it is made of.
     """
 
-    def __init__(self, quantization: LittleBitQuantization, prefix: str):
-        self.quantization, self.prefix = quantization, prefix
+    def __init__(self, config: LittleBitConfig, prefix: str, names: Sequence[str]):
+        self.config, self.prefix, self.names = config, prefix, names
         self.found: dict[Members, dict[str, Tensor]] = {}  # what the files hold: {members: {part: tensor}}
         self.factors: list[tuple[list[str], tuple[int, ...], int]] = []  # names of parameters, ranks, outputs
         self.unquantized = UnquantizedLinearMethod()  # of a layer that turns out to be dense
@@ -59,7 +58,7 @@ class LittleBitLinearMethod(LinearMethodBase):
     ) -> None:
         """Register an empty parameter for every part that a checkpoint may hold; the sizes are those of the dense layer."""
         self.input_size, self.output_sizes, self.dtype = input_size_per_partition, output_partition_sizes, params_dtype
-        scale_dtype = getattr(torch, self.quantization.config.scale_dtype)
+        scale_dtype = getattr(torch, self.config.scale_dtype)
         for part in PARTS:
             empty = nn.Parameter(torch.empty(0, dtype=WORDS.get(part, scale_dtype)), requires_grad=False)
             set_weight_attrs(empty, {"weight_loader": partial(self._collect, part)})
@@ -100,8 +99,10 @@ class LittleBitLinearMethod(LinearMethodBase):
             raise ValueError(f"{', '.join(lacking) or self.prefix} is not in the checkpoint as a whole; {REMEDY}")
         dense = [members for members, parts in found.items() if _is_dense(parts)]
         packed = [members for members in found if members not in dense]
-        self.quantization.refuse_mixed(
-            self.prefix, [names[place] for each in dense for place in each], [names[place] for each in packed for place in each]
+        refuse_mixed(
+            self.prefix,
+            [names[place] for each in dense for place in each],
+            [names[place] for each in packed for place in each],
         )
         device = layer.weight.device
         for part in PARTS:
@@ -114,7 +115,7 @@ class LittleBitLinearMethod(LinearMethodBase):
     def _make_packed(self, layer: nn.Module, found: dict[Members, dict[str, Tensor]], device: torch.device) -> None:
         for index, (members, stored) in enumerate(found.items()):
             name = self._name(members)
-            ranks = checked_ranks(name, stored, self.quantization.config)
+            ranks = checked_ranks(name, stored, self.config)
             size = stored["scale_out"].shape[1], stored["scale_in"].shape[1]
             cut = self._partition(layer, name, members, *size)
             parts = cut.packed(stored)
@@ -139,7 +140,9 @@ class LittleBitLinearMethod(LinearMethodBase):
         layer.quant_method = self.unquantized
         self.unquantized.process_weights_after_loading(layer)
 
-    def _partition(self, layer: nn.Module, name: str, members: Members, out_features: int, in_features: int) -> Partition:
+    def _partition(
+        self, layer: nn.Module, name: str, members: Members, out_features: int, in_features: int
+    ) -> Partition:
         """What this process keeps of a stored weight [out_features, in_features] that is of some members."""
         rank, world = (getattr(layer, key, default) for key, default in (("tp_rank", 0), ("tp_size", 1)))
         totals = [out_features] if len(members) == 1 else self._totals(layer, members)
@@ -168,8 +171,8 @@ class LittleBitLinearMethod(LinearMethodBase):
 
     def _names(self) -> list[str]:
         """The name of every member; that of the layer for each where the checkpoint holds them merged."""
-        names = self.quantization.members(self.prefix)
-        return names if len(names) == len(self.output_sizes) else [self.prefix] * len(self.output_sizes)
+        count = len(self.output_sizes)
+        return list(self.names) if len(self.names) == count else [self.prefix] * count
 
     def _name(self, members: Members) -> str:
         return self._names()[members[0]]
