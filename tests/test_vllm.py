@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -317,8 +317,15 @@ def output_of_own_process(path: Path, tmp_path: Path, **options) -> str:
     if options.get("tensor_parallel_size"):
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1" if (os.cpu_count() or 1) > 1 else "0|0"
     command = [sys.executable, str(script), str(path), json.dumps(options), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-    return done.stdout + done.stderr
+    with (tmp_path / "output").open("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        try:
+            process.wait(timeout=1800)
+        finally:
+            with suppress(ProcessLookupError):  # the engine's processes outlive one that is killed
+                os.killpg(process.pid, signal.SIGKILL)
+        output.seek(0)
+        return output.read()
 
 
 def served_apart(path: Path, tmp_path: Path, **options) -> list[list[int]]:
