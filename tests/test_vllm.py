@@ -29,6 +29,8 @@ from families import SMALL, config, load
 from safetensors.torch import load_file, save_file
 
 import hf_littlebit
+from hf_littlebit.initialize.factorize import factorize
+from hf_littlebit.layers.parts import pack_parts, part_name
 
 pytestmark = needs("vllm")
 
@@ -180,6 +182,17 @@ def _linear_bytes(model):
 
     layers = [module for module in model.modules() if isinstance(module, LinearBase)]
     return [value.numel() * value.element_size() for layer in layers for value in layer.parameters()]
+
+
+@pytest.mark.parametrize("vocabulary", [256, 250])
+def test_a_packed_output_head_is_served(folder, monkeypatch, tmp_path, vocabulary):
+    path = tmp_path / "packed"
+    shutil.copytree(folder("llama", {"vocab_size": vocabulary}), path)
+    tensors = load_file(path / "model.safetensors")
+    head = tensors.pop("lm_head.weight")
+    factors = pack_parts(factorize(head.float(), (64,), "dual_svid"), torch.bfloat16)
+    write(path, {**tensors, **{f"lm_head.{part_name('weight', part)}": value for part, value in factors.items()}})
+    assert served(path, monkeypatch) == generated(path)
 
 
 # -- what is dense in the file ------------------------------------------------------------------------------------------------

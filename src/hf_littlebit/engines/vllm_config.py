@@ -48,6 +48,7 @@ class LittleBitQuantization(QuantizationConfig):
         self.config = config
         self.skipped = list(config.modules_to_not_convert or ())  # renamed by apply_vllm_mapper
         self.no_experts = False  # True once the files have shown that none are packed
+        self.packed_head = False  # True once they have shown that the output head is
 
     # -- what vLLM asks of any method ---------------------------------------------------------------------------------------
 
@@ -109,8 +110,11 @@ class LittleBitQuantization(QuantizationConfig):
         model = empty_model(source.config)
         plan = plan_model(model, source.quantization, source.header)
         verify(model, plan, source.quantization, source.header)
+        head = model.get_output_embeddings()
         for weight in plan.weights:
-            if type(model.get_submodule(weight.module)) is not nn.Linear:
+            module = model.get_submodule(weight.module)
+            self.packed_head = self.packed_head or module is head
+            if type(module) is not nn.Linear:
                 raise ValueError(
                     f"{weight.name} is packed, and vLLM is given packed linear layers only, no experts and no embeddings; {REMEDY}"
                 )
@@ -128,11 +132,13 @@ class LittleBitQuantization(QuantizationConfig):
         Raises:
             ValueError: for experts that are packed, or that may be, and where a merged layer is dense in part.
         """
-        experts, linear, unquantized, packed = _layer_classes()
+        experts, head, linear, unquantized, packed = _layer_classes()
         if isinstance(layer, experts):
             if self.no_experts or self._is_skipped(prefix):
                 return None
             raise ValueError(f"{prefix} are experts, and vLLM is given packed linear layers only; {REMEDY}")
+        if isinstance(layer, head) and self.packed_head:
+            return packed(self.config, prefix, [prefix])
         if not isinstance(layer, linear):
             return None
         names = self.members(prefix)
@@ -151,11 +157,12 @@ class LittleBitQuantization(QuantizationConfig):
         return any(is_named(aliases(name, BASE_PREFIX), pattern) for pattern in self.skipped)
 
 
-def _layer_classes() -> tuple[type, type, type, type]:
-    """vLLM's experts, its linear layers, its method for dense ones, and ours; imported for the first packed model."""
+def _layer_classes() -> tuple[type, type, type, type, type]:
+    """vLLM's experts, output heads, linear layers and method for dense ones, and our method; imported for packed models only."""
     with explain_layout():
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         from .vllm_linear import LittleBitLinearMethod
-    return RoutedExperts, LinearBase, UnquantizedLinearMethod, LittleBitLinearMethod
+    return RoutedExperts, ParallelLMHead, LinearBase, UnquantizedLinearMethod, LittleBitLinearMethod

@@ -6,6 +6,8 @@
 
 vLLM's layer may stand for several of the checkpoint's (q, k and v; gate and up). Each member keeps its own factors and all are
 computed in one call; a member that the file holds merged already (Phi-3) has one set of factors for several outputs.
+
+A packed output head is a linear layer too, except that vLLM pads the vocabulary and splits it by its own rule.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ class LittleBitLinearMethod(LinearMethodBase):
             ranks = checked_ranks(name, stored, self.config)
             size = stored["scale_out"].shape[1], stored["scale_in"].shape[1]
             cut = self._partition(layer, name, members, *size)
-            parts = cut.packed(stored)
+            parts = _padded(cut.packed(stored), sum(self.output_sizes[place] for place in members) - cut.out_features)
             suffix = f"_{index}" if index else ""  # the first keeps the names that other code of vLLM may look for
             held = []
             for part in PARTS:
@@ -162,6 +164,11 @@ class LittleBitLinearMethod(LinearMethodBase):
     ) -> Partition:
         """What this process keeps of a stored weight [out_features, in_features] that is of some members."""
         rank, world = (getattr(layer, key, default) for key, default in (("tp_rank", 0), ("tp_size", 1)))
+        vocabulary: Any = getattr(layer, "shard_indices", None)
+        if vocabulary is not None and (out_features, in_features) == (layer.org_vocab_size, self.input_size):
+            return Partition(
+                name, [(vocabulary.org_vocab_start_index, vocabulary.org_vocab_end_index)], (0, in_features)
+            )
         totals = [out_features] if len(members) == 1 else self._totals(layer, members)
         if sum(totals) != out_features or in_features not in (self.input_size, self.input_size * world):
             raise ValueError(
@@ -203,6 +210,14 @@ class LittleBitLinearMethod(LinearMethodBase):
         if len(layers) == 1:
             return ops.linear(x, layers[0])
         return torch.cat(ops.linears(x, layers), dim=-1)
+
+
+def _padded(parts: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The parts with `count` more outputs, all of which compute 0."""
+    wide = ("u", "u_tail", "scale_out")
+    return {
+        part: nn.functional.pad(value, (0, count)) if count and part in wide else value for part, value in parts.items()
+    }
 
 
 def _is_dense(parts: dict[str, Tensor]) -> bool:
