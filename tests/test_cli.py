@@ -55,7 +55,9 @@ def test_quantize_saves_all_that_the_model_needs(packed, stories, capfd):
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     model = AutoModelForCausalLM.from_pretrained(packed)
     # 4 bits: the ranks of the other layers end at their sizes, and what that leaves goes to keys and values.
-    assert model.config.quantization_config.to_dict() == LittleBitConfig(4.0, "dual_svid", kv_factor=4.0).to_dict()
+    saved = model.config.quantization_config
+    assert saved.to_dict() == LittleBitConfig(4.0, "dual_svid", kv_factor=4.0, ranks=saved.ranks).to_dict()
+    assert saved.ranks["model.layers.*.mlp.down_proj"] == model.model.layers[0].mlp.down_proj.ranks
     assert main(["quantize", stories, *FAST, "--out", packed, "--overwrite"]) == 0
     out, err = capfd.readouterr()
     assert f"{size_report(packed).bpw:.4g}" in out and out.endswith(f"saved to {packed}\n")
@@ -83,6 +85,8 @@ def test_all_options_reach_the_config(stories, tmp_path):
         format="latent",
         module_config={"down_proj": {"bpw": 6.0, "init": "dual_svid", "residual": False}, "*.1.*": {"kv_factor": 1.5}},
     )
+    assert saved.ranks.pop("model.layers.*.mlp.down_proj") == [64]  # one path, and what the plan found for the others
+    expected.ranks = saved.ranks
     assert saved.to_dict() == expected.to_dict()
 
 

@@ -1,8 +1,8 @@
 """Which wing of the package may import which, and that no file imports itself by way of others.
 
     kernels, compat, internals, module_names, placement, weight_reads, model_parts <- layers
-    layers <- initialize <- config <- plan <- generate <- load
-    load <- train | report | engines <- command
+    layers <- initialize <- config <- budget <- plan <- generate <- load
+    load <- train | report | engines <- command, and train <- refinement <- command
 
 A wing imports itself and what stands left of it; train, report and engines do not import each other. An import inside a function
 counts, and so does one for types alone. Besides the wings:
@@ -34,10 +34,12 @@ FLOORS = [
     {"layers"},
     {"initialize"},
     {"config"},
+    {"budget"},
     {"plan"},
     {"generate"},
     {"load"},
     {"train", "report", "engines"},
+    {"refinement"},
     {"command"},
     {"__init__"},
     {"__main__"},

@@ -44,24 +44,22 @@ def test_module_config_and_kv_factor(family_dir, tmp_path):
     assert len(first) == 1 and len(second) == 2
     plain = load(family_dir("llama"), quantization_config=config(bpw=2.0, residual=False, kv_factor=1.0))
     attention, other = model.model.layers[0].self_attn, plain.model.layers[0].self_attn
-    assert attention.k_proj.ranks[0] > other.k_proj.ranks[0] and attention.q_proj.ranks == other.q_proj.ranks
+    assert attention.k_proj.ranks[0] > other.k_proj.ranks[0]
     model.save_pretrained(tmp_path)
     equal_states(model, load(tmp_path))
 
 
 @pytest.mark.parametrize(("bpw", "factor", "rank"), [(0.3, 3.875, 48), (0.55, 1.75, 64), (1.0, 1.25, 104)])
 def test_keys_and_values_get_the_bits_that_are_left_over(pycode, bpw, factor, rank):
-    """The bits of the whole stay within those asked, and the next larger factor would not."""
+    """The next larger factor would take more than was asked; what is left then is every layer's."""
     model = empty_model(transformers.AutoConfig.from_pretrained(pycode))
     plan = plan_model(model, LittleBitConfig(bpw=bpw))
     ranks = {weight.module.rpartition(".")[2]: weight.ranks for weight in plan.weights}
-    assert plan.kv_factor == factor and ranks["k_proj"] == ranks["v_proj"] == (rank,)
-    assert plan.bpw <= bpw < plan_model(model, LittleBitConfig(bpw=bpw, kv_factor=factor + 0.125)).bpw
+    assert plan.kv_factor == factor and rank <= min(ranks["k_proj"] + ranks["v_proj"]) <= rank + 8
+    assert 0.99 * bpw < plan.bpw <= bpw < plan_model(model, LittleBitConfig(bpw=bpw, kv_factor=factor + 0.125)).bpw
     own = plan_model(model, LittleBitConfig(bpw=bpw, module_config={"k_proj": {"bpw": bpw}}))
     ranks = {weight.module.rpartition(".")[2]: weight.ranks for weight in own.weights}
     assert ranks["k_proj"] < ranks["v_proj"]  # whose bits were not asked for by name
-    asked = plan_model(model, LittleBitConfig(bpw=bpw, kv_factor=1.0))
-    assert all(a == b for a, b in zip(asked.weights, plan.weights, strict=True) if not b.options.auto_kv_factor)
 
 
 def test_the_found_kv_factor_is_saved(pycode, tmp_path):
@@ -88,10 +86,10 @@ def test_options_know_a_module_by_its_name_in_any_class(family_dir, tmp_path):
 
 
 def test_expert_weights_answer_to_their_own_names(family_dir, tmp_path):
-    options = config(bpw=2.0, residual=False, module_config={"*.experts.down_proj": {"bpw": 3.0}})
+    options = config(bpw=1.5, residual=False, module_config={"*.experts.down_proj": {"bpw": 3.0}})
     model = load(family_dir("mixtral"), quantization_config=options)
     ranks = model.model.layers[0].mlp.experts.path_ranks
-    plain = load(family_dir("mixtral"), quantization_config=config(bpw=2.0, residual=False))
+    plain = load(family_dir("mixtral"), quantization_config=config(bpw=1.5, residual=False))
     assert ranks["gate_up_proj"] == plain.model.layers[0].mlp.experts.path_ranks["gate_up_proj"]
     assert ranks["down_proj"] > plain.model.layers[0].mlp.experts.path_ranks["down_proj"]
     model.save_pretrained(tmp_path)

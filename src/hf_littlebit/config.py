@@ -5,7 +5,8 @@ A layer of `out_features x in_features` (m x n) with P paths of rank r is stored
     bits = P * [ r * (m + n' + 16) + 16 * (m + n) ]        bits per weight = bits / (m * n)
 
 where n' is n rounded up to a multiple of 8 (kernels/packing.py), so n' = n in practice. Solved for r and floored to a
-multiple of 8, at least 8 and at most min(m, n) (LittleBit, arXiv 2506.13771, appendix D). That is what a new layer gets. The
+multiple of 8, at least 8 and at most min(m, n) (LittleBit, arXiv 2506.13771, appendix D). That is what a new layer starts
+from; the model's leftover bits are then shared out (budget.py). The
 ranks of a saved one are read off the shapes of its parts (layers/parts.py), which say how many paths there are and what their
 ranks add up to, but not how they share it: paths of one layer have equal ranks, unless the arithmetic here says otherwise.
 """
@@ -102,6 +103,12 @@ def _is_integer(value: Any, smallest: int, largest: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
 
 
+def _are_ranks(value: Any) -> bool:
+    """True for a list of one rank per path."""
+    fits = isinstance(value, list | tuple) and len(value) > 0
+    return fits and all(_is_integer(rank, RANK_MULTIPLE) and rank % RANK_MULTIPLE == 0 for rank in value)
+
+
 def _number(largest: float, advice: str) -> Rule:
     def fits(value: Any) -> bool:
         # No comparison with NaN is true, so it is refused here as well.
@@ -134,6 +141,7 @@ RULES = {
     "modules_to_not_convert": _instance((list, tuple), "a list of module names, or None"),
     "text_only": Rule(lambda value: isinstance(value, bool), "it must be True or False"),
     "module_config": _instance(dict, "a dict of name pattern -> options"),
+    "ranks": _instance(dict, "a dict of name pattern -> list of ranks, one per path"),
     "format": _choice(FORMATS),
     "seed": _integer(0, 2**63 - 1),
     "steps": _integer(1, 100_000, optional=True),
@@ -160,9 +168,13 @@ class LayerConfig:
     factor: float  # multiplies the rank: kv_factor for k_proj and v_proj, else 1
     auto_kv_factor: bool = False  # plan_model finds the factor: this is a k_proj or v_proj, and kv_factor is None
     scale_bits: int = SCALE_BITS  # of each stored scale
+    shares: bool = False  # its bits are the model's to share out (budget.py): nothing was asked for this layer by name
+    given: tuple[int, ...] | None = None  # ranks that the config says itself
 
     def ranks(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """The rank of each path of an `out_features x in_features` layer; their number says how many paths there are."""
+        if self.given is not None:
+            return self.given
         if self.residual is not None:
             return layer_ranks(out_features, in_features, self.bpw, 2 if self.residual else 1, self.factor)
         one = layer_ranks(out_features, in_features, self.bpw, 1, self.factor)
@@ -177,12 +189,13 @@ class LayerConfig:
 
 
 class LittleBitConfig(QuantizationConfigMixin):
-    """Quantize every linear layer of a model to `bpw` bits per weight while it is loaded.
+    """Quantize the linear layers of a model to `bpw` bits per weight while it is loaded.
 
     Args:
-        bpw (`float`): bits per weight of the replaced layers, in (0, 16]; 0.1 to 1 is what the method is for. Only
-            `LittleBitConfig(dequantize=True)` or `(share_inputs=...)`, to load a saved model with, can do without: the saved
-            one is used.
+        bpw (`float`): bits per weight of the replaced layers together, scales included, in (0, 16]; 0.1 to 1 is what the
+            method is for. The model meets them within 1 % where its layers are large enough (budget.py); single layers
+            differ by a step of their rank. Only `LittleBitConfig(dequantize=True)` or `(share_inputs=...)`, to load a saved
+            model with, can do without, since the saved one is used.
         init (`str`): how factors are found: "admm" (default, best and slowest), "joint_itq", or "dual_svid" (the paper's).
         residual (`bool`, *optional*): two paths (True), one (False), or chosen by initialiser and layer size (None).
         kv_factor (`float`, *optional*): multiplies the rank of layers named k_proj and v_proj. The paper uses 4 for
@@ -197,6 +210,9 @@ class LittleBitConfig(QuantizationConfigMixin):
         module_config (`dict[str, dict]`, *optional*): overrides by module name, e.g. `{"*.down_proj": {"bpw": 1.0}}`. A
             pattern with `*`, `?` or `[` is matched against the whole name; any other must be the name or its dotted end.
             Later entries win. Options: bpw, init, residual, kv_factor.
+        ranks (`dict[str, list[int]]`, *optional*): the rank of each path, by module name as in `module_config`, in place of
+            what `bpw` gives, e.g. `{"*.up_proj": [400]}`; multiples of 8. Filled in while a model is
+            quantized. Names of stacked experts end in that of the weight.
         format (`str`): "packed" (bits; inference, adapters) or "latent" (fp32 latents; quantization-aware training).
         seed (`int`): of the initialiser's random numbers; each layer derives its own from it and its name. Factors repeat
             bit for bit with the same seed, machine and number of threads (`workers` share the threads among them).
@@ -245,6 +261,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         converted_from: str | None = None,
         save_id: str | None = None,
         text_only: bool = True,
+        ranks: dict[str, list[int]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = "littlebit",
         **unknown: Any,
@@ -268,6 +285,7 @@ class LittleBitConfig(QuantizationConfigMixin):
         self.base_model = base_model
         self.converted_from = converted_from
         self.text_only = text_only
+        self.ranks = ranks
         self.format_version = format_version
         # The version is checked first, because a newer format explains the options that this version does not know.
         self._check_version()
@@ -329,6 +347,14 @@ class LittleBitConfig(QuantizationConfigMixin):
                         f"{', '.join(LAYER_OPTIONS)}"
                     )
                 RULES[option].check(f"module_config[{pattern!r}]: {option}", value)
+        for pattern, ranks in (self.ranks or {}).items():
+            if not isinstance(pattern, str) or not pattern or not _are_ranks(ranks):
+                raise ValueError(
+                    f"ranks entry {pattern!r}: {reprlib.repr(ranks)} must map a name pattern to a list of ranks, one per path, "
+                    f"each a multiple of {RANK_MULTIPLE}, e.g. {{'*.down_proj': [64]}}"
+                )
+        if self.ranks is not None:
+            self.ranks = {pattern: list(ranks) for pattern, ranks in self.ranks.items()}
 
     def layer_options(self) -> dict[str, Any]:
         """The options that a module may override, with their global values."""
@@ -350,10 +376,15 @@ class LittleBitConfig(QuantizationConfigMixin):
             raise ValueError(MISSING_BPW)
         kv_factor = options.pop("kv_factor")
         options["scale_bits"] = 32 if self.scale_dtype == "float32" else SCALE_BITS
-        if name.rpartition(".")[2] not in KV_NAMES:
-            return LayerConfig(factor=1.0, **options)
+        for pattern, ranks in (self.ranks or {}).items():
+            if any(matches(pattern, each) for each in (name, *aliases)):
+                options["given"] = tuple(ranks)
         # A layer whose own bpw the user wrote down gets these bits, and none of the leftover ones.
-        return LayerConfig(factor=kv_factor or 1.0, auto_kv_factor=kv_factor is None and "bpw" not in own, **options)
+        free = "bpw" not in own and "given" not in options
+        if name.rpartition(".")[2] not in KV_NAMES:
+            return LayerConfig(factor=1.0, shares=free, **options)
+        free = free and kv_factor is None
+        return LayerConfig(factor=kv_factor or 1.0, auto_kv_factor=free, shares=free, **options)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -381,8 +412,8 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The saved options; those of this machine alone (LOADING_OPTIONS) and of a new model's plan are left out."""
-        # Earlier versions do not know these two.
-        absent = {option for option in ("converted_from", "save_id") if getattr(self, option) is None}
+        # Earlier versions do not know these.
+        absent = {option for option in ("converted_from", "ranks", "save_id") if getattr(self, option) is None}
         left_out = {*LOADING_OPTIONS, *PLANNING_OPTIONS, "loading_options_read"} | absent
         return {key: value for key, value in super().to_dict().items() if key not in left_out}
 

@@ -8,12 +8,15 @@ were replaced, so that no rule of this or another version, or of the class it is
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from .config import KV_NAMES, LayerConfig, LittleBitConfig, bits_of
+from .budget import Share, ceiling, meet_budget
+from .config import KV_NAMES, RANK_MULTIPLE, LayerConfig, LittleBitConfig, bits_of
 from .internals.torch import is_convolution
 from .internals.transformers import fp32_modules
 from .layers.experts import LittleBitExperts, expert_sizes, is_stack
@@ -24,6 +27,8 @@ from .module_names import aliases, check_steps, is_named, matches, needs_fp32
 
 __all__ = ["Plan", "WeightPlan", "plan_model"]
 
+TOLERANCE = 0.01  # of the bits asked, before a user is told
+INDEX = re.compile(r"\.\d+(?=\.)")
 DENSE_BITS = 16  # of a weight that is kept
 KV_FACTORS = tuple(eighths / 8 for eighths in range(32, 8, -1))  # tried in this order; 4 is the paper's choice
 SMALLEST_COUNTED = 16  # a kept matrix is worth a warning from this many rows and columns
@@ -65,6 +70,11 @@ class WeightPlan:
     def bpw(self) -> float:
         return self.bits / self.numel
 
+    @property
+    def spoken(self) -> str:
+        """What a config calls it: the module, or a weight of stacked experts."""
+        return self.module if self.weight == "weight" else self.name
+
 
 @dataclass
 class Plan:
@@ -100,19 +110,35 @@ class Plan:
         """Note that `module`, with `numel` weights, stays dense for a `reason` that the user is told."""
         self.dense.setdefault(reason, []).append((module, numel))
 
-    def record_kv_factor(self, config: LittleBitConfig) -> None:
-        """Write this plan's kv_factor into `config`, which is to be saved, if the user left it to the plan.
+    def record(self, config: LittleBitConfig) -> None:
+        """Write what this plan found into `config`, which is to be saved: its kv_factor, and the ranks.
 
-        A saved model then says its factor itself, and another version of the rule changes nothing about it.
+        A saved model then says them itself, and another version of the rules changes nothing about it.
         """
         if config.kv_factor is None:
             config.kv_factor = self.kv_factor
+        if not self.converted and any(weight.options.shares for weight in self.weights):
+            config.ranks = self.ranks()
+
+    def ranks(self) -> dict[str, list[int]]:
+        """{name pattern: ranks} as LittleBitConfig takes them: an entry for what is alike in all blocks, then those that differ."""
+        kinds: dict[str, list[WeightPlan]] = {}
+        for weight in self.weights:
+            kinds.setdefault(INDEX.sub(".*", weight.spoken), []).append(weight)
+        found = {}
+        for kind, weights in kinds.items():
+            found[kind] = list(Counter(weight.ranks for weight in weights).most_common(1)[0][0])
+        for weight in self.weights:
+            patterns = [ranks for kind, ranks in found.items() if matches(kind, weight.spoken)]
+            if not patterns or tuple(patterns[-1]) != weight.ranks:
+                found[weight.spoken] = list(weight.ranks)
+        return found
 
     def warnings(self) -> list[str]:
         """What a user must know before trusting the asked bits per weight; empty if every layer is as asked."""
         messages = []
         asked = [] if self.converted else self.weights
-        over = [w for w in asked if w.options.factor == 1.0 and w.bpw > w.options.bpw]
+        over = [w for w in asked if max(w.ranks) == RANK_MULTIPLE and w.bpw > w.options.bpw]
         under = [w for w in asked if _capped(w)]
         if over:
             two = any(len(weight.ranks) > 1 for weight in over)
@@ -127,6 +153,13 @@ class Plan:
             messages.append(
                 f"{len(under)} layer(s) stop below the bits asked, because a rank is at most min(out, in), e.g. "
                 f"{_example(under)}. {remedy}"
+            )
+        wanted = sum(weight.options.bpw * weight.numel for weight in asked if weight.options.shares)
+        taken = sum(weight.bits for weight in asked if weight.options.shares)
+        if wanted and abs(taken / wanted - 1) > TOLERANCE:
+            messages.append(
+                f"the weights take {taken / wanted:.3g} times the bits asked: ranks come in steps of {RANK_MULTIPLE}, from "
+                f"{RANK_MULTIPLE} to min(out, in), and these layers are too small to come nearer."
             )
         for reason, kept in self.dense.items():
             count = sum(numel for _, numel in kept)
@@ -174,6 +207,8 @@ def plan_model(
             f"Excluded by name: {', '.join(config.modules_to_not_convert or ()) or 'none'}"
         )
     plan.unused = walk.unused()
+    for weight in plan.weights:
+        _check_given(weight)
     _share_leftover_bits(plan)
     if stored is not None:
         plan.weights = [replace(each, ranks=_found_ranks(model, each, config, stored)) for each in plan.weights]
@@ -200,20 +235,45 @@ def _found_ranks(
     return stored_ranks(shapes, size, weight.ranks, config.format == "latent")
 
 
-def _share_leftover_bits(plan: Plan) -> None:
-    """Raise the ranks of keys and values by the bits that rounding all ranks down has left over.
+def _check_given(weight: WeightPlan) -> None:
+    """Refuse ranks of the config that no path of the layer can use.
 
-    Keys and values need these bits most. Where queries are grouped they hold an eighth of the weights or less, and their
-    ranks are a few tens (docs/training.md).
+    Raises:
+        ValueError: with the layer, its ranks and their limit.
     """
-    budget = sum(weight.options.bpw * weight.numel for weight in plan.weights)
-    if not any(weight.options.auto_kv_factor for weight in plan.weights):
-        return
-    for factor in KV_FACTORS:
-        weights = [_with_factor(weight, factor) if weight.options.auto_kv_factor else weight for weight in plan.weights]
-        if sum(weight.bits for weight in weights) <= budget:
-            plan.weights, plan.kv_factor = weights, factor
-            return
+    limit = ceiling(weight.out_features, weight.in_features)
+    if weight.options.given is not None and max(weight.ranks) > limit:
+        raise ValueError(
+            f"ranks: {weight.spoken} ({weight.out_features}x{weight.in_features}) is given {list(weight.ranks)}; a rank is at "
+            f"most min(out, in), here {limit}"
+        )
+
+
+def _share_leftover_bits(plan: Plan) -> None:
+    """Make the weights that share their bits take what was asked for all of them together.
+
+    First the ranks of keys and values are raised by what rounding all ranks down has left over. They need these bits most:
+    where queries are grouped they hold an eighth of the weights or less, and their ranks are a few tens (docs/training.md).
+    What is left then, and what small layers took too much, is for all.
+    """
+    sharing = [weight for weight in plan.weights if weight.options.shares]
+    budget = sum(weight.options.bpw * weight.numel for weight in sharing)
+    if any(weight.options.auto_kv_factor for weight in sharing):
+        for factor in KV_FACTORS:
+            tried = [_with_factor(weight, factor) if weight.options.auto_kv_factor else weight for weight in sharing]
+            if sum(weight.bits for weight in tried) <= budget:
+                sharing, plan.kv_factor = tried, factor
+                break
+    # What keys and values were raised to is what they ask for from here on.
+    asked = [weight.options.bpw if weight.options.factor == 1.0 else weight.bpw for weight in sharing]
+    shares = [
+        Share(weight.out_features, weight.in_features, weight.count, weight.ranks, bpw, weight.options.scale_bits)
+        for weight, bpw in zip(sharing, asked, strict=True)
+    ]
+    found = {weight.name: weight for weight in sharing}
+    for weight, ranks in zip(sharing, meet_budget(shares, budget), strict=True):
+        found[weight.name] = replace(weight, ranks=ranks)
+    plan.weights = [found.get(weight.name, weight) for weight in plan.weights]
 
 
 def _with_factor(weight: WeightPlan, factor: float) -> WeightPlan:
@@ -346,6 +406,11 @@ class _Walk:
             answering = kv if set(options) == {"kv_factor"} else names
             if not any(matches(pattern, name) for each in answering for name in each):
                 unused.append(f"module_config entry {pattern!r}: {options}")
+        unused += [
+            f"ranks entry {pattern!r}"
+            for pattern in config.ranks or {}
+            if not any(matches(pattern, name) for each in names for name in each)
+        ]
         if config.kv_factor not in (None, 1.0) and not kv:
             unused.append(f"kv_factor={config.kv_factor:g} (it is for layers named {' and '.join(KV_NAMES)})")
         return unused

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from . import train_command, tune_command
+from . import text_free, train_command, tune_command
 
 __all__ = ["build_parser", "quantization_config"]
 
@@ -65,7 +65,10 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     work = quantize.add_argument_group("how the work is done")
     work.add_argument("--device", metavar="NAME", help="device that factorizes, e.g. cuda (default: cpu)")
     work.add_argument("--dtype", choices=DTYPES, default="auto", help="of what stays dense (default: as in the model)")
-    work.add_argument("--workers", metavar="N", type=int, help="layers factorized at a time (default: 1)")
+    work.add_argument(
+        "--workers", metavar="N", type=int, help="layers factorized at a time with --weights-only (default: 1)"
+    )
+    text_free.add_options(work)
 
     train = add(
         "train",

@@ -74,10 +74,11 @@ def _one_line(error: Exception) -> str:
 
 def run_quantize(args: argparse.Namespace) -> int:
     """`littlebit quantize`."""
-    from ..load.meta_model import model_class
     from ..load.replacement import replacement
     from ..load.source import find_source
+    from ..report.card import write_card
     from ..report.size import size_report
+    from .text_free import quantize_without_text
 
     config = quantization_config(args)
     out = args.out
@@ -87,15 +88,19 @@ def run_quantize(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{args.model} is quantized already, at {source.quantization.bpw:g} bits; start from the dense model"
         )
-    # Both before the long work, so that neither fails after it.
+    # Before the long work, so that they do not fail after it.
+    if args.device:
+        _device(args)
     tokenizer = _tokenizer(args.model, required=False)
-    source_class = model_class(source.config)
     with replacement(out) as folder:
-        model = source_class.from_pretrained(args.model, quantization_config=config, dtype=args.dtype)
+        model, check = quantize_without_text(args, config, source, tokenizer)
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        write_card(folder, None if check is None else check.evaluation(), former=out)
     print(size_report(out).table())
+    if check is not None:
+        print(f"\n{check.line()}")
     print(f"\nsaved to {out}")
     return 0
 
@@ -142,7 +147,7 @@ def run_convert(args: argparse.Namespace) -> int:
         converted.model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_card(folder, out)
+        write_card(folder, former=out)
     print(size_report(out).table())
     print(f"\n{converted.summary}\nsaved to {out}")
     return 0

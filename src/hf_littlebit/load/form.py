@@ -136,9 +136,10 @@ def refuse_float64(model: PreTrainedModel) -> None:
 def record(config: LittleBitConfig, plan: Plan, model: PreTrainedModel) -> None:
     """Write into `config`, which is to be saved, what quantizing the dense `model` by `plan` has found out.
 
-    That is the kv_factor, where it was automatic, and the base model, where the user named none.
+    That is the kv_factor, where it was automatic, the ranks, where bits were shared out, and the base model, where the user
+    named none.
     """
-    plan.record_kv_factor(config)
+    plan.record(config)
     if config.base_model is None:
         config.base_model = base_model(model.config)
 

@@ -27,8 +27,9 @@ from ..load.form import is_hub_id
 from ..load.source import find_source, quantization_of
 from .size import SizeReport, format_bytes, size_report
 
-__all__ = ["merge", "model_card", "upload_with_card", "write_card"]
+__all__ = ["CARD", "evaluation_of", "merge", "model_card", "upload_with_card", "write_card"]
 
+CARD = "README.md"
 PAPER = "https://huggingface.co/papers/2506.13771"
 TAGS = ("littlebit", "quantized", "sub-1-bit", "binary")
 AUTOMATIC = "has been automatically generated"  # in the card that transformers writes
@@ -101,18 +102,28 @@ def merge(card: ModelCard | None, ours: ModelCard) -> ModelCard:
     return card
 
 
-def write_card(folder: str, former: str | None = None) -> None:
+def write_card(folder: str, evaluation: Mapping[str, float | str] | None = None, former: str | None = None) -> None:
     """Write the card of the model saved in `folder` as its README.md, or complete the one that a person wrote.
 
     Args:
+        evaluation: as of `model_card`.
         former: the folder whose place `folder` will take, where that card is; by default `folder` itself.
 
     Raises:
         ValueError: as of `model_card`.
     """
-    own = os.path.join(former or folder, "README.md")
-    card = merge(ModelCard.load(own) if os.path.isfile(own) else None, model_card(folder))
-    card.save(os.path.join(folder, "README.md"))
+    own = os.path.join(former or folder, CARD)
+    card = merge(ModelCard.load(own) if os.path.isfile(own) else None, model_card(folder, evaluation=evaluation))
+    card.save(os.path.join(folder, CARD))
+
+
+def evaluation_of(card: ModelCard | None) -> dict[str, float | str] | None:
+    """The figures in a card that this package wrote and nobody changed, so that a renewed one keeps them; None without any."""
+    if card is None or not MARK.search(card.text) or not _is_automatic(card.text):
+        return None
+    _, found, rest = card.text.partition("\n## Evaluation\n")
+    rows = [line.strip("|").split("|") for line in rest.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    return {row[0].strip(): row[1].strip() for row in rows[2:] if len(row) == 2} or None if found else None
 
 
 def _is_automatic(text: str) -> bool:
@@ -137,7 +148,7 @@ def upload_with_card(model: Any, working_dir: str | os.PathLike[str], repo_id: s
     `save_pretrained(push_to_hub=True)` come by here.
     """
     folder = os.fspath(working_dir)
-    path = os.path.join(folder, "README.md")
+    path = os.path.join(folder, CARD)
     weights = [os.path.join(folder, file) for file in os.listdir(folder) if file.endswith(".safetensors")]
     size = sum(os.path.getsize(file) for file in weights)
     ours = model_card(model, repo_id, report=replace(size_report(model), file_bytes=size or None))

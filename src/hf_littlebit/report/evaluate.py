@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..layers.output_head import CHUNK
 from ..placement import input_device
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "exp", "loss_sum", "perplexity"]
 
 MAX_LENGTH = 2048  # of the default window; the papers' choice for WikiText-2
 
@@ -101,17 +101,17 @@ def perplexity(
                 )
                 logits = model(input_ids=batch, use_cache=False).logits
                 for row, first in enumerate(firsts[at : at + batch_size]):
-                    total += _loss_sum(logits[row, first - 1 : -1], batch[row, first:])
+                    total += loss_sum(logits[row, first - 1 : -1], batch[row, first:])
                     count += length - first
                 del logits
                 bar.update(len(batch))
-                bar.set_postfix(perplexity=f"{_exp(total / count):.4g}")
+                bar.set_postfix(perplexity=f"{exp(total / count):.4g}")
     finally:
         model.train(training)
-    return Perplexity(_exp(total / count), total / count, count, len(starts))
+    return Perplexity(exp(total / count), total / count, count, len(starts))
 
 
-def _loss_sum(logits: Tensor, targets: Tensor) -> float:
+def loss_sum(logits: Tensor, targets: Tensor) -> float:
     """Summed next-token loss of logits [tokens, vocabulary], upcast to fp32 a chunk at a time."""
     rows = max(1, CHUNK // logits.shape[-1])
     pairs = zip(logits.split(rows), targets.to(logits.device).split(rows), strict=True)
@@ -136,7 +136,8 @@ def _is_causal(model: Any) -> bool:
     return can_generate is None or bool(can_generate())
 
 
-def _exp(loss: float) -> float:
+def exp(loss: float) -> float:
+    """e^loss; infinity where that is no number any more."""
     try:
         return math.exp(loss)
     except OverflowError:

@@ -21,13 +21,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..load.save_id import check_save
 from ..load.source import Source, find_source
-from .card import merge, model_card
+from .card import CARD, evaluation_of, merge, model_card
 from .size import size_report
 
 __all__ = ["push_folder"]
 
 logger = logging.getLogger("hf_littlebit")
-CARD = "README.md"
 CONFIGS = {
     *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"),
@@ -77,8 +76,10 @@ def push_folder(folder: str, repo_id: str, private: bool | None = None, token: A
     names, left_out = _choose(folder, source)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    own = ModelCard.load(os.path.join(folder, CARD)) if CARD in names else _repository_card(repo_id, token)
-    card = merge(own, model_card(source, repo_id, report=report))
+    own = ModelCard.load(os.path.join(folder, CARD)) if CARD in names else None
+    # The repository's figures are those of the model that it held so far.
+    ours = model_card(source, repo_id, evaluation_of(own), report)
+    card = merge(own or _repository_card(repo_id, token), ours)
     operations = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names if name != CARD]
     operations.append(CommitOperationAdd(CARD, str(card).encode()))
     done = api.create_commit(repo_id, operations, commit_message="Upload model quantized with hf-littlebit")

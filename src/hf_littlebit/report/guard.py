@@ -1,0 +1,80 @@
+"""What a user must know of a model that was just quantized: its perplexity beside the dense one's, and whether it is usable.
+
+A few thousand tokens are enough to tell a model that works from one that does not; where there is no text, the dense model has
+written them. Their figures are for this comparison, and not for a table: a text's perplexity depends on the text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..placement import input_device
+from .evaluate import exp, loss_sum
+
+__all__ = ["MARGIN", "Check", "block_loss"]
+
+# Nats per token above the dense model, 4.5 times its perplexity, from which on no text that a model writes was readable in any
+# measurement of ours (docs/real_model.md).
+MARGIN = 1.5
+UNUSABLE = "this model is not usable without training or refinement"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Losses in nats per token of a `dense` and a `packed` model on `tokens` tokens of `text`; `vocabulary` is its size."""
+
+    dense: float
+    packed: float
+    tokens: int
+    vocabulary: int
+    text: str
+
+    @property
+    def usable(self) -> bool:
+        """False for a model that is worse than a uniform guess, log(vocabulary), or than the dense one by MARGIN; or no number."""
+        # Written so that a NaN is not usable.
+        return self.packed < min(math.log(self.vocabulary), self.dense + MARGIN)
+
+    def line(self) -> str:
+        """One line for a user."""
+        figures = f"perplexity {exp(self.dense):.4g} dense, {exp(self.packed):.4g} packed on {self.tokens:,} tokens of {self.text}"
+        if self.usable:
+            return figures
+        worse = "" if self.packed < math.log(self.vocabulary) else f", worse than a uniform guess ({self.vocabulary:,})"
+        return f"{figures}{worse}: {UNUSABLE}"
+
+    def evaluation(self) -> dict[str, float | str]:
+        """The figures as a model card's."""
+        where = f"{self.tokens:,} tokens of {self.text}"
+        figures: dict[str, float | str] = {
+            f"perplexity on {where}": exp(self.packed),
+            "the dense model's on the same": exp(self.dense),
+        }
+        if not self.usable:
+            figures["verdict"] = UNUSABLE
+        return figures
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {**asdict(self), "usable": self.usable}
+
+
+def block_loss(model: Any, blocks: Tensor, batch_size: int = 4) -> float:
+    """Mean loss in nats per token of a causal `model` on `blocks` [rows, length] of tokens; all but the first are predicted."""
+    training = model.training
+    model.eval()
+    device, total = input_device(model), 0.0
+    try:
+        with torch.no_grad():
+            for rows in blocks.long().split(batch_size):
+                rows = rows.to(device)
+                logits = model(input_ids=rows, use_cache=False).logits
+                total += sum(loss_sum(each[:-1], row[1:]) for each, row in zip(logits, rows, strict=True))
+    finally:
+        model.train(training)
+    return total / (len(blocks) * (blocks.shape[1] - 1))
