@@ -105,15 +105,21 @@ class BlockList:
 
     def call(self, index: int, tokens: Tensor) -> Call:
         """What block `index` is called with when the model reads `tokens` [rows, length]."""
-        noted: list[Call] = []
-        with self._stubs({index: lambda call, hidden: noted.append(call) or hidden}), torch.no_grad():
-            self._forward(tokens, self._one_logit)
-        return noted[0]
+        return self._noted(index, tokens)[0]
 
     def first_input(self, tokens: Tensor) -> Tensor:
         """The hidden states [rows, length, size] that the first block gets of `tokens`."""
-        found: list[Tensor] = []
-        with self._stubs({0: lambda call, hidden: found.append(hidden) or hidden}), torch.no_grad():
+        return self._noted(0, tokens)[1]
+
+    def _noted(self, index: int, tokens: Tensor) -> tuple[Call, Tensor]:
+        """What block `index` is called with, and the hidden states that come with it: the embeddings, as they pass all stubs."""
+        found: list[tuple[Call, Tensor]] = []
+
+        def note(call: Call, hidden: Tensor) -> Tensor:
+            found.append((call, hidden))
+            return hidden
+
+        with self._stubs({index: note}), torch.no_grad():
             self._forward(tokens, self._one_logit)
         return found[0]
 
