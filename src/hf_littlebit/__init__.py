@@ -31,6 +31,8 @@ with compat.explain_missing():
 if TYPE_CHECKING:
     from .initialize.calibration import calibrate
     from .load.convert import latent_model, pack_model, unpack_model
+    from .refinement.recipe import Recipe
+    from .refinement.refinement import refine
     from .train.callback import LittleBitCallback
     from .train.data import sample_blocks, text_blocks
     from .train.topk import TopKTeacher, save_topk
@@ -44,6 +46,7 @@ __all__ = [
     "LittleBitHfQuantizer",
     "LittleBitLinear",
     "LittleBitTrainer",
+    "Recipe",
     "TopKTeacher",
     "calibrate",
     "fast_generate",
@@ -51,6 +54,7 @@ __all__ = [
     "pack_model",
     "perplexity",
     "plain_generate",
+    "refine",
     "release_graphs",
     "sample_blocks",
     "save_topk",
@@ -64,9 +68,11 @@ _LAZY = {  # public name -> the file that has it
     "LittleBitCallback": "train.callback",
     "LittleBitTrainer": "train.trainer",
     "TopKTeacher": "train.topk",
+    "Recipe": "refinement.recipe",
     "calibrate": "initialize.calibration",
     "latent_model": "load.convert",
     "pack_model": "load.convert",
+    "refine": "refinement.refinement",
     "sample_blocks": "train.data",
     "save_topk": "train.topk",
     "text_blocks": "train.data",

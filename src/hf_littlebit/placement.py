@@ -10,6 +10,7 @@ it. So `parameter.device` does not say where the input belongs, and the values c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,38 @@ from .internals.torch import own_parameters
 from .internals.transformers import tied_weights
 
 __all__ = ["input_device", "stored_parameters"]
+
+
+NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "arm_bf16")  # of torch.cpu.get_capabilities: a CPU that multiplies bf16
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What training is fastest in on `device`: bf16 where its matrix units take it, else fp32.
+
+    A CPU without them would emulate bf16, several times slower than fp32. A torch that cannot tell, before 2.11, counts as one.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return torch.bfloat16 if any(capabilities.get(name) for name in NATIVE_BF16) else torch.float32
+    return torch.float32
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes of memory on `device` that can be had without swapping; None where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = {line.split(":")[0]: line.split()[1] for line in file}
+        return float(found["MemAvailable"]) * 1024
+    except (OSError, KeyError, IndexError, ValueError):
+        pass
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def input_device(model: Any, default: torch.device | str = "cpu") -> torch.device:

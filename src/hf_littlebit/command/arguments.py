@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from . import text_free, train_command, tune_command
+from . import refine_command, text_free, train_command, tune_command
 
 __all__ = ["build_parser", "quantization_config"]
 
@@ -21,6 +21,7 @@ EXAMPLES = """\
 examples:
   littlebit info org/model --bpw 0.3                     predict the size; downloads config.json only
   littlebit quantize org/model --bpw 0.3 --out packed    quantize and save, with the tokenizer
+  littlebit quantize org/model --bpw 1 --data corpus.txt --out packed     refine block by block on text
   littlebit train org/model --bpw 0.3 --data corpus.txt --steps 1000 --out packed
   littlebit pack packed/checkpoints/checkpoint-500 --out other      pack a checkpoint, sharded ones too
   littlebit convert nanoquant-model --out packed         a checkpoint of another program
@@ -62,6 +63,7 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     quantize.add_argument("--out", metavar="DIR", required=True, help="folder to save to")
     quantize.add_argument("--overwrite", action="store_true", help="replace a model in DIR; other files stay")
     _add_method(quantize, required=True)
+    refine_command.add_refine_options(quantize)
     work = quantize.add_argument_group("how the work is done")
     work.add_argument("--device", metavar="NAME", help="device that factorizes, e.g. cuda (default: cpu)")
     work.add_argument("--dtype", choices=DTYPES, default="auto", help="of what stays dense (default: as in the model)")

@@ -18,6 +18,7 @@ from typing import Any
 
 from .arguments import build_parser, quantization_config
 from .out_folder import check_empty
+from .refine_command import check_refine_options, check_refine_out, quantize_on_text, remove_work
 from .terminal import guarded, short
 from .train_command import run_train
 
@@ -82,7 +83,8 @@ def run_quantize(args: argparse.Namespace) -> int:
 
     config = quantization_config(args)
     out = args.out
-    check_empty(out, args.overwrite, args.model, "dense model")
+    check_refine_options(args)
+    check_refine_out(args)
     source = find_source(args.model)
     if source.quantization is not None:
         raise ValueError(
@@ -91,13 +93,15 @@ def run_quantize(args: argparse.Namespace) -> int:
     # Before the long work, so that they do not fail after it.
     if args.device:
         _device(args)
-    tokenizer = _tokenizer(args.model, required=False)
+    tokenizer = _tokenizer(args.model, required=args.data is not None)
+    quantized = quantize_without_text if args.data is None else quantize_on_text
     with replacement(out) as folder:
-        model, check = quantize_without_text(args, config, source, tokenizer)
+        model, check = quantized(args, config, source, tokenizer)
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_card(folder, None if check is None else check.evaluation(), former=out)
+    remove_work(out)
     print(size_report(out).table())
     if check is not None:
         print(f"\n{check.line()}")

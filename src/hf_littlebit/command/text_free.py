@@ -10,7 +10,6 @@ is left out with a word.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -83,13 +82,15 @@ def _obstacle(model: Any, tokenizer: Any, dtype: str) -> str:
 
     if tokenizer is None:
         return "there is no tokenizer"
+    from ..placement import free_memory
+
     config = model.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False) or not model.can_generate():
         return f"{type(model).__name__} is no causal language model"
     kept = model.config.dtype if dtype == "auto" else getattr(torch, dtype)
     size = (kept or torch.float32).itemsize
     need = HEADROOM * size * sum(value.numel() for value in model.parameters()) + WORKSPACE
-    free = _free_memory()
+    free = free_memory(torch.device("cpu"))
     if free is not None and need > free:
         return f"that takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     return ""
@@ -103,17 +104,3 @@ def _fits_gpu(model: Any, device: str) -> bool:
         return torch.device(device).type == "cpu"
     size = sum(value.numel() * value.element_size() for value in model.parameters())
     return HEADROOM * size + WORKSPACE < torch.cuda.mem_get_info(device)[0]
-
-
-def _free_memory() -> float | None:
-    """Bytes of memory that can be had without swapping; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = {line.split(":")[0]: line.split()[1] for line in file}
-        return float(found["MemAvailable"]) * 1024
-    except (OSError, KeyError, IndexError, ValueError):
-        pass
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):
-        return None

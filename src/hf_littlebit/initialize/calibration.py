@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.output_head import CHUNK
+from ..layers.output_head import CACHED, CHUNK
 from ..placement import input_device
 
-__all__ = ["Importance", "calibrate"]
+__all__ = ["Importance", "Recorder", "calibrate"]
 
 
 class Importance(NamedTuple):
@@ -60,7 +60,10 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
     modes = [(module, module.training) for module in model.modules()]
     # By name: an offloaded module has other parameters after its forward.
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
-    recorder = _Recorder(model)
+    head = model.get_output_embeddings()
+    recorder = Recorder({name: module for name, module in model.named_modules() if module is not head})
+    # With all weights frozen, the embeddings' output is where gradients begin.
+    begin = model.get_input_embeddings().register_forward_hook(_begin)
     count = 0
     try:
         for name in trained:
@@ -82,6 +85,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
             count += 1
     finally:
         recorder.remove()
+        begin.remove()
         for module, mode in modes:
             module.training = mode
         for name in trained:
@@ -98,7 +102,7 @@ def _log_likelihood(logits: Tensor, mask: Tensor | None, generator: torch.Genera
     if mask is not None and mask.numel() == len(rows):
         keep = mask.flatten().to(rows.device)
     total = rows.new_zeros((), dtype=torch.float32)
-    size = max(1, CHUNK // rows.shape[-1])
+    size = max(1, (CACHED if rows.is_cpu else CHUNK) // rows.shape[-1])
     for at in range(0, len(rows), size):
         part = rows[at : at + size].float().log_softmax(-1)
         # Drawn on the CPU, so that every device draws the same.
@@ -107,18 +111,18 @@ def _log_likelihood(logits: Tensor, mask: Tensor | None, generator: torch.Genera
     return total
 
 
-class _Recorder:
-    """Hooks on all linear layers of a model, and the sums that they add up."""
+class Recorder:
+    """Hooks on the linear layers among `modules`, by name, and what they add up while inputs and gradients pass."""
 
-    def __init__(self, model: Any):
+    def __init__(self, modules: Mapping[str, nn.Module]):
         self.mask: Tensor | None = None  # of the tokens that count [batch, seq]
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # of squares, per row and per column
         self._tokens: dict[str, int] = {}
-        # With all weights frozen, the embeddings' output is where gradients begin.
-        self._handles = [model.get_input_embeddings().register_forward_hook(_begin)]
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-                self._handles.append(module.register_forward_hook(self._hook(f"{name}.weight")))
+        self._handles = [
+            module.register_forward_hook(self._hook(f"{name}.weight"))
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear)
+        ]
 
     def _hook(self, name: str) -> Any:
         def backward(grad: Tensor) -> None:
@@ -140,10 +144,12 @@ class _Recorder:
         return forward
 
     def remove(self) -> None:
+        """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
 
     def result(self) -> dict[str, Importance]:
+        """{weight name: Importance} of every layer that a token reached."""
         return {
             name: Importance(*((value / max(self._tokens[name], 1)).sqrt() for value in sums))
             for name, sums in self._sums.items()

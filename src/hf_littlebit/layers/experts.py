@@ -81,7 +81,9 @@ class LittleBitExperts(FactorModule):
                 setattr(self, key, value)
         for key, child in source.named_children():
             self.add_module(key, child)
-        self.source_class = type(source)
+        self.source_class: type[nn.Module] = (
+            source.source_class if isinstance(source, LittleBitExperts) else type(source)
+        )
         self.path_ranks = {weight: list(rank) for weight, rank in ranks.items()}
         self.latent = latent
         for weight, (count, out_features, in_features) in self.sizes.items():
@@ -133,7 +135,6 @@ class LittleBitExperts(FactorModule):
 
     def _twin(self, latent: bool) -> LittleBitExperts:
         twin = LittleBitExperts(self, self.path_ranks, latent, "meta", self.scale_dtype)
-        twin.source_class = self.source_class
         for weight, (count, *_) in self.sizes.items():
             twin.fill(
                 weight, self.stack([self.paths(weight, expert) for expert in range(count)], latent, self.scale_dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -39,14 +39,19 @@ from .source import quantization_of
 
 __all__ = [
     "balance_scales",
+    "cast_dense",
+    "check_in_memory",
     "factor_modules",
     "latent_model",
     "latents_and_scales",
     "pack_model",
+    "pack_modules",
+    "put_latents",
     "refuse_latents",
     "unpack_model",
     "unwrapped",
     "weight_ranks",
+    "with_format",
 ]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -76,32 +81,47 @@ def latent_model(
     quantized = quantization_of(model.config)
     if quantized is not None or factor_modules(model):
         raise ValueError("the model has LittleBit layers already; only a dense model can be factorized")
-    config = _with_format(config, "latent")
+    config = with_format(config, "latent")
     config.svd_device = config.svd_device or (None if device is None else str(device))
     refuse_float64(model)
     plan, known = plan_model(model, config), dict(importance or {})
     record(config, plan, model)
-    _check_in_memory(model, plan)
+    check_in_memory(model, plan)
     refuse_non_finite(model, dense=True)
     for message in plan.warnings():
         logger.warning("%s", message)
-    with torch.no_grad(), tqdm(total=len(plan.weights), desc="factorizing", unit="layer", disable=not progress) as bar:
+    with tqdm(total=len(plan.weights), desc="factorizing", unit="layer", disable=not progress) as bar:
         for name, weights in plan.by_module().items():
             dense = model.get_submodule(name)
             parts: dict[str, Tensor] = {}
-            for weight in weights:
-                parts |= factor_weight(getattr(dense, weight.weight).detach(), weight, config, known.get(weight.name))
-                bar.update()
-            replace_modules(model, Plan(weights), config, placeholders=False)
-            latent = model.get_submodule(name)
-            assert isinstance(latent, FactorModule), type(latent)
-            if getattr(dense, "bias", None) is not None:
-                latent.bias = dense.bias
-            for weight in weights:
-                latent.fill(weight.weight, _parts_of(weight, parts))
+            with torch.no_grad():
+                for weight in weights:
+                    value = getattr(dense, weight.weight).detach()
+                    parts |= factor_weight(value, weight, config, known.get(weight.name))
+                    bar.update()
+            put_latents(model, weights, config, parts)
             del dense
     finish(model, LittleBitHfQuantizer(config))
     return model
+
+
+def put_latents(
+    model: nn.Module, weights: Sequence[WeightPlan], config: LittleBitConfig, parts: Mapping[str, Tensor]
+) -> None:
+    """Put a latent module in the place of the dense one of `model` that holds `weights`, all of one module.
+
+    Args:
+        config: of format "latent". parts: {parameter name in the model: tensor}, as `factor_weight` makes them.
+    """
+    name = weights[0].module
+    bias = getattr(model.get_submodule(name), "bias", None)
+    replace_modules(model, Plan(list(weights)), config, placeholders=False)
+    latent = model.get_submodule(name)
+    assert isinstance(latent, FactorModule), type(latent)
+    if bias is not None:
+        latent.bias = bias
+    for weight in weights:
+        latent.fill(weight.weight, _parts_of(weight, parts))
 
 
 def pack_model(model: Model, dtype: torch.dtype | None = None) -> Model:
@@ -119,13 +139,19 @@ def pack_model(model: Model, dtype: torch.dtype | None = None) -> Model:
     if config is None or not modules:
         raise ValueError("the model has no latent LittleBit layers, so there is nothing to pack")
     refuse_diverged(model)
-    with torch.no_grad():
-        for name, module in modules.items():
-            model.set_submodule(name, module.pack())
-        if dtype is not None:
-            _cast_dense(model, dtype)
-    finish(model, LittleBitHfQuantizer(_with_format(config, "packed")))
+    pack_modules(model)
+    if dtype is not None:
+        cast_dense(model, dtype)
+    finish(model, LittleBitHfQuantizer(with_format(config, "packed")))
     return model
+
+
+def pack_modules(module: nn.Module) -> None:
+    """Pack every latent layer inside of `module`, a model or a part of one, in place."""
+    with torch.no_grad():
+        for name, latent in factor_modules(module).items():
+            if latent.latent:
+                module.set_submodule(name, latent.pack())
 
 
 def unpack_model(model: Model) -> Model:
@@ -143,7 +169,7 @@ def unpack_model(model: Model) -> Model:
     with torch.no_grad():
         for name, module in modules.items():
             model.set_submodule(name, module.unpack())
-    finish(model, LittleBitHfQuantizer(_with_format(config, "latent")))
+    finish(model, LittleBitHfQuantizer(with_format(config, "latent")))
     return model
 
 
@@ -230,7 +256,7 @@ def weight_ranks(module: nn.Module) -> dict[str, list[int]]:
     return {"weight": list(module.ranks)}
 
 
-def _cast_dense(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_dense(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters outside of LittleBit layers, and the biases in them; what the model's code needs in fp32 stays so."""
     parts = {f"{name}.{part}" for name, module in factor_modules(model).items() for part in module.part_dtypes}
     wanted = fp32_modules(model)
@@ -239,18 +265,18 @@ def _cast_dense(model: nn.Module, dtype: torch.dtype) -> None:
             value.data = value.data.to(dtype)
 
 
-def _parts_of(weight: WeightPlan, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+def _parts_of(weight: WeightPlan, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """{part: tensor} of `weight`, from `parts` by the parameters' names in the model."""
     return {part: parts[f"{weight.module}.{part_name(weight.weight, part)}"] for part in LATENT_PARTS}
 
 
-def _with_format(config: LittleBitConfig, format: str) -> LittleBitConfig:
+def with_format(config: LittleBitConfig, format: str) -> LittleBitConfig:
     config = copy.deepcopy(config)
     config.format = format
     return config
 
 
-def _check_in_memory(model: nn.Module, plan: Plan) -> None:
+def check_in_memory(model: nn.Module, plan: Plan) -> None:
     """Refuse a model whose weights are elsewhere: in other processes, or offloaded.
 
     Raises:

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import next_logits
-from ..placement import input_device, stored_parameters
+from ..placement import input_device
+from .resume import model_fingerprint
 
 __all__ = ["TokenBlocks", "read_texts", "sample_blocks", "text_blocks"]
 
@@ -261,11 +262,8 @@ def _sample(
 
 
 def _fingerprint(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *numbers: float) -> str:
-    """A short name of what the text of `sample_blocks` depends on: of the teacher its config and a slice of every parameter,
-    of the tokenizer its size and the tokens that separate documents, and the `numbers` among the arguments."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(teacher.config.to_json_string().encode())
-    for value in stored_parameters(teacher):
-        digest.update(value.flatten()[:64].float().cpu().numpy().tobytes())
+    """A short name of what the text of `sample_blocks` depends on: the teacher, of the tokenizer its size and the tokens that
+    separate documents, and the `numbers` among the arguments."""
+    digest = hashlib.blake2b(model_fingerprint(teacher), digest_size=8)
     digest.update(repr((len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, *numbers)).encode())
     return digest.hexdigest()

@@ -10,8 +10,9 @@ teacher, embeddings included.
 Source: LittleBit (arXiv 2506.13771, section 3.3), which sums the KL over a sequence's 2,048 tokens and weighs the hidden
 states by 10; per token that is `hidden_weight` = 10 / 2048.
 
-Memory: logits are upcast to fp32 CHUNK elements at a time. The gradient of the KL is written over the teacher's logits, in
-the dtype that the models compute in. Hidden states of both models are kept until the backward, without copies.
+Memory: logits are upcast to fp32 CHUNK elements at a time, on a CPU fewer, which its cache holds. The gradient of the KL is
+written over the teacher's logits, in the dtype that the models compute in. Hidden states of both models are kept until the
+backward, without copies.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from ..layers.output_head import CHUNK
+from ..layers.output_head import CACHED, CHUNK
 from ..placement import input_device
 from .distributed import is_partitioned, run_partitioned
 from .topk import TopK, TopKTeacher
@@ -54,7 +55,7 @@ class _KLDivergence(torch.autograd.Function):
         if needs:
             grad = _gradient_memory(rows, teacher)
         total = rows.new_zeros((), dtype=torch.float32)
-        size = max(1, CHUNK // vocabulary)
+        size = max(1, (min(CHUNK, CACHED) if rows.is_cpu else CHUNK) // vocabulary)
         for at in range(0, len(rows), size):
             part = slice(at, at + size)
             log_q = rows[part].float().log_softmax(-1)

@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["fingerprint", "keep_options", "last_checkpoint"]
+from ..placement import stored_parameters
+
+__all__ = ["OPTIONS", "fingerprint", "keep_options", "last_checkpoint", "model_fingerprint"]
 
 logger = logging.getLogger("hf_littlebit")
 STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoint
@@ -74,3 +76,12 @@ def keep_options(folder: str, options: Mapping[str, Any], resumed: bool, main: b
 def fingerprint(tokens: Tensor) -> str:
     """A short name of `tokens`, on the CPU and of any shape and integer dtype."""
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def model_fingerprint(model: Any) -> bytes:
+    """A short name of a model: of its config and a slice of every parameter."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(model.config.to_json_string().encode())
+    for value in stored_parameters(model):
+        digest.update(value.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.digest()

@@ -1,0 +1,170 @@
+"""`littlebit quantize --data`: a dense model and some text in, a refined and packed model out; goes on after a kill.
+
+The work is kept in DIR/refinement until the model is saved. It is what `--resume` goes on from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from dataclasses import replace
+from typing import Any
+
+from .out_folder import check_empty, check_folder
+
+__all__ = ["add_refine_options", "check_refine_options", "check_refine_out", "quantize_on_text", "remove_work"]
+
+WORK = "refinement"  # folder within --out
+LENGTH = 512  # the longest block of text by default
+TOKENS = 131_072  # of text by default
+FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
+CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
+WRITTEN = 32  # blocks that a model writes at a time
+ALLOCATION_ROWS = 16
+OPTIONS = ("column", "length", "tokens", "epochs", "distill_epochs", "allocate", "resume")  # that need --data
+
+
+def add_refine_options(quantize: argparse.ArgumentParser) -> None:
+    """The options of `quantize` for refinement on text."""
+    data = quantize.add_argument_group("refinement on text (minutes to hours; without --data nothing is trained)")
+    data.add_argument(
+        "--data",
+        metavar="TEXT",
+        nargs="+",
+        help="text files, folders, Hub datasets (org/name[:config][@split]), or `self`: the model writes the text",
+    )
+    data.add_argument("--column", metavar="NAME", help="of datasets and JSON lines (default: text)")
+    data.add_argument(
+        "--length", metavar="N", type=int, help="tokens per block of text (default: the context, at most 512)"
+    )
+    data.add_argument("--tokens", metavar="N", type=int, help=f"of text to use at most (default: {TOKENS:,})")
+    data.add_argument("--epochs", metavar="X", type=float, help="passes over the text for every block")
+    data.add_argument(
+        "--distill-epochs", metavar="X", type=float, help="passes of the whole model at the end; 0 leaves that out"
+    )
+    data.add_argument(
+        "--allocate",
+        action="store_true",
+        default=None,
+        help="share the bits out among the blocks by what the errors of each cost (default: all the same)",
+    )
+    data.add_argument(
+        "--resume", action="store_true", default=None, help="go on with what a kill left in DIR/refinement"
+    )
+
+
+def check_refine_options(args: argparse.Namespace) -> None:
+    """Refuse impossible options before anything is loaded.
+
+    Raises:
+        ValueError: with the value and the limit.
+    """
+    if args.data is None:
+        given = [name for name in OPTIONS if getattr(args, name) is not None]
+        if given:
+            raise ValueError(
+                f"--{given[0].replace('_', '-')} is for refinement on text; add --data TEXT, or leave it out"
+            )
+        return
+    if "self" in args.data and len(args.data) > 1:
+        raise ValueError("--data self stands alone: the model writes all of the text")
+    if args.format not in (None, "packed"):
+        raise ValueError(f"--format is {args.format!r}, but refinement ends with a packed model; use littlebit train")
+    for name, least in (("epochs", 0), ("distill_epochs", 0)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} is {value:g}; it must be {least} or more")
+    if args.epochs == 0:
+        raise ValueError("--epochs is 0, which would tune nothing; leave out --data to quantize without text")
+
+
+def check_refine_out(args: argparse.Namespace) -> None:
+    """Refuse an --out that holds other files than an unfinished refinement which --resume goes on with."""
+    work = os.path.join(args.out, WORK)
+    check_folder(args.out)
+    unfinished = os.path.isdir(work) and os.listdir(args.out) == [WORK]
+    if unfinished and not args.resume:
+        raise ValueError(f"{work} holds an unfinished refinement; add --resume to go on, or give another --out")
+    if args.resume and not os.path.isdir(work):
+        raise ValueError(f"{work} holds no unfinished refinement to resume; leave out --resume")
+    if not unfinished and not args.resume:
+        check_empty(args.out, args.overwrite, args.model, "dense model")
+
+
+def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """(refined model, packed, and its Check or None) for the options of `littlebit quantize --data`.
+
+    Its work stays in --out until `remove_work`. Arguments as of text_free.quantize_without_text.
+    """
+    from ..load.meta_model import model_class
+    from ..refinement.refinement import refine
+    from ..report.guard import Check, block_loss
+
+    length, rows = _sizes(args, source)
+    recipe = _recipe(args)
+    model = model_class(source.config).from_pretrained(args.model, dtype=args.dtype)
+    blocks = _text(args, model, tokenizer, length, rows)
+    check = None
+    if not args.no_check:
+        blocks, held_out = blocks.split(max(1, min(CHECK_ROWS, len(blocks) // 10)))
+        dense = block_loss(model, held_out.tokens)
+    model = refine(model, config, blocks, recipe=recipe, folder=os.path.join(args.out, WORK), device=args.device)
+    if not args.no_check:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        what = "text that the dense model wrote" if args.data == ["self"] else "the end of the text, which was held out"
+        count = len(held_out) * (length - 1)
+        check = Check(dense, block_loss(model, held_out.tokens), count, vocabulary, what)
+    return model, check
+
+
+def _sizes(args: argparse.Namespace, source: Any) -> tuple[int, int]:
+    """Tokens per block of text, and the most blocks."""
+    context = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    length = min(context, LENGTH) if args.length is None else args.length
+    if not 2 <= length <= context:
+        raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")
+    tokens = TOKENS if args.tokens is None else args.tokens
+    if tokens // length < FEWEST:
+        raise ValueError(
+            f"--tokens is {tokens}; at least {FEWEST} blocks of {length} are needed (--length makes them shorter)"
+        )
+    return length, tokens // length
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    """The default Recipe, with what the options say."""
+    from ..refinement.recipe import Recipe
+
+    recipe = Recipe()
+    if args.epochs is not None:
+        recipe = replace(recipe, epochs=args.epochs)
+    if args.distill_epochs is not None and recipe.distillation is not None:
+        schedule = replace(recipe.distillation, epochs=args.distill_epochs) if args.distill_epochs else None
+        recipe = replace(recipe, distillation=schedule)
+    if args.allocate:
+        recipe = replace(recipe, allocation_rows=ALLOCATION_ROWS)
+    return recipe
+
+
+def _text(args: argparse.Namespace, model: Any, tokenizer: Any, length: int, rows: int) -> Any:
+    """The TokenBlocks that --data stands for."""
+    from ..train.data import read_texts, sample_blocks, text_blocks
+
+    if args.data == ["self"]:
+        work = os.path.join(args.out, WORK)
+        blocks = sample_blocks(model, tokenizer, rows, length, seed=args.seed or 0, batch_size=WRITTEN, cache=work)
+    else:
+        column = args.column or "text"
+        blocks = text_blocks(read_texts(args.data, column), tokenizer, length, column, rows)
+    if len(blocks) < FEWEST:
+        raise ValueError(
+            f"the text has {len(blocks)} block(s) of {length} tokens; at least {FEWEST} are needed: give more text or less "
+            "--length"
+        )
+    return blocks
+
+
+def remove_work(out: str) -> None:
+    """Delete the work of a refinement whose model is saved in `out`."""
+    shutil.rmtree(os.path.join(out, WORK), ignore_errors=True)

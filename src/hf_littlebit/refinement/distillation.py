@@ -1,0 +1,137 @@
+"""The last part of a refinement: the whole model learns the dense one's next tokens, for a short time.
+
+Blocks are tuned one by one, each for its own error; here they learn what these errors together do to the text. The teacher is the
+dense model's likeliest tokens with one bucket for the rest (train/topk.py), written before its first block is replaced: no dense
+model is held or run any more. Training is that of `littlebit train`: a LittleBitTrainer, whose checkpoints resume
+after a kill, without the error of hidden states.
+
+All latents are in memory for it with their gradients and Adam's state, 16 bytes for each of their numbers, and the rest of the
+model in fp32. Where that does not fit, the model stays as its blocks were tuned.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..load.convert import factor_modules
+from ..placement import input_device
+from ..plan import Plan
+from ..train.callback import LittleBitCallback
+from ..train.data import TokenBlocks
+from ..train.resume import last_checkpoint
+from ..train.topk import TopKTeacher, save_topk
+from ..train.trainer import LittleBitTrainer
+
+__all__ = ["Schedule", "distil", "memory_needed", "teacher_of"]
+
+LIKELIEST = 64  # tokens that are kept of the teacher for every position
+ROWS = 4  # at a time for the teacher
+WORKSPACE = 2e9  # bytes for a step's activations and logits
+SAVES = 8  # checkpoints of a distillation, of which the last is kept
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the whole model is distilled, and at what rates.
+
+    Attributes:
+        epochs: passes over the rows. batch: rows per step.
+        latents, scales, rest: learning rates of U and V, of the scales, and of norms and biases. 0 for the latents leaves all
+            signs as they are.
+    """
+
+    epochs: float = 4.0
+    batch: int = 2
+    latents: float = 5e-4
+    scales: float = 3e-3
+    rest: float = 2e-4
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps over so many rows."""
+        return max(1, math.ceil(self.epochs * rows / self.batch))
+
+
+def memory_needed(model: PreTrainedModel, plan: Plan) -> float:
+    """Bytes that the distillation of the dense `model`, quantized by `plan`, takes at its peak, about."""
+    latents = sum(
+        weight.count * sum(weight.ranks) * (weight.out_features + weight.in_features) for weight in plan.weights
+    )
+    rest = sum(value.numel() for value in model.parameters()) - plan.numel
+    return 16.0 * latents + 4.0 * rest + WORKSPACE
+
+
+def teacher_of(model: PreTrainedModel, tokens: Tensor, folder: str, dtype: torch.dtype) -> TopKTeacher:
+    """The likeliest next tokens of the dense `model` for all rows of `tokens` [rows, length], kept in `folder`.
+
+    A folder that has them already is read. `dtype` is what the model computes in.
+    """
+    try:
+        return TopKTeacher(folder)
+    except ValueError:  # there is none yet, or a kill cut it short
+        k = min(LIKELIEST, model.config.get_text_config().vocab_size - 1)
+    batches = ({"input_ids": part} for part in tokens.long().split(ROWS))
+    with torch.autocast(input_device(model).type, dtype, enabled=dtype != torch.float32):
+        return save_topk(model, batches, folder, k)
+
+
+def distil(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    teacher: TopKTeacher,
+    schedule: Schedule,
+    folder: str,
+    *,
+    dtype: torch.dtype,
+    bf16: bool,
+    device: torch.device,
+    seed: int,
+    progress: bool,
+) -> None:
+    """Train the latent `model` in place on rows of `tokens`, and pack it; goes on from a checkpoint in `folder`.
+
+    Args:
+        dtype: of what stays dense, once packed. bf16: compute in it.
+    """
+    for parameter in model.parameters():
+        # Embeddings and head are the dense model's, and so are routers: the text is too short to move them.
+        parameter.requires_grad_(parameter.ndim == 1 and parameter.is_floating_point())
+    latents = [value for module in factor_modules(model).values() for value in module.parameters(recurse=False)]
+    for parameter in latents:
+        parameter.requires_grad_(True)
+    steps = schedule.steps(len(tokens))
+    arguments = TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=schedule.batch,
+        learning_rate=schedule.rest,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        optim="adamw_torch_fused",
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        logging_steps=max(1, steps // 20),
+        save_strategy="steps",
+        save_steps=max(1, steps // SAVES),
+        save_total_limit=1,
+        seed=seed,
+        report_to=[],
+        disable_tqdm=not progress,
+    )
+    callback = LittleBitCallback(None, teacher, hidden_weight=0.0, dtype=dtype)
+    trainer = LittleBitTrainer(
+        model,
+        arguments,
+        callbacks=[callback],
+        train_dataset=TokenBlocks(tokens),
+        latent_learning_rate=schedule.latents,
+        scale_learning_rate=schedule.scales,
+        calibration=0,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    # Takes autocast off the model's forward, which was for the training.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

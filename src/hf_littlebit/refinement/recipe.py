@@ -1,0 +1,77 @@
+"""How much work a refinement is, and on which rows of the text it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distillation import Schedule
+from .tuning import Rates
+
+__all__ = ["Recipe", "as_tokens", "block_rows"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How much work a refinement is, and at what rates; the defaults are what won in an hour on two CPU cores (docs/refinement.md).
+
+    Attributes:
+        epochs: passes over the rows for every block. batch: rows per step of a block.
+        rates: of a block's tuning.
+        importance_rows: rows that a block's importances are measured on.
+        allocation_rows: rows that the costs of blocks are measured on, to share the bits out by; 0 gives all the same.
+        distillation: of the whole model at the end; None leaves it out.
+    """
+
+    block_tokens: int = 65_536
+    length: int = 256
+    epochs: float = 1.0
+    batch: int = 1
+    rates: Rates = field(default_factory=lambda: Rates(latents=1e-3, scales=2e-3, rest=1e-3))
+    importance_rows: int = 16
+    allocation_rows: int = 0
+    distillation: Schedule | None = field(default_factory=Schedule)
+
+
+def as_tokens(data: Any) -> Tensor:
+    """Text as tokens, int32 [rows, length], from what `refine` takes.
+
+    Raises:
+        ValueError: for anything else, rows of different lengths, or too few of them.
+    """
+    if isinstance(data, str | bytes):
+        raise ValueError(
+            f"data is {data!r:.60}; give tokens, as text_blocks(texts, tokenizer, length) makes them of text"
+        )
+    if not torch.is_tensor(data):
+        rows = [data[index] for index in range(len(data))]
+        rows = [torch.as_tensor(row["input_ids"] if isinstance(row, Mapping) else row) for row in rows]
+        shapes = sorted({tuple(row.shape) for row in rows})
+        if len(shapes) != 1:
+            raise ValueError(f"data has rows of {len(shapes)} shapes; cut them to one length, e.g. by text_blocks")
+        data = torch.stack(rows)
+    if data.ndim != 2 or data.is_floating_point() or data.shape[1] < 2:
+        raise ValueError(
+            f"data is {list(data.shape)} of {data.dtype}; it must be tokens [rows, length], at least 2 a row"
+        )
+    if len(data) < 2:
+        raise ValueError(
+            f"data has {len(data)} row of {data.shape[1]} tokens; give at least 2, one of them to measure on"
+        )
+    return data.to("cpu", torch.int32)
+
+
+def block_rows(tokens: Tensor, recipe: Recipe) -> Tensor:
+    """The rows that blocks are tuned on: some from all over `tokens` [rows, length], cut into equal pieces where they are long.
+
+    A step of one short row costs half of one twice as long, and attention within it a quarter; and steps are what tuning needs.
+    """
+    length = tokens.shape[1]
+    count = min(len(tokens), max(2, recipe.block_tokens // length))
+    rows = tokens[torch.arange(count) * len(tokens) // count]
+    pieces = next(count for count in range(1, length + 1) if length % count == 0 and length // count <= recipe.length)
+    return rows.reshape(len(rows) * pieces, length // pieces)

@@ -1,0 +1,354 @@
+"""Post-training refinement of a causal model, block by block, on some thousand tokens of text.
+
+    for every block:  dense stream    what the dense block makes of the dense model's hidden states: the target
+                      factor          its weights, for what their errors cost (factoring.py)
+                      tune            latents, scales and norms at once, from the refined prefix's hidden states (tuning.py)
+                      student stream  what the refined block makes of them: the next block's input
+    at the end:       distil          the whole model on the dense one's likeliest tokens (distillation.py)
+
+Memory holds the model, one block's training, and of the two streams what the system keeps of their files. Every block that is done
+is on disk, and so are both streams: what a kill interrupts goes on from the last block (journal.py).
+
+Sources: NanoQuant (arXiv 2602.06694) for the order of things, double binary factorization (arXiv 2505.11076).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..config import LittleBitConfig
+from ..initialize.calibration import Importance
+from ..load.convert import cast_dense, check_in_memory, factor_modules, pack_modules, with_format
+from ..load.form import finish, record
+from ..load.quantizer import LittleBitHfQuantizer
+from ..load.source import quantization_of
+from ..placement import compute_dtype, free_memory
+from ..plan import WeightPlan, plan_model
+from ..train.resume import OPTIONS, fingerprint, keep_options, model_fingerprint
+from ..train.topk import TopKTeacher
+from .allocation import PROBE_STEPS, allocate, measure_costs
+from .blocks import Calls, find_blocks
+from .distillation import Schedule, distil, memory_needed, teacher_of
+from .experts import ExpertCounts
+from .factoring import block_importance, factor_block, restore_block
+from .journal import Journal, Watch
+from .recipe import Recipe, as_tokens, block_rows
+from .streams import Stream
+from .tuning import tune_block
+
+__all__ = ["refine"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+logger = logging.getLogger("hf_littlebit")
+ADMM_STEPS = 60  # three times as many find 4 % less error, which tuning evens out
+FORWARD_ROWS = 4  # rows at a time where nothing is trained
+HELD_OUT = 8  # rows that tell which state of a block is the best, at most a tenth of all
+NAMED = 8  # experts that a warning names
+
+
+def refine(
+    model: Model,
+    config: LittleBitConfig,
+    data: Any,
+    *,
+    recipe: Recipe | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Model:
+    """Quantize a dense causal `model` in place by refinement on text, and return it packed.
+
+    Args:
+        config: as for from_pretrained. `steps` None means ADMM_STEPS here, because tuning evens out what a longer start gains.
+        data: the text as tokens [rows, length] of an integer dtype, or a dataset whose rows have such `input_ids`, as
+            `text_blocks` and `sample_blocks` make them. All rows are used, and all have one length.
+        recipe: None for the default one.
+        folder: where the work is kept until it is done; if it holds an unfinished refinement of the same model, text and
+            options, that one goes on. A temporary folder if None. It takes 8 bytes per token and hidden unit for the
+            streams while a block is written twice that, and the latents of all blocks in fp32.
+        device: that computes; by default the accelerator if there is one, else the CPU.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for a model that is no dense causal one, or whose blocks are no chain, text that is too short, and a folder
+            of another refinement.
+    """
+    recipe = Recipe() if recipe is None else recipe
+    tokens = as_tokens(data)
+    work = _Refinement(model, config, tokens, recipe, device, progress)
+    with torch.enable_grad():  # whatever the caller has switched off
+        if folder is None:
+            with tempfile.TemporaryDirectory(prefix="littlebit-refine-") as temporary:
+                work.run(temporary)
+        else:
+            work.run(os.fspath(folder))
+    return model
+
+
+class _Refinement:
+    """One refinement: what it is made of, and its steps. Arguments as of `refine`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: LittleBitConfig,
+        tokens: Tensor,
+        recipe: Recipe,
+        device: torch.device | str | None,
+        progress: bool,
+    ):
+        if quantization_of(model.config) is not None or factor_modules(model):
+            raise ValueError("the model has LittleBit layers already; only a dense model can be refined")
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = embeddings.num_embeddings
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise ValueError(
+                f"data has tokens from {int(tokens.min())} to {int(tokens.max())}, but the model has {vocabulary}; use the "
+                "model's own tokenizer"
+            )
+        self.model, self.tokens, self.recipe, self.progress = model.eval(), tokens, recipe, progress
+        self.config = copy.deepcopy(config)
+        self.config.format = "latent"
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = torch.device(device) if device is not None else accelerator or torch.device("cpu")
+        self.config.svd_device = self.config.svd_device or (None if self.device.type == "cpu" else str(self.device))
+        # Saved options are the user's; these steps are this start's own.
+        self.working = copy.deepcopy(self.config)
+        if config.init == "admm" and config.steps is None:
+            self.working.steps = ADMM_STEPS
+        self.compute = compute_dtype(self.device)
+        self.plan = plan_model(model, self.config)
+        check_in_memory(model, self.plan)
+        self.dtype = model.dtype
+        self.blocks = find_blocks(model, [weight.module for weight in self.plan.weights])
+        self.rows = block_rows(tokens, recipe)
+        self.held_out = max(1, min(HELD_OUT, len(self.rows) // 10))
+        self.batch = min(recipe.batch, len(self.rows) - self.held_out)
+
+    def run(self, folder: str) -> None:
+        """All of it, with the work in `folder`."""
+        os.makedirs(folder, exist_ok=True)
+        self.journal = Journal(folder)
+        keep_options(folder, self._made_of(), resumed=os.path.isfile(self.journal.path(OPTIONS)))
+        self.blocks.check(self.rows[:1].long())
+        if self.recipe.allocation_rows:
+            self._allocate()
+        for message in self.plan.warnings():
+            logger.warning("%s", message)
+        record(self.config, self.plan, self.model)
+        schedule = self._schedule()
+        teacher = None
+        if schedule is not None:
+            teacher = teacher_of(self.model, self.tokens, self.journal.path("teacher"), self.compute)
+        for index in range(len(self.journal.blocks)):
+            self._restore(index)
+            pack_modules(self.blocks[index])
+        self._refine_blocks()
+        self._factor_rest()
+        if schedule is not None and teacher is not None:
+            self._distil(schedule, teacher)
+        else:
+            pack_modules(self.model)
+            cast_dense(self.model, self.dtype)
+            finish(self.model, LittleBitHfQuantizer(with_format(self.config, "packed")))
+
+    def _schedule(self) -> Schedule | None:
+        """The recipe's distillation, unless there is too little memory for it."""
+        need, free = memory_needed(self.model, self.plan), free_memory(self.device)
+        if self.recipe.distillation is None or free is None or need <= free:
+            return self.recipe.distillation
+        logger.warning(
+            "the distillation at the end is left out: it takes about %.1f GB of memory, and %.1f GB are free; the blocks are "
+            "refined all the same.",
+            need / 1e9,
+            free / 1e9,
+        )
+        return None
+
+    def _made_of(self) -> dict[str, Any]:
+        """What must be the same in a refinement that goes on."""
+        return {
+            "the model": model_fingerprint(self.model).hex(),
+            "the method": {key: value for key, value in self.config.to_dict().items() if key != "base_model"},
+            "the text": fingerprint(self.tokens),
+            "the recipe": asdict(self.recipe),
+        }
+
+    def _allocate(self) -> None:
+        """Give every block the bits that its errors are worth (allocation.py), or those that an earlier run has found."""
+        found = self.journal.read_allocation()
+        if found is None:
+            costs = measure_costs(
+                self.blocks,
+                self.rows[: self.recipe.allocation_rows],
+                self._probe,
+                float(self.config.bpw or 0),
+                device=self.device,
+                dtype=self.compute,
+                progress=self.progress,
+            )
+            found = allocate(self.model, self.config, self.blocks, costs).module_config or {}
+            self.journal.save_allocation(found)
+        self.config.module_config = found
+        self.plan = plan_model(self.model, self.config)
+
+    def _probe(self, index: int, bpw: float) -> nn.Module:
+        """A copy of the dense block `index` that is factored at `bpw` bits per weight, quickly and for its weights alone."""
+        name, dense = self.blocks.names[index], self.blocks[index]
+        config = copy.deepcopy(self.config)
+        config.bpw = bpw
+        if config.init == "admm":
+            config.steps = min(PROBE_STEPS, self.working.steps or PROBE_STEPS)
+        weights = [each for each in plan_model(self.model, config).weights if each.module.startswith(f"{name}.")]
+        self.model.set_submodule(name, copy.deepcopy(dense))
+        try:
+            factor_block(self.model, weights, config, {})
+            return self.blocks[index].to(self.device)
+        finally:
+            self.model.set_submodule(name, dense)
+
+    # -- blocks ---------------------------------------------------------------------------------------------------------------
+
+    def _restore(self, index: int) -> None:
+        """Put block `index` into the model as the journal has it, latent."""
+        state = self.journal.read_block(index)
+        restore_block(self.model, self._weights(index), self.config, state)
+        block = self.blocks[index]
+        with torch.no_grad():
+            for name, value in block.named_parameters():
+                value.data = state[f"{self.blocks.names[index]}.{name}"].to(value.device)
+
+    def _weights(self, index: int) -> list[WeightPlan]:
+        prefix = self.blocks.names[index] + "."
+        return [weight for weight in self.plan.weights if weight.module.startswith(prefix)]
+
+    def _refine_blocks(self) -> None:
+        done = len(self.journal.blocks)
+        dense, student = self._streams(done)
+        with tqdm(
+            total=len(self.blocks), initial=done, desc="refining", unit="block", disable=not self.progress
+        ) as bar:
+            for index in range(done, len(self.blocks)):
+                following, figures = self._refine_block(index, dense, student)
+                self.journal.note(figures)
+                dense.remove()
+                student.remove()
+                dense, student = following
+                bar.update()
+                bar.set_postfix(error=f"{figures['after']:.3f}", flipped=f"{figures['flipped']:.1%}")
+
+    def _streams(self, index: int) -> tuple[Stream, Stream]:
+        """Both streams in front of block `index`, which the journal has, or the embeddings of the text."""
+        first = self.blocks.first_input(self.rows[:1].long())
+        shape = (*self.rows.shape, first.shape[-1])
+        dense, student = (Stream(self.journal.folder, name, index, shape) for name in ("dense", "student"))
+        if index == 0:
+            for stream in (dense, student):
+                stream.write(lambda rows: self.blocks.first_input(self.rows[rows].long()), FORWARD_ROWS)
+        return dense, student
+
+    def _refine_block(self, index: int, dense: Stream, student: Stream) -> tuple[tuple[Stream, Stream], dict[str, Any]]:
+        """Refine block `index`, write it, and return both streams behind it with its figures."""
+        name, block, watch = self.blocks.names[index], self.blocks[index], Watch()
+        calls = Calls(self.blocks, index, self.rows, self.device)
+        home = next(block.parameters()).device
+        # In fp32, also what stays dense: Adam's steps are too small for 16 bits. Products are cast by autocast.
+        block.to(self.device).float()
+
+        def forward(rows: slice | Tensor, hidden: Tensor) -> Tensor:
+            with self._autocast():
+                return calls(rows)(block, hidden.to(self.device))
+
+        with torch.no_grad():
+            target = dense.following(index + 1)
+            target.write(lambda rows: forward(rows, dense[rows]), FORWARD_ROWS)
+        watch.note("dense")
+        importance = self._importance(index, student, forward)
+        factor_block(self.model, self._weights(index), self.working, importance)
+        watch.note("factor")
+        trained = len(self.rows) - self.held_out
+        outcome = tune_block(
+            block,
+            lambda rows: forward(rows, student[rows]),
+            lambda rows: target[rows].to(self.device),
+            rows=len(self.rows),
+            held_out=self.held_out,
+            steps=math.ceil(self.recipe.epochs * trained / self.batch),
+            batch=self.batch,
+            rates=self.recipe.rates,
+            seed=self.config.seed + index,
+        )
+        watch.note("tune")
+        counts = ExpertCounts(block, name)
+        with torch.no_grad():
+            result = student.following(index + 1)
+            result.write(lambda rows: forward(rows, student[rows]), FORWARD_ROWS)
+        counts.remove()
+        watch.note("student")
+        unseen = counts.unseen()
+        if unseen:
+            logger.warning(
+                "no token of the text reached %s%s: factored for the weights alone, and not tuned. Give more text.",
+                ", ".join(unseen[:NAMED]),
+                f" and {len(unseen) - NAMED} more" if len(unseen) > NAMED else "",
+            )
+        block.to(home)
+        self.journal.save_block(index, block, name)
+        pack_modules(block)
+        return (target, result), {"name": name, **outcome._asdict(), "unseen": unseen, "seconds": watch.seconds}
+
+    def _importance(
+        self, index: int, student: Stream, forward: Callable[[slice | Tensor, Tensor], Tensor]
+    ) -> dict[str, Importance]:
+        """Importances of the dense block `index` on what the refined prefix gives it."""
+        size = FORWARD_ROWS
+        parts = [slice(at, at + size) for at in range(0, min(self.recipe.importance_rows, len(self.rows)), size)]
+        batches = ((part, student[part]) for part in parts)
+        return block_importance(
+            self.blocks[index], self.blocks.names[index], forward, batches, self.config.seed + index
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32)
+
+    # -- the whole model ------------------------------------------------------------------------------------------------------
+
+    def _factor_rest(self) -> None:
+        """Factor the planned weights that no block holds, e.g. projections behind the embeddings, for themselves alone."""
+        inside = tuple(f"{name}." for name in self.blocks.names)
+        rest = [weight for weight in self.plan.weights if not weight.module.startswith(inside)]
+        factor_block(self.model, rest, self.working, {})
+
+    def _distil(self, schedule: Schedule, teacher: TopKTeacher) -> None:
+        """Make the packed model latent again, as the journal has it, distil it, and pack it."""
+        for index in range(len(self.blocks)):
+            self._restore(index)
+        # Before transformers knows the model as a quantized one, which it would not move or cast.
+        cast_dense(self.model, torch.float32)
+        self.model.to(self.device)  # type: ignore[arg-type]
+        finish(self.model, LittleBitHfQuantizer(self.config))
+        distil(
+            self.model,
+            self.tokens,
+            teacher,
+            schedule,
+            self.journal.path("checkpoints"),
+            dtype=self.dtype,
+            bf16=self.compute == torch.bfloat16,
+            device=self.device,
+            seed=self.config.seed,
+            progress=self.progress,
+        )

@@ -1,0 +1,119 @@
+"""`littlebit quantize --data`: from a dense model and a text to a refined one, its refusals, and going on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from families import load
+from transformers import AutoTokenizer
+
+from hf_littlebit import perplexity
+from hf_littlebit.command.cli import main
+from hf_littlebit.report.size import size_report
+
+MAIN = "import sys; from hf_littlebit.command.cli import main; sys.exit(main(sys.argv[1:]))"
+METHOD = ["--bpw", "2", "--init", "admm", "--steps", "10"]
+SHORT = ["--length", "32", "--tokens", "1280", "--distill-epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "story.txt"
+    story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+    file.write_text(story * 100)
+    return str(file)
+
+
+def words(model, text, out, *more):
+    return ["quantize", model, *METHOD, "--data", text, "--out", str(out), *SHORT, *more]
+
+
+def test_from_text_to_refined(stories, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(words(stories, text, out)) == 0
+    printed = capsys.readouterr()
+    assert f"saved to {out}" in printed.out and "refining" in printed.err
+    assert sorted(os.listdir(out)) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert main(["quantize", stories, *METHOD, "--out", str(tmp_path / "plain")]) == 0
+    assert size_report(str(out)).total_bytes == size_report(str(tmp_path / "plain")).total_bytes
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    with open(text, encoding="utf-8") as file:
+        written = file.read()
+    refined, plain = (
+        perplexity(load(str(folder)), tokenizer, written, length=64, max_blocks=4, progress=False).loss
+        for folder in (out, tmp_path / "plain")
+    )
+    assert refined < plain - 0.1
+
+
+def test_text_of_its_own_and_no_distillation(stories, tmp_path):
+    out = tmp_path / "out"
+    assert main(words(stories, "self", out, "--distill-epochs", "0", "--epochs", "0.2", "--tokens", "320")) == 0
+    assert load(str(out)).config.quantization_config.bpw == 2.0
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--epochs", "-1"], "--epochs is -1; it must be 0 or more"),
+        (["--epochs", "0"], "leave out --data"),
+        (["--tokens", "40"], "at least two blocks of 32"),
+        (["--length", "4096"], "the model's context of 512"),
+        (["--format", "latent"], "use littlebit train"),
+        (["--data", "self", "other.txt"], "stands alone"),
+        (["--data", "missing.txt"], "missing.txt does not exist"),
+        (["--resume"], "no unfinished refinement"),
+    ],
+)
+def test_what_cannot_work_is_refused(more, message, stories, text, tmp_path, capsys):
+    assert main(words(stories, text, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "out" / "config.json")
+
+
+def test_options_without_text_are_refused(stories, tmp_path, capsys):
+    assert main(["quantize", stories, *METHOD, "--out", str(tmp_path / "out"), "--epochs", "2"]) == 2
+    assert "--epochs is for refinement on text; add --data" in capsys.readouterr().err
+
+
+@pytest.mark.subprocess
+def test_a_kill_loses_one_block_at_most(stories, text, tmp_path, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    more = ["--epochs", "4"]
+    command = [sys.executable, "-c", MAIN]
+    subprocess.run([*command, *words(stories, text, whole, *more)], check=True, env=environment, capture_output=True)
+    process = subprocess.Popen(
+        [*command, *words(stories, text, killed, *more)], env=environment, stderr=subprocess.DEVNULL
+    )
+    done = killed / "refinement" / "done.json"
+    until = time.monotonic() + 300
+    while not (done.exists() and len(json.loads(done.read_text())) >= 2):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    blocks = len(json.loads(done.read_text()))
+    assert 2 <= blocks < 5
+    assert main(words(stories, text, killed, *more)) == 2
+    assert "add --resume to go on" in capsys.readouterr().err
+    assert main(words(stories, text, killed, *more, "--resume", "--seed", "1")) == 2
+    assert "was started with" in capsys.readouterr().err
+    again = subprocess.run(
+        [*command, *words(stories, text, killed, *more, "--resume")], check=True, env=environment, capture_output=True
+    )
+    assert f"{blocks}/5" in again.stderr.decode()  # where the bar goes on
+    first, second = load(str(whole)).state_dict(), load(str(killed)).state_dict()
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name

@@ -1,0 +1,306 @@
+"""Refinement: blocks are called as their model calls them, tuning brings the block nearer, and a kill loses one block at most."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from families import build, config, load
+from torch import nn
+
+from hf_littlebit import Recipe, TopKTeacher, refine
+from hf_littlebit.load.convert import factor_modules, latent_model
+from hf_littlebit.plan import plan_model
+from hf_littlebit.refinement import refinement, tuning
+from hf_littlebit.refinement.allocation import PROBES, Cost, measure_costs, shares
+from hf_littlebit.refinement.blocks import BlockList, Calls, find_blocks
+from hf_littlebit.refinement.distillation import Schedule
+from hf_littlebit.refinement.recipe import as_tokens, block_rows
+from hf_littlebit.refinement.tuning import Rates, relative_error, tune_block
+
+TOKENS = torch.randint(3, 128, (20, 24), generator=torch.Generator().manual_seed(0))
+BLOCKS_ALONE = Recipe(epochs=1, distillation=None)
+CAUSAL = ["llama", "llama_tied", "llama_bias", "opt", "phi3", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"]
+
+
+def blocks_of(model):
+    return find_blocks(model, [weight.module for weight in plan_model(model, config()).weights])
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_chain_of_blocks_is_the_model(family):
+    """Embeddings, every block with what it is called with, and the head give the model's own logits."""
+    model = build(family)
+    blocks, tokens = blocks_of(model), TOKENS[:3]
+    blocks.check(tokens[:1])
+    assert len(blocks) == 2
+    with torch.no_grad():
+        hidden = blocks.first_input(tokens)
+        for index in range(len(blocks)):
+            hidden = Calls(blocks, index, TOKENS, torch.device("cpu"))(slice(0, 3))(blocks[index], hidden)
+        found = blocks.logits(tokens, hidden)
+        expected = model(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected)
+    assert all("forward" not in block.__dict__ for block in model.modules())
+
+
+def test_arguments_that_depend_on_tokens_are_asked_for_every_batch():
+    class Block(nn.Module):
+        def forward(self, hidden_states, extra):
+            return hidden_states + extra
+
+    model = build("llama")
+    inner = model.model
+    inner.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(input_ids, use_cache=False, **unused):
+        hidden = model.get_input_embeddings()(input_ids)
+        for block in inner.layers:
+            hidden = block(hidden, extra=model.get_input_embeddings()(input_ids + 1))
+        return hidden
+
+    model.forward = forward
+    calls = Calls(BlockList(model, ["model.layers.0", "model.layers.1"]), 1, TOKENS.clamp(max=126), torch.device("cpu"))
+    for rows in (slice(0, 2), torch.tensor([5, 1])):
+        expected = model.get_input_embeddings()(TOKENS.clamp(max=126)[rows] + 1)
+        assert torch.equal(calls(rows).kwargs["extra"], expected)
+
+
+def test_models_that_are_no_chain_are_refused():
+    model = build("llama")
+    model.model.layers[0].forward = lambda hidden_states, **unused: model.model.layers[1](hidden_states, **unused)
+    with pytest.raises(ValueError, match="as a chain"):
+        blocks_of(model).check(TOKENS[:1])
+    with pytest.raises(ValueError, match="list of blocks"):
+        find_blocks(build("llama"), ["lm_head"])
+
+
+def test_relative_error_counts_every_token_alike():
+    target = torch.randn(2, 5, 8)
+    student = target + 0.1 * target.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(
+        torch.randn(2, 5, 8), dim=-1
+    )
+    target[0, 0] *= 1e4  # a massive activation, as far off as all others
+    student[0, 0] *= 1e4
+    torch.testing.assert_close(relative_error(student, target), torch.tensor(0.01))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+def test_tuning_brings_every_block_nearer(family, tmp_path):
+    dense = build(family)
+    asked = config(bpw=1.5, init="admm", steps=20)
+    recipe = Recipe(epochs=4, distillation=None)
+    model = refine(copy.deepcopy(dense), asked, TOKENS, recipe=recipe, folder=tmp_path, progress=False)
+    figures = json.loads((tmp_path / "done.json").read_text())
+    assert [block["steps"] for block in figures] == [72, 72]
+    for block in figures:
+        assert block["after"] < 0.95 * block["before"], block
+        assert 0 < block["flipped"] < 0.5 and block["undone"] == 0
+    assert all(not module.latent for module in factor_modules(model).values())
+    with torch.no_grad():
+        tuned = (model(TOKENS).logits - dense(TOKENS).logits).norm()
+        start = refine(
+            copy.deepcopy(dense),
+            asked,
+            TOKENS,
+            recipe=replace(recipe, rates=Rates(0.0, 0.0, 0.0)),
+            progress=False,
+        )
+        untuned = (start(TOKENS).logits - dense(TOKENS).logits).norm()
+    assert tuned < 0.9 * untuned
+
+
+def test_best_state_is_kept_and_bad_steps_are_not_taken():
+    """One layer that starts at its best: rates that throw it about must not be kept, and a NaN must not reach it."""
+    model = build("llama")
+    block = latent_model(model, config(), progress=False).model.layers[0].mlp
+    x = torch.randn(12, 6, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        best = block(x)
+    start = copy.deepcopy(block.state_dict())
+    poisoned = []
+
+    def forward(rows):
+        out = block(x[rows])
+        if torch.is_grad_enabled() and len(poisoned) < 2:
+            poisoned.append(rows)
+            return out * float("nan")
+        return out
+
+    outcome = tune_block(block, forward, lambda rows: best[rows], 12, 2, 10, 2, Rates(1.0, 1.0, 1.0), seed=0)
+    assert outcome.undone == 2 and outcome.steps == 8
+    assert outcome.before == outcome.after == 0.0 and outcome.flipped == 0.0
+    assert all(torch.equal(value, start[name]) for name, value in block.state_dict().items())
+
+
+def test_routers_and_embeddings_stay(tmp_path):
+    dense = build("qwen3_moe")
+    model = refine(
+        copy.deepcopy(dense), config(), TOKENS, recipe=Recipe(epochs=1, distillation=Schedule(0.5)), progress=False
+    )
+    kept = {name: value for name, value in dense.state_dict().items() if "gate.weight" in name or "embed" in name}
+    assert len(kept) == 3
+    for name, value in kept.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_experts_without_tokens_are_named(caplog):
+    model = build("mixtral")
+    for layer in model.model.layers:  # the router never takes the last expert
+        with torch.no_grad():
+            layer.mlp.gate.weight[-1] = 0
+            layer.mlp.gate.weight[:-1].abs_()
+        layer.mlp.gate.forward = _routed_to_the_first_three(layer.mlp.gate.forward)
+    refine(model, config(), TOKENS, recipe=BLOCKS_ALONE, progress=False)
+    named = [record.getMessage() for record in caplog.records if "no token" in record.getMessage()]
+    assert len(named) == 2 and "model.layers.0.mlp.experts[3]" in named[0] and "experts[2]" not in named[0]
+
+
+def _routed_to_the_first_three(forward):
+    def routed(*args, **kwargs):
+        logits, weights, index = forward(*args, **kwargs)
+        return logits, weights, torch.where(index == 3, 0, index)
+
+    return routed
+
+
+def test_distillation_takes_the_dense_models_tokens(tmp_path):
+    dense = build("llama")
+    model = refine(
+        copy.deepcopy(dense),
+        config(),
+        TOKENS,
+        recipe=Recipe(epochs=1, distillation=Schedule(1)),
+        folder=tmp_path,
+        progress=False,
+    )
+    teacher = TopKTeacher(tmp_path / "teacher")
+    with torch.no_grad():
+        logits = dense(TOKENS).logits
+    found = teacher(TOKENS, None, logits)
+    expected = logits.log_softmax(-1).flatten(0, 1).topk(64)
+    torch.testing.assert_close(
+        found.logprobs, expected.values, atol=0.02, rtol=0
+    )  # fp16, and bf16 where the CPU has it
+    assert model.config.quantization_config.format == "packed" and model.dtype == dense.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_read_back(dtype, tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    model = refine(
+        load(tmp_path / "dense", dtype=dtype),
+        config(),
+        TOKENS,
+        recipe=Recipe(epochs=1, distillation=Schedule(0.2)),
+        progress=False,
+    )
+    assert model.dtype == dtype and model.get_input_embeddings().weight.dtype == dtype
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed", dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS[:2]).logits, model(TOKENS[:2]).logits, atol=0, rtol=0)
+
+
+def test_what_cannot_be_refined_is_refused(tmp_path):
+    model = build("llama")
+    for data, message in (
+        ("corpus.txt", "text_blocks"),
+        (TOKENS.float(), "must be tokens"),
+        (TOKENS[:1], "at least 2"),
+        (TOKENS + 100, "128; use the model's own"),
+        ([TOKENS[0], TOKENS[1][:5]], "one length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refine(model, config(), data, progress=False)
+    refine(model, config(), TOKENS, recipe=BLOCKS_ALONE, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="already"):
+        refine(model, config(), TOKENS, progress=False)
+    with pytest.raises(ValueError, match="text"):
+        refine(build("llama"), config(), TOKENS.flip(0), recipe=BLOCKS_ALONE, folder=tmp_path, progress=False)
+
+
+def test_rows_of_a_dataset_are_tokens():
+    rows = [{"input_ids": row.tolist(), "labels": row} for row in TOKENS]
+    assert torch.equal(as_tokens(rows), TOKENS.to(torch.int32))
+
+
+def test_a_refinement_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    recipe = Recipe(epochs=1, distillation=Schedule(1))
+    whole = refine(build("llama"), config(), TOKENS, recipe=recipe, progress=False)
+    calls = []
+
+    def stopped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return tuning.tune_block(*args, **kwargs)
+
+    monkeypatch.setattr(refinement, "tune_block", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        refine(build("llama"), config(), TOKENS, recipe=recipe, folder=tmp_path, progress=False)
+    again = refine(build("llama"), config(), TOKENS, recipe=recipe, folder=tmp_path, progress=False)
+    assert len(calls) == 3  # the first block was not tuned again
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_without_memory_the_distillation_is_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(refinement, "free_memory", lambda device: 1e9)
+    model = refine(build("llama"), config(), TOKENS, recipe=Recipe(epochs=0.2), progress=False)
+    assert "2.0 GB of memory, and 1.0 GB are free" in caplog.text
+    assert model.config.quantization_config.format == "packed"
+
+
+def test_bits_go_where_they_save_most():
+    """Costs that are exponential in the bits: at the best shares one more bit saves the same everywhere."""
+    costs, sizes = [Cost(6.0, 4.0), Cost(0.5, 4.0), Cost(0.5, 8.0)], [100, 100, 200]
+    bits = shares(costs, sizes, asked=1.0)
+    assert sum(b * n for b, n in zip(bits, sizes, strict=True)) == pytest.approx(400)
+    saved = [c.level * c.slope * math.exp(-c.slope * (b - 1)) / n for c, b, n in zip(costs, bits, sizes, strict=True)]
+    assert bits[0] > bits[1] and saved == pytest.approx([saved[0]] * 3)
+    assert shares([Cost(1e9, 4.0), Cost(1e-9, 4.0)], [1, 1], 1.0) == pytest.approx(
+        [1.4, 0.6]
+    )  # the limit of the poorer
+
+
+def test_costs_are_those_of_the_spliced_model(tmp_path):
+    """The KL of a model, one of whose blocks is quantized as the probe is, from the dense one."""
+    dense = build("llama")
+    recipe = Recipe(epochs=0.1, distillation=None, allocation_rows=4)
+    asked = config(bpw=2.0, init="admm", steps=5)
+    model = refine(copy.deepcopy(dense), asked, TOKENS, recipe=recipe, folder=tmp_path, progress=False)
+    plain, found = plan_model(dense, asked), plan_model(dense, model.config.quantization_config)
+    assert 0.97 < found.bits / plain.bits <= 1
+    options = model.config.quantization_config.module_config
+    assert sorted(options) == ["model.layers.0.*", "model.layers.1.*"]
+    assert json.loads((tmp_path / "allocation.json").read_text()) == options
+
+    def probe(index, bpw):
+        spliced = copy.deepcopy(dense)
+        other = "model.layers.1.*" if index == 0 else "model.layers.0.*"
+        latent_model(spliced, config(bpw=bpw, init="admm", steps=5, modules_to_not_convert=[other]), progress=False)
+        return spliced
+
+    tokens = block_rows(TOKENS, recipe)[:4].long()
+    with torch.no_grad():
+        expected = dense(tokens).logits.flatten(0, 1).log_softmax(-1)
+    for index in range(2):
+        blocks = blocks_of(dense)
+        costs = measure_costs(
+            blocks,
+            tokens,
+            lambda at, bpw: probe(at, bpw).model.layers[at],
+            2.0,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            progress=False,
+        )
+        kls = []
+        for share in PROBES:
+            with torch.no_grad():
+                got = probe(index, 2.0 * share)(tokens).logits.flatten(0, 1).log_softmax(-1)
+            kls.append(float((expected.exp() * (expected - got)).sum(-1).mean()))
+        assert costs[index].level == pytest.approx(math.sqrt(kls[0] * kls[1]), rel=1e-3)
