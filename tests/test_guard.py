@@ -100,7 +100,7 @@ def test_what_cannot_be_checked_is_said(family_dir, stories, tmp_path, capfd, mo
     command = ["quantize", family_dir("bert"), "--bpw", "2.5", "--init", "dual_svid", "--out", str(tmp_path / "bert")]
     assert main(command) == 0
     assert "nothing is checked: there is no tokenizer" in capfd.readouterr().err
-    monkeypatch.setattr(text_free, "_free_memory", lambda: 1e9)
+    monkeypatch.setattr("hf_littlebit.placement.free_memory", lambda device: 1e9)
     assert main(["quantize", stories, "--bpw", "4", "--steps", "5", "--out", str(tmp_path / "packed")]) == 0
     out, err = capfd.readouterr()
     assert "the weights alone are quantized, and nothing is checked: that takes about 1.5 GB" in err

@@ -38,7 +38,9 @@ def test_from_text_to_refined(stories, text, tmp_path, capsys):
     assert main(words(stories, text, out)) == 0
     printed = capsys.readouterr()
     assert f"saved to {out}" in printed.out and "refining" in printed.err
+    assert "of the end of the text, which was held out" in printed.out
     assert sorted(os.listdir(out)) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -68,7 +70,7 @@ def test_text_of_its_own_and_no_distillation(stories, tmp_path):
     [
         (["--epochs", "-1"], "--epochs is -1; it must be 0 or more"),
         (["--epochs", "0"], "leave out --data"),
-        (["--tokens", "40"], "at least two blocks of 32"),
+        (["--tokens", "40"], "at least 4 blocks of 32"),
         (["--length", "4096"], "the model's context of 512"),
         (["--format", "latent"], "use littlebit train"),
         (["--data", "self", "other.txt"], "stands alone"),
