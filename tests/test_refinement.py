@@ -16,7 +16,7 @@ from hf_littlebit.plan import plan_model
 from hf_littlebit.refinement import refinement, tuning
 from hf_littlebit.refinement.allocation import PROBES, Cost, measure_costs, shares
 from hf_littlebit.refinement.blocks import BlockList, Calls, find_blocks
-from hf_littlebit.refinement.distillation import Schedule
+from hf_littlebit.refinement.distillation import Schedule, settle_latents
 from hf_littlebit.refinement.recipe import as_tokens, block_rows
 from hf_littlebit.refinement.tuning import Rates, relative_error, tune_block
 
@@ -215,6 +215,8 @@ def test_what_cannot_be_refined_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             refine(model, config(), data, progress=False)
+    with pytest.raises(ValueError, match="no causal language model"):
+        refine(build("bert"), config(), TOKENS, progress=False)
     refine(model, config(), TOKENS, recipe=BLOCKS_ALONE, folder=tmp_path, progress=False)
     with pytest.raises(ValueError, match="already"):
         refine(model, config(), TOKENS, progress=False)
@@ -304,3 +306,17 @@ def test_costs_are_those_of_the_spliced_model(tmp_path):
                 got = probe(index, 2.0 * share)(tokens).logits.flatten(0, 1).log_softmax(-1)
             kls.append(float((expected.exp() * (expected - got)).sum(-1).mean()))
         assert costs[index].level == pytest.approx(math.sqrt(kls[0] * kls[1]), rel=1e-3)
+
+
+def test_latents_settle_before_the_whole_model_is_trained():
+    model = latent_model(build("llama"), config(init="admm", steps=5), progress=False)
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        layer.v[0, :4] = torch.tensor([1e-6, -1e-6, 0.0, 1.0])
+        before = layer.v.clone()
+    settle_latents(model)
+    floor = 0.25 * before.abs().median()
+    assert torch.equal(layer.v < 0, before < 0)
+    assert layer.v.abs().min() == floor and layer.v[0, 2] == floor and layer.v[0, 3] == 1.0
+    large = before.abs() > floor
+    assert torch.equal(layer.v[large], before[large])

@@ -17,10 +17,11 @@ __all__ = ["add_refine_options", "check_refine_options", "check_refine_out", "qu
 
 WORK = "refinement"  # folder within --out
 LENGTH = 512  # the longest block of text by default
-TOKENS = 131_072  # of text by default
+TOKENS = 262_144  # of text by default
+WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which takes as long as using it
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
-WRITTEN = 32  # blocks that a model writes at a time
+WRITTEN = 64  # blocks that a model writes at a time
 ALLOCATION_ROWS = 16
 OPTIONS = ("column", "length", "tokens", "epochs", "distill_epochs", "allocate", "resume")  # that need --data
 
@@ -38,7 +39,12 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--length", metavar="N", type=int, help="tokens per block of text (default: the context, at most 512)"
     )
-    data.add_argument("--tokens", metavar="N", type=int, help=f"of text to use at most (default: {TOKENS:,})")
+    data.add_argument(
+        "--tokens",
+        metavar="N",
+        type=int,
+        help=f"of text, at most (default: {TOKENS:,}, self: {WRITTEN_TOKENS:,})",
+    )
     data.add_argument("--epochs", metavar="X", type=float, help="passes over the text for every block")
     data.add_argument(
         "--distill-epochs", metavar="X", type=float, help="passes of the whole model at the end; 0 leaves that out"
@@ -124,7 +130,8 @@ def _sizes(args: argparse.Namespace, source: Any) -> tuple[int, int]:
     length = min(context, LENGTH) if args.length is None else args.length
     if not 2 <= length <= context:
         raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")
-    tokens = TOKENS if args.tokens is None else args.tokens
+    default = WRITTEN_TOKENS if args.data == ["self"] else TOKENS
+    tokens = default if args.tokens is None else args.tokens
     if tokens // length < FEWEST:
         raise ValueError(
             f"--tokens is {tokens}; at least {FEWEST} blocks of {length} are needed (--length makes them shorter)"

@@ -29,7 +29,7 @@ class Recipe:
 
     block_tokens: int = 65_536
     length: int = 256
-    epochs: float = 1.0
+    epochs: float = 2.0
     batch: int = 1
     rates: Rates = field(default_factory=lambda: Rates(latents=1e-3, scales=2e-3, rest=1e-3))
     importance_rows: int = 16

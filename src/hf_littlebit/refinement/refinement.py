@@ -112,6 +112,10 @@ class _Refinement:
     ):
         if quantization_of(model.config) is not None or factor_modules(model):
             raise ValueError("the model has LittleBit layers already; only a dense model can be refined")
+        if not model.can_generate() or model.config.get_text_config().is_encoder_decoder:
+            raise ValueError(
+                f"{type(model).__name__} is no causal language model, which refinement is for; use littlebit train"
+            )
         embeddings: Any = model.get_input_embeddings()
         vocabulary = embeddings.num_embeddings
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
