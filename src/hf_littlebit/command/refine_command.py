@@ -11,6 +11,7 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
+from ..load.replacement import LEFT_OVER
 from .out_folder import check_empty, check_folder
 
 __all__ = ["add_refine_options", "check_refine_options", "check_refine_out", "quantize_on_text", "remove_work"]
@@ -89,7 +90,7 @@ def check_refine_out(args: argparse.Namespace) -> None:
     """Refuse an --out that holds other files than an unfinished refinement which --resume goes on with."""
     work = os.path.join(args.out, WORK)
     check_folder(args.out)
-    unfinished = os.path.isdir(work) and os.listdir(args.out) == [WORK]
+    unfinished = os.path.isdir(work) and set(os.listdir(args.out)) <= {WORK, LEFT_OVER}
     if unfinished and not args.resume:
         raise ValueError(f"{work} holds an unfinished refinement; add --resume to go on, or give another --out")
     if args.resume and not os.path.isdir(work):
