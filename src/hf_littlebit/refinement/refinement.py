@@ -32,7 +32,8 @@ from transformers import PreTrainedModel
 from ..config import LittleBitConfig
 from ..initialize.calibration import Importance
 from ..load.convert import cast_dense, check_in_memory, factor_modules, pack_modules, with_format
-from ..load.form import finish, record
+from ..load.finite import refuse_non_finite
+from ..load.form import finish, record, refuse_float64
 from ..load.quantizer import LittleBitHfQuantizer
 from ..load.source import quantization_of
 from ..placement import compute_dtype, free_memory
@@ -134,8 +135,10 @@ class _Refinement:
         if config.init == "admm" and config.steps is None:
             self.working.steps = ADMM_STEPS
         self.compute = compute_dtype(self.device)
+        refuse_float64(model)
         self.plan = plan_model(model, self.config)
         check_in_memory(model, self.plan)
+        refuse_non_finite(model, dense=True)
         self.dtype = model.dtype
         self.blocks = find_blocks(model, [weight.module for weight in self.plan.weights])
         self.rows = block_rows(tokens, recipe)
