@@ -39,6 +39,7 @@ __all__ = [
 
 FORMATS = ("packed", "latent")
 SCALE_DTYPES = ("bfloat16", "float16")
+TABLE_BITS = (16, 8, 4)
 CONVERTED_DTYPES = (*SCALE_DTYPES, "float32")  # of scales that come from another program
 SCALE_BITS = 16
 RANK_MULTIPLE = 8
@@ -130,6 +131,9 @@ def _instance(types: type | tuple[type, ...], what: str) -> Rule:
     return Rule(lambda value: isinstance(value, types), f"it must be {what}", optional=True)
 
 
+# kernels/table.py has the layouts of 8 and 4 bits; 16 leaves a table as the model has it.
+_table_bits = Rule(lambda value: _is_integer(value, 1) and value in TABLE_BITS, "it must be 16 (not quantized), 8 or 4")
+
 RULES = {
     "bpw": _number(MAX_BPW, "0.1 to 1 is what the method is for"),
     "init": _choice(INITS),
@@ -147,6 +151,8 @@ RULES = {
     "steps": _integer(1, 100_000, optional=True),
     "refit_rounds": _integer(0, 100_000, optional=True),
     "scale_dtype": _choice(SCALE_DTYPES),
+    "embedding_bits": _table_bits,
+    "head_bits": _table_bits,
     "svd_device": _instance(str, "a device name such as 'cpu' or 'cuda', or None"),
     "workers": _integer(1, 1024),
     "dequantize": Rule(lambda value: isinstance(value, bool), "it must be True or False"),
@@ -220,6 +226,9 @@ class LittleBitConfig(QuantizationConfigMixin):
         refit_rounds (`int`, *optional*): rounds of the closed-form scale refit; None for the initialiser's default.
         scale_dtype (`str`): "bfloat16" (any range) or "float16" (finer), of the stored scales. A converted model may have
             "float32", where 16 bits do not hold the other program's scales.
+        embedding_bits, head_bits (`int`): of the input embeddings and of the output head: 16 (as they are), 8 or 4. Where a
+            model ties the two, one stored table serves both, so both must be given the same. With `format="latent"` they are
+            trained dense, and packed with the layers at the end.
         svd_device (`str`, *optional*): device that factorizes, e.g. "cuda"; None for the device a weight is loaded to.
         workers (`int`): layers factorized at the same time. Each holds one dense layer and its workspace.
         dequantize (`bool`): load a saved model as a dense one. Refused for a dense model.
@@ -253,6 +262,8 @@ class LittleBitConfig(QuantizationConfigMixin):
         steps: int | None = None,
         refit_rounds: int | None = None,
         scale_dtype: str = "bfloat16",
+        embedding_bits: int = 16,
+        head_bits: int = 16,
         svd_device: str | None = None,
         workers: int = 1,
         dequantize: bool = False,
@@ -278,6 +289,8 @@ class LittleBitConfig(QuantizationConfigMixin):
         self.steps = steps
         self.refit_rounds = refit_rounds
         self.scale_dtype = scale_dtype
+        self.embedding_bits = embedding_bits
+        self.head_bits = head_bits
         self.svd_device = svd_device
         self.workers = workers
         self.dequantize = dequantize
@@ -412,8 +425,9 @@ class LittleBitConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The saved options; those of this machine alone (LOADING_OPTIONS) and of a new model's plan are left out."""
-        # Earlier versions do not know these.
-        absent = {option for option in ("converted_from", "ranks", "save_id") if getattr(self, option) is None}
+        # Earlier versions do not know these, and read what has none of them.
+        later = {"converted_from": None, "ranks": None, "save_id": None, "embedding_bits": 16, "head_bits": 16}
+        absent = {option for option, default in later.items() if getattr(self, option) == default}
         left_out = {*LOADING_OPTIONS, *PLANNING_OPTIONS, "loading_options_read"} | absent
         return {key: value for key, value in super().to_dict().items() if key not in left_out}
 

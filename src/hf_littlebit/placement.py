@@ -68,7 +68,9 @@ def input_device(model: Any, default: torch.device | str = "cpu") -> torch.devic
     device = execution_device(embeddings)
     if device is not None:
         return device
-    weight = next(embeddings.parameters(), None)
+    # A packed embedding has buffers alone.
+    values = (value for value in (*embeddings.parameters(), *embeddings.buffers()) if value.numel())
+    weight = next(values, None)
     return torch.device(default) if weight is None or weight.is_meta else weight.device
 
 

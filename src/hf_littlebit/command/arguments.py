@@ -220,6 +220,8 @@ def _add_method(parser: argparse.ArgumentParser, required: bool, steps: str = "-
     group.add_argument(steps, dest="init_steps", metavar="N", type=int, help="ADMM steps or Joint-ITQ iterations")
     group.add_argument("--refit-rounds", metavar="N", type=int, help="rounds of the closed-form refit of the scales")
     group.add_argument("--scale-dtype", metavar="NAME", help="of the stored scales: bfloat16 (default) or float16")
+    group.add_argument("--embedding-bits", metavar="N", type=int, help="of the embeddings: 16 (default), 8 or 4")
+    group.add_argument("--head-bits", metavar="N", type=int, help="of the output head: 16 (default), 8 or 4")
     group.add_argument("--base-model", metavar="ID", help="Hub id of the dense model, for the model card")
 
 
@@ -249,6 +251,8 @@ def quantization_config(args: argparse.Namespace) -> Any:
         "steps": args.init_steps,
         "refit_rounds": args.refit_rounds,
         "scale_dtype": args.scale_dtype,
+        "embedding_bits": args.embedding_bits,
+        "head_bits": args.head_bits,
         "base_model": args.base_model,
     }
     if args.command == "quantize":

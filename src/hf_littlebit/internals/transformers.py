@@ -11,7 +11,7 @@ checks that they exist. What differs between the versions of transformers is in 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -49,8 +49,10 @@ __all__ = [
     "register",
     "save_through",
     "save_under_held_names",
+    "tie_again",
     "tied_weights",
     "unmark_quantized",
+    "untie",
     "upload_through",
     "whole_models",
 ]
@@ -106,6 +108,41 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     compare the addresses of all weights fails for models on the meta device.
     """
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def untie(model: PreTrainedModel, names: Collection[str]) -> None:
+    """Take the weights called `names` out of what `model` ties, now and whenever it works that out anew.
+
+    Modules that read one packed table hold no weights that could be tied, and `tie_weights` fails where a weight that it looks
+    for is absent. Public way: `tie_word_embeddings=False` in the config, which is saved, and says something else.
+    """
+    for prefix, part in _models(model):
+        kept = {
+            target: source
+            for target, source in part.get_expanded_tied_weights_keys(all_submodels=False).items()
+            if prefix + target not in names
+        }
+        if part._tied_weights_keys:
+            part._tied_weights_keys = kept
+        known = getattr(part, "all_tied_weights_keys", None) or {}
+        part.all_tied_weights_keys = {target: known[target] for target in known if prefix + target not in names}
+
+
+def tie_again(model: PreTrainedModel) -> None:
+    """Undo `untie`, for a model whose weights are all there, and tie them."""
+    for _, part in _models(model):
+        vars(part).pop("_tied_weights_keys", None)
+    for _, part in _models(model):
+        part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()
+
+
+def _models(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
+    """(prefix of the names in it, model) of `model` and the models inside it."""
+    from transformers import PreTrainedModel
+
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    return [(f"{name}." if name else "", module) for name, module in found]
 
 
 def may_be_missing(model: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -30,6 +31,7 @@ from ..layers.parts import latent_parts, pack_parts, part_name
 from ..layers.parts import part_shapes as layer_shapes
 from ..layers.path import Path
 from ..plan import WeightPlan
+from .tables import TablePlan, place, quantized_parts
 
 __all__ = ["LittleBitConversion", "check_range", "factor_weight", "part_shapes"]
 
@@ -141,10 +143,13 @@ class LittleBitConversion(ConversionOps):
     Args:
         plans: the weights to factorize, by the name of the dense weight.
         config: how.
+        tables: the embeddings and heads to quantize, by the names of all dense weights that are tied in them.
     """
 
-    def __init__(self, plans: dict[str, WeightPlan], config: LittleBitConfig):
-        self.plans, self.config = plans, config
+    def __init__(
+        self, plans: dict[str, WeightPlan], config: LittleBitConfig, tables: Mapping[str, TablePlan] | None = None
+    ):
+        self.plans, self.config, self.tables = plans, config, dict(tables or {})
         self._keep = False  # parts of the model go to disk
         self.kept: dict[
             str, Tensor
@@ -164,6 +169,11 @@ class LittleBitConversion(ConversionOps):
         places = device_map.values() if isinstance(device_map, dict) else ()
         if "disk" not in map(str, places):
             return
+        if self.tables:
+            raise ValueError(
+                "embedding_bits and head_bits cannot be used while parts of the model go to disk; quantize without, e.g. with "
+                "device_map='cpu', save the model, and load that with this device_map"
+            )
         self._keep = True
         if self._pool is not None:
             logger.warning("workers=%d is reduced to 1, because parts of the model go to disk.", self.config.workers)
@@ -184,6 +194,9 @@ class LittleBitConversion(ConversionOps):
         result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list | tuple) else value
+            if name in self.tables:
+                self._pack_table(model, name, weight, missing_keys)
+                continue
             if name not in self.plans:
                 result[name] = weight
                 continue
@@ -200,6 +213,29 @@ class LittleBitConversion(ConversionOps):
         if missing_keys is not None:
             missing_keys.difference_update(result)
         return result
+
+    def _pack_table(self, model: PreTrainedModel, name: str, weight: Tensor, missing_keys: set[str] | None) -> None:
+        """Put the packed table of a dense weight into `model`; a checkpoint may hold a tied one under each of its names."""
+        table = self.tables[name]
+        if missing_keys is not None:
+            missing_keys.difference_update(table.weights)
+        if self.error is not None:
+            return
+        try:
+            parts = quantized_parts(weight, table, self.config)
+        except (ValueError, RuntimeError, MemoryError) as error:  # as in _parts
+            self.error = error
+            return
+        if table.owner in self.converted:
+            held = model.get_submodule(table.owner)
+            if not all(torch.equal(value, getattr(held, part)) for part, value in parts.items()):
+                self.error = ValueError(
+                    f"the config ties {' and '.join(table.weights)}, but the checkpoint holds them with different values; set "
+                    "tie_word_embeddings to false in its config.json"
+                )
+            return
+        place(model, table, parts)
+        self.converted.add(table.owner)
 
     def _parts(self, weight: Tensor, plan: WeightPlan) -> dict[str, Tensor]:
         if self.error is None and self._pool is None:
@@ -246,10 +282,11 @@ class LittleBitConversion(ConversionOps):
         self.wait()
         if self.error is not None:
             raise ValueError(f"quantization failed: {self.error}") from self.error
-        lacking = sorted(set(self.plans) - self.converted)
+        tables = {table.owner for table in self.tables.values()}
+        lacking, count = sorted((set(self.plans) | tables) - self.converted), len(self.plans) + len(tables)
         if lacking:
             raise ValueError(
-                f"the checkpoint has no weights for {len(lacking)} of {len(self.plans)} layers to quantize, e.g. {lacking[0]}; "
+                f"the checkpoint has no weights for {len(lacking)} of {count} layers to quantize, e.g. {lacking[0]}; "
                 "random weights are never quantized. Check that the checkpoint is complete and of this model class, or leave "
                 "layers that are new in it dense with modules_to_not_convert"
             )

@@ -36,6 +36,7 @@ from .finite import refuse_non_finite
 from .form import factor_modules, finish, record, refuse_float64, replace_modules
 from .quantizer import LittleBitHfQuantizer
 from .source import quantization_of
+from .tables import pack_tables, unpack_tables
 
 __all__ = [
     "balance_scales",
@@ -140,6 +141,7 @@ def pack_model(model: Model, dtype: torch.dtype | None = None) -> Model:
         raise ValueError("the model has no latent LittleBit layers, so there is nothing to pack")
     refuse_diverged(model)
     pack_modules(model)
+    pack_tables(model, with_format(config, "packed"))
     if dtype is not None:
         cast_dense(model, dtype)
     finish(model, LittleBitHfQuantizer(with_format(config, "packed")))
@@ -169,6 +171,7 @@ def unpack_model(model: Model) -> Model:
     with torch.no_grad():
         for name, module in modules.items():
             model.set_submodule(name, module.unpack())
+        unpack_tables(model)
     finish(model, LittleBitHfQuantizer(with_format(config, "latent")))
     return model
 

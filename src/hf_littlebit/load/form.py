@@ -45,6 +45,7 @@ from ..layers.shared_input import share_as_asked
 from ..plan import Plan, plan_model
 from .finite import refuse_overflow
 from .saving import save_whole
+from .tables import table_modules, unpack_tables
 
 __all__ = [
     "Quantizer",
@@ -192,12 +193,18 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
             raise ValueError(
                 f"{name} is offloaded, so the model cannot be dequantized in place; load it with device_map='cpu'"
             )
+    for name, table in table_modules(model).items():
+        if any(part.is_meta for part in table.table()):
+            raise ValueError(
+                f"{name} is on meta, so the model cannot be dequantized in place; load it with device_map='cpu'"
+            )
     parts = {id(value) for module in modules.values() for value in module.parameters(recurse=False)}
     others = [value.dtype for value in model.parameters() if id(value) not in parts and value.is_floating_point()]
     former = next(iter(others), dtype)
     refuse_overflow(model, dtype, former)
     for name, module in modules.items():
         model.set_submodule(name, _dense_module(module, dtype))
+    unpack_tables(model, dtype)
     for parameter in model.parameters():
         if parameter.dtype == former:
             parameter.data = parameter.data.to(dtype)

@@ -32,6 +32,7 @@ from .form import factor_modules, finish, make_dense, record, refuse_float64, re
 from .meta_model import saved_names
 from .save_id import check_save
 from .saving import stamped
+from .tables import TablePlan, place, plan_tables, table_modules
 from .verify import read_headers, refuse_missing, refuse_quantized, verify, verify_dense
 
 __all__ = ["LittleBitHfQuantizer"]
@@ -58,6 +59,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.plan: Plan | None = None
         self._pending: dict[str, WeightPlan] = {}
+        self._tables: dict[str, TablePlan] = {}  # by the names of the dense weights that they take the place of
         self._conversion: LittleBitConversion | None = None
 
     # -- before loading ---------------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class LittleBitHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """True for the name of a dense weight that is to be factorized when it is read."""
-        return param_name in self._pending
+        return param_name in self._pending or param_name in self._tables
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes per element, for the device map. A dense placeholder counts as the U that takes its place."""
@@ -115,6 +117,8 @@ class LittleBitHfQuantizer(HfQuantizer):
             latent = self.quantization_config.format == "latent"
             per_output = 4 * sum(plan.ranks) if latent else sum(4 * factor_shape(rank)[0] for rank in plan.ranks)
             return per_output / plan.in_features
+        if param_name in self._tables:
+            return self._tables[param_name].bits / 8
         return super().param_element_size(model, param_name, param)
 
     def get_quantize_ops(self) -> LittleBitConversion:
@@ -133,21 +137,26 @@ class LittleBitHfQuantizer(HfQuantizer):
             if files:
                 check_save(os.path.dirname(files[0]), files)
             self.plan = plan_model(model, config, header)
+            tables = plan_tables(model, config, header)
             replace_modules(model, self.plan, config, placeholders=False)
+            for table in tables.tables:
+                place(model, table)
             if header is not None:
-                verify(model, self.plan, config, header)
+                verify(model, self.plan, config, header, tables.shapes())
             return
         header = read_headers([file for file in files if str(file).endswith(".safetensors")])
         refuse_quantized(header)
-        self.plan = plan_model(model, config, saved=saved_names(model))
+        saved = saved_names(model)
+        self.plan, tables = plan_model(model, config, saved=saved), plan_tables(model, config, saved=saved)
+        self._tables = tables.by_weight()
         record(config, self.plan, model)
         self._pending = {weight.name: weight for weight in self.plan.weights}
         if header:
             verify_dense(model, header, self._pending)
         replace_modules(model, self.plan, config, placeholders=True)
-        for message in self.plan.warnings():
+        for message in (*self.plan.warnings(), *tables.warnings()):
             logger.warning("%s", message)
-        self._conversion = LittleBitConversion(self._pending, config)
+        self._conversion = LittleBitConversion(self._pending, config, self._tables)
         self._conversion.place(kwargs.get("device_map"))
 
     def _refuse_missing(self, model: PreTrainedModel, loading_info: Any) -> None:
@@ -166,7 +175,7 @@ class LittleBitHfQuantizer(HfQuantizer):
         if self._conversion is not None:
             self._conversion.finish(model)
             self._conversion = None
-            self._pending = {}
+            self._pending, self._tables = {}, {}
         refuse_non_finite(model, dense=not self.pre_quantized)
         _own_dtype(model)
         _own_storage(model)
@@ -219,7 +228,7 @@ def _own_storage(model: nn.Module) -> None:
 
     Read from a file, they have that of their neighbour in the file, and `torch.save` takes the two for one tensor.
     """
-    for module in factor_modules(model).values():
+    for module in (*factor_modules(model).values(), *table_modules(model).values()):
         for value in module.parameters(recurse=False):
             if value.numel() == 0 and not value.is_meta:
                 value.data = torch.empty_like(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,8 +74,17 @@ def refuse_special(path: str) -> None:
         raise ValueError(f"{path} is no regular file but a pipe, a socket or a device; put the file itself there")
 
 
-def verify(model: PreTrainedModel, plan: Plan, config: LittleBitConfig, header: Header) -> None:
+def verify(
+    model: PreTrainedModel,
+    plan: Plan,
+    config: LittleBitConfig,
+    header: Header,
+    tables: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
+) -> None:
     """Compare the `header` of a checkpoint with the quantized `model` (on meta) that it is to be loaded into.
+
+    Args:
+        tables: {name: (shape, dtype)} of the parts of packed embeddings and heads, which are in their places in `model`.
 
     Raises:
         ValueError: if a tensor is missing, or has another dtype than the config implies or another shape than the ranks of its
@@ -97,6 +106,14 @@ def verify(model: PreTrainedModel, plan: Plan, config: LittleBitConfig, header: 
                 f"{name} is {entry[0]} {list(entry[1])} in {entry[2]}, but a layer of ranks {list(ranks[name])} in the format "
                 f"{config.format!r} implies {NAMES[dtype]} {list(shape)}; the file is damaged or its config.json was changed"
             )
+    for name, (shape, dtype) in (tables or {}).items():
+        entry = _find(header, name, prefix)
+        if entry is not None and (entry[0] != NAMES[dtype] or entry[1] != shape):
+            raise ValueError(
+                f"{name} is {entry[0]} {list(entry[1])} in {entry[2]}, but the config's embedding_bits ({config.embedding_bits}) "
+                f"and head_bits ({config.head_bits}) imply {NAMES[dtype]} {list(shape)}; the file is damaged or its config.json "
+                "was changed"
+            )
     for name, parameter in model.named_parameters():
         entry = None if name in expected else _find(header, name, prefix)
         if entry is not None and parameter.is_floating_point() and entry[0] in INTEGERS:
@@ -105,7 +122,8 @@ def verify(model: PreTrainedModel, plan: Plan, config: LittleBitConfig, header: 
                 "the checkpoint is incomplete: download or save it again"
             )
     is_held = _is_held(model, header)
-    lacking = [name for name in (*expected, *required(model, expected)) if not is_held(name)]
+    needed = (*expected, *(tables or ()), *required(model, expected))
+    lacking = [name for name in dict.fromkeys(needed) if not is_held(name)]
     if lacking:
         files = sorted({entry[2] for entry in header.values()})
         raise ValueError(_missing_message(lacking, files[0] if len(files) == 1 else f"{len(files)} files", model))

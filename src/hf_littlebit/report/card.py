@@ -182,8 +182,7 @@ def _body(
     sections = [
         f"# {title}",
         f"A version {of}whose linear layers are products of binary matrices and {bits}-bit scales, "
-        f"at {report.bpw:.3g} bits per weight: the layer of [LittleBit]({PAPER}), {_origin(report, config)}. The embeddings, the "
-        "output head and the norms are not quantized.",
+        f"at {report.bpw:.3g} bits per weight: the layer of [LittleBit]({PAPER}), {_origin(report, config)}. {_rest(report)}",
     ]
     if report.format == "latent":
         sections.append(
@@ -221,16 +220,28 @@ def _origin(report: SizeReport, config: LittleBitConfig) -> str:
     return f"converted with hf-littlebit from a {layout.title} checkpoint, in whose names `{layout.formula}`"
 
 
+def _rest(report: SizeReport) -> str:
+    """What became of the embeddings and the output head."""
+    if not report.tables:
+        return "The embeddings, the output head and the norms are not quantized."
+    tables = "; ".join(
+        f"{' and '.join(f'`{name}`' for name in table.modules)}: {table.bits} bits" for table in report.tables
+    )
+    return f"Embeddings and output head are tables of integers with scales ({tables}); what else there is stays dense."
+
+
 def _size_rows(report: SizeReport) -> list[tuple[str, str]]:
     measured = "file size" if report.file_bytes else "size of all tensors"
     paths = sorted({len(layer.ranks) for layer in report.layers})
     return [
         ("bits per weight asked", f"{report.bpw_asked:g}"),
         ("bits per weight in the file", f"{report.bpw:.4g}"),
+        ("bits per weight of the whole model", f"{report.whole_bpw:.4g}"),
         (measured, format_bytes(report.file_bytes or report.total_bytes)),
         ("the original at 16 bits", f"{format_bytes(report.original_bytes)} ({report.ratio:.1f} times larger)"),
         ("quantized layers", f"{len(report.layers)}, {format_bytes(report.quantized_bytes)}"),
         ("paths per layer", " or ".join(map(str, paths))),
+        *((f"{table.bits} bits", f"{' and '.join(table.modules)}: {table.described}") for table in report.tables),
         ("not quantized", format_bytes(report.dense_bytes)),
     ]
 

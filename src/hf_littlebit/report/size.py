@@ -1,8 +1,9 @@
 """The size of a quantized model: what its file holds, layer by layer, or will hold when it is made.
 
 For a saved or loaded model every number is read off its tensors; from a dense config it is predicted, on meta, without
-loading anything. Bits per weight are bits in the file over weights replaced. What is not replaced (embeddings, output
-head, norms, biases) is counted as stored, or at 16 bits in a prediction.
+loading anything. Bits per weight are bits in the file over weights replaced: those of the layers, and those of the whole
+model, over all of its weights. What is not replaced (embeddings and output head, if they are not packed as tables; norms,
+biases) is counted as stored, or at 16 bits in a prediction.
 
 Units are decimal, 1 GB = 10^9 bytes, as in table 3 of the paper (LittleBit, arXiv 2506.13771). Its figures are 3 to
 6 % above these, for two reasons: they add to the dense and the quantized model alike about 0.1 % of the dense one (13 MB
@@ -26,11 +27,13 @@ from ..internals.transformers import tied_weights
 from ..load.conversion import part_shapes
 from ..load.meta_model import class_names, empty_model
 from ..load.source import Source, find_source, quantization_of
+from ..load.tables import TablePlan, Tables, place, plan_tables
 from ..load.verify import Header, verify
 from ..model_parts import other_senses
+from ..module_names import aliases
 from ..plan import Plan, WeightPlan, plan_model
 
-__all__ = ["LayerSize", "SizeReport", "format_bytes", "size_report"]
+__all__ = ["LayerSize", "SizeReport", "TableSize", "format_bytes", "size_report"]
 
 DENSE_BYTES = 2
 # Bytes of one element, by safetensors' names.
@@ -63,6 +66,23 @@ class LayerSize:
 
 
 @dataclass(frozen=True)
+class TableSize:
+    """One packed embedding, head, or both: a table of `rows` x `columns`, stored once for all `modules` that read it."""
+
+    modules: tuple[str, ...]
+    rows: int
+    columns: int
+    bits: int
+    bpw: float  # with the scales
+    bytes: int
+
+    @property
+    def described(self) -> str:
+        """Its shape, bits and size, in words."""
+        return f"{self.rows}x{self.columns}, {self.bpw:.4g} bits per weight, {format_bytes(self.bytes)}"
+
+
+@dataclass(frozen=True)
 class SizeReport:
     """What `size_report` found out about a model. Sizes are in bytes; `file_bytes` is None where there is no file."""
 
@@ -80,6 +100,8 @@ class SizeReport:
     kv_factor: float = 1.0  # of the ranks of k_proj and v_proj
     dense_parts: dict[str, int] = field(default_factory=dict)
     layers: list[LayerSize] = field(default_factory=list)
+    tables: list[TableSize] = field(default_factory=list)  # packed embeddings and heads
+    whole_bpw: float = 0.0  # bits of all tensors over all weights of the model, tied ones counted once
     kept: list[dict[str, Any]] = field(default_factory=list)  # layers left dense: reason, modules, weights
     warnings: list[str] = field(default_factory=list)
 
@@ -94,6 +116,7 @@ class SizeReport:
             **asdict(self),
             "ratio": self.ratio,
             "layers": [{**asdict(x), "ranks": list(x.ranks)} for x in self.layers],
+            "tables": [{**asdict(x), "modules": list(x.modules)} for x in self.tables],
         }
 
     def rows(self) -> list[tuple[str, str]]:
@@ -102,6 +125,7 @@ class SizeReport:
         rows = [
             ("bits per weight asked", f"{self.bpw_asked:g}"),
             ("bits per weight, real", f"{self.bpw:.4g}"),
+            ("bits per weight of the whole model", f"{self.whole_bpw:.4g}"),
             (size, format_bytes(self.file_bytes or self.total_bytes)),
             ("the same model at 16 bits", f"{format_bytes(self.original_bytes)} ({self.ratio:.1f} times larger)"),
             (
@@ -111,6 +135,7 @@ class SizeReport:
         ]
         if self.kv_factor != 1:
             rows.insert(2, ("ranks of k_proj and v_proj", f"{self.kv_factor:g} times those of the bits asked"))
+        rows += [(f"{table.bits} bits: {' and '.join(table.modules)}", table.described) for table in self.tables]
         return rows + [(f"dense: {part}", format_bytes(size)) for part, size in self.dense_parts.items()]
 
     def table(self, layers: bool = False, style: str = "plain") -> str:
@@ -152,22 +177,24 @@ def size_report(source: Any, config: LittleBitConfig | None = None) -> SizeRepor
         source = find_source(source)
     used = _choose(source.name, source.quantization, config)
     model = empty_model(source.config)
-    plan = plan_model(model, used, source.header)
+    plan, tables = plan_model(model, used, source.header), plan_tables(model, used, source.header)
     if source.header is None:
-        return _report(model, plan, used, _predicted(model, plan, used), measured=False)
-    # The dense model serves: U carries the dense weight's name, so it lists the names that the quantized one has.
-    verify(model, plan, used, source.header)
-    return _report(model, plan, used, source.header, measured=True, file_bytes=source.file_bytes)
+        return _report(model, plan, tables, used, _predicted(model, plan, tables, used), measured=False)
+    for table in tables.tables:
+        place(model, table)
+    # The model's dense layers serve: U carries the dense weight's name, so they list the names that the quantized ones have.
+    verify(model, plan, used, source.header, tables.shapes())
+    return _report(model, plan, tables, used, source.header, measured=True, file_bytes=source.file_bytes)
 
 
 def _model_report(model: Any, config: LittleBitConfig | None) -> SizeReport:
     quantized = quantization_of(model.config)
     used = _choose(type(model).__name__, quantized, config)
     header = None if quantized is None else _stored(model)
-    plan = plan_model(model, used, header)
+    plan, tables = plan_model(model, used, header), plan_tables(model, used, header)
     if header is None:
-        return _report(model, plan, used, _predicted(model, plan, used), measured=False)
-    return _report(model, plan, used, header, measured=True)
+        return _report(model, plan, tables, used, _predicted(model, plan, tables, used), measured=False)
+    return _report(model, plan, tables, used, header, measured=True)
 
 
 def _choose(name: str, own: LittleBitConfig | None, given: LittleBitConfig | None) -> LittleBitConfig:
@@ -199,9 +226,9 @@ def _stored(model: Any) -> Header:
     }
 
 
-def _predicted(model: Any, plan: Plan, config: LittleBitConfig) -> Header:
+def _predicted(model: Any, plan: Plan, tables: Tables, config: LittleBitConfig) -> Header:
     """The tensors that a dense `model` will be saved in, with 16 bits for what is kept."""
-    replaced = {weight.name for weight in plan.weights}
+    replaced = {weight.name for weight in plan.weights} | tables.by_weight().keys()
     header = {
         name: ("BF16" if stored_dtype in FLOATS else stored_dtype, shape, file)
         for name, (stored_dtype, shape, file) in _stored(model).items()
@@ -211,19 +238,32 @@ def _predicted(model: Any, plan: Plan, config: LittleBitConfig) -> Header:
     for weight in plan.weights:
         for name, (shape, dtype) in part_shapes(weight, config).items():
             header[name] = (by_itemsize[dtype.itemsize], shape, "")
+    for name, (shape, dtype) in tables.shapes().items():
+        header[name] = ({1: "I8", 2: "BF16", 4: "I32"}[dtype.itemsize], shape, "")
     return header
 
 
 def _report(
-    model: Any, plan: Plan, config: LittleBitConfig, header: Header, measured: bool, file_bytes: int | None = None
+    model: Any,
+    plan: Plan,
+    tables: Tables,
+    config: LittleBitConfig,
+    header: Header,
+    measured: bool,
+    file_bytes: int | None = None,
 ) -> SizeReport:
     parts = {weight.name: list(part_shapes(weight, config)) for weight in plan.weights}
     layers = [_layer(weight, config, header) for weight in plan.weights]
+    packed = [_table(table, header, model.base_model_prefix) for table in tables.tables]
     quantized = {name for names in parts.values() for name in names}
+    quantized |= {alias for name in tables.shapes() for alias in aliases(name, model.base_model_prefix)}
     rest = {name: entry for name, entry in header.items() if name not in quantized}
     total = sum(_bytes(entry) for entry in header.values())
     quantized_bytes = sum(layer.bytes for layer in layers)
-    warnings = plan.warnings()
+    table_bytes = sum(table.bytes for table in packed)
+    weights = sum(table.numel for table in tables.tables) + plan.numel
+    weights += sum(math.prod(shape) for _, shape, _ in rest.values())
+    warnings = [*plan.warnings(), *tables.warnings()]
     if not measured:
         warnings.append(PREDICTION)
     if config.format == "latent":
@@ -236,13 +276,15 @@ def _report(
         bpw=8 * quantized_bytes / plan.numel,
         replaced_weights=plan.numel,
         quantized_bytes=quantized_bytes,
-        dense_bytes=total - quantized_bytes,
+        dense_bytes=total - quantized_bytes - table_bytes,
         total_bytes=total,
         file_bytes=file_bytes,
-        original_bytes=DENSE_BYTES * (plan.numel + sum(math.prod(shape) for _, shape, _ in rest.values())),
+        original_bytes=DENSE_BYTES * weights,
         dense_parts=_dense_parts(model, rest),
         kv_factor=max((weight.options.factor for weight in plan.weights if weight.options.factor != 1), default=1.0),
         layers=layers,
+        tables=packed,
+        whole_bpw=8 * total / weights,
         kept=[
             {"reason": reason, "modules": [name for name, _ in kept], "weights": sum(numel for _, numel in kept)}
             for reason, kept in plan.dense.items()
@@ -282,6 +324,13 @@ def _layer(weight: WeightPlan, config: LittleBitConfig, header: Header) -> Layer
         total,
         config.converted_from or weight.options.init,
     )
+
+
+def _table(table: TablePlan, header: Header, prefix: str) -> TableSize:
+    """One table, measured on its parts in `header`."""
+    found = [next(header[alias] for alias in aliases(name, prefix) if alias in header) for name in table.shapes()]
+    total = sum(map(_bytes, found))
+    return TableSize(table.modules, table.rows, table.columns, table.bits, 8 * total / table.numel, total)
 
 
 def _bytes(entry: tuple[str, tuple[int, ...], str]) -> int:

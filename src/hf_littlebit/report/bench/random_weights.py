@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ...config import LittleBitConfig
 from ...internals.transformers import tied_weights
+from ...layers.table import ROWS_LIKE
 from ...load.conversion import part_shapes
+from ...load.tables import Tables, plan_tables
 from ...plan import Plan
 
 __all__ = ["random_state"]
@@ -40,7 +42,17 @@ def random_state(
                 limits = torch.iinfo(dtype_of_part)
                 words = torch.empty(shape, dtype=dtype_of_part, device=device)
                 state[name] = words.random_(limits.min, limits.max, generator=draw)
-    replaced = {weight.name for weight in plan.weights}
+    tables = Tables() if config is None else plan_tables(model, config)
+    for table in tables.tables:
+        for name, (shape, dtype_of_part) in table.shapes().items():
+            if dtype_of_part.is_floating_point:
+                state[name] = torch.full(shape, 0.08 / 2**table.bits, dtype=dtype_of_part, device=device)
+            else:
+                limits = torch.iinfo(dtype_of_part)
+                state[name] = torch.empty(shape, dtype=dtype_of_part, device=device)
+                state[name].random_(limits.min + 1, limits.max, generator=draw)  # -128 is no code
+        state[f"{table.owner}.{ROWS_LIKE}"] = torch.empty(0, dtype=dtype, device=device)
+    replaced = {weight.name for weight in plan.weights} | tables.by_weight().keys()
     tied = tied_weights(model)
     tile = (0.02 * torch.randn(TILE, generator=draw, device=device)).to(dtype)
     for name, value in model.state_dict().items():
