@@ -14,6 +14,7 @@ from torch import nn
 from ..layers.experts import LittleBitExperts
 from ..layers.linear import FactorModule
 from ..layers.path import Path, cast, dense_weight, is_finite
+from ..layers.table import PackedTableModule
 
 __all__ = ["refuse_non_finite", "refuse_overflow"]
 
@@ -28,8 +29,11 @@ def refuse_non_finite(model: nn.Module, dense: bool) -> None:
         ValueError: naming the first of them.
     """
     for name, module in model.named_modules():
-        ours = isinstance(module, FactorModule)
-        for part, value in module.named_parameters(recurse=False) if ours or dense else ():
+        ours = isinstance(module, FactorModule | PackedTableModule)
+        values = [*module.named_parameters(recurse=False)] if ours or dense else []
+        if isinstance(module, PackedTableModule):
+            values += module.named_buffers(recurse=False)
+        for part, value in values:
             if not value.is_floating_point() or value.is_meta or is_finite(value):
                 continue
             held = f"{name}.{part}".removeprefix(".") + " holds NaN or Inf"
@@ -57,7 +61,9 @@ def refuse_overflow(model: nn.Module, dtype: torch.dtype, former: torch.dtype) -
             for part, value in module.named_parameters(recurse=False):
                 if value.dtype == former if not ours else part == "bias":
                     cast(value.detach(), dtype)
-            for weight in _weights(module) if ours else ():
+            if isinstance(module, PackedTableModule) and float(module.table()[1].abs().max()) * 128 > torch.finfo(dtype).max:
+                cast(module.dense(), dtype)
+            for weight in _weights(module) if ours else ():  # type: ignore[arg-type]
                 if not _bound(module, weight) <= torch.finfo(dtype).max:
                     for paths in _paths(module, weight):
                         cast(dense_weight(paths), dtype)

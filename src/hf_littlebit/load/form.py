@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -45,6 +46,7 @@ from ..layers.shared_input import share_as_asked
 from ..plan import Plan, plan_model
 from .finite import refuse_overflow
 from .saving import save_whole
+from .resize import resize_tables
 from .tables import table_modules, unpack_tables
 
 __all__ = [
@@ -163,6 +165,9 @@ def finish(model: PreTrainedModel, quantizer: Quantizer) -> None:
     save_under_held_names(model)
     save_through(model, save_whole)
     upload_through(model, quantizer.upload_files)
+    vars(model).pop("resize_token_embeddings", None)
+    if table_modules(model):
+        instance.resize_token_embeddings = partial(resize_tables, model)
     attach_head(model)
     if config.format == "packed":
         for module in factor_modules(model).values():
@@ -212,6 +217,7 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
     detach_head(model)
     plain_generate(model)
     plain_saving(model)
+    vars(model).pop("resize_token_embeddings", None)
     for part in _parts_with_configs(model):
         unmark_quantized(part.config)
 
