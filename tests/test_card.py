@@ -70,7 +70,7 @@ def test_metadata_and_figures(model):
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
     assert {"littlebit", "sub-1-bit", "quantized"} <= set(data["tags"])
     for words in (
-        f"| bits per weight asked       | {report.bpw_asked:g} ",
+        f"| bits per weight asked              | {report.bpw_asked:g} ",
         f"{report.bpw:.4g}",
         f"({report.ratio:.1f} times larger)",
         "pip install hf-littlebit",

@@ -14,6 +14,7 @@ no tensor: whoever computes with it gets an error.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,10 @@ __all__ = [
 
 TABLE_PARTS = ("codes", "scale")
 ROWS_LIKE = "like"  # the empty parameter
+UNTRAINED = (
+    "a packed table cannot be trained, as PEFT's modules_to_save or otherwise; train adapters, freeze it "
+    "(requires_grad_(False)), or load the model with embedding_bits=16 and head_bits=16"
+)
 SLAB = 1 << 22  # weights unpacked to fp32 at a time
 
 
@@ -124,18 +129,25 @@ class PackedTableModule(nn.Module):
         module.register_parameter("weight", weight)
         return module.train(self.training)
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Refuse to train this module alone, which has nothing that learns; `model.requires_grad_()` does not come here.
+    def parts(self) -> tuple[Tensor, Tensor, torch.dtype]:
+        """(codes, scale, dtype of rows), for a forward.
 
         Raises:
-            ValueError: with the way out.
+            RuntimeError: the table asks for a gradient, as of PEFT's modules_to_save.
         """
-        if requires_grad:
-            raise ValueError(
-                f"a {self.table_bits}-bit table cannot be trained, as modules_to_save or otherwise; load the model with "
-                "embedding_bits=16 and head_bits=16 to train it, or train the layers' adapters alone"
-            )
-        return super().requires_grad_(requires_grad)
+        held = self.holder()
+        if held.like.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(UNTRAINED)
+        return held.codes, held.scale, held.like.dtype  # type: ignore[return-value]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # Copied alone, it would take a copy of the table along that nothing else knows.
+        if self.owner and not memo:
+            raise ValueError(f"{UNTRAINED}. This module reads the table of another, so it cannot be copied alone")
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # As of FactorModule: a cast of the model leaves the dtypes of the stored parts as they are.
@@ -164,8 +176,8 @@ class PackedEmbedding(PackedTableModule, nn.Embedding):
     weight = property(_weight)  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
-        codes, scale = self.table()
-        return embedding(input, codes, scale, self.columns, self.holder().like.dtype)
+        codes, scale, dtype = self.parts()
+        return embedding(input, codes, scale, self.columns, dtype)
 
 
 class PackedHead(PackedTableModule, nn.Linear):
@@ -178,7 +190,7 @@ class PackedHead(PackedTableModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x = autocast_input(input)
-        codes, scale = self.table()
+        codes, scale, _ = self.parts()
         if x.device == codes.device or codes.is_meta:
             return head(x, codes, scale, self.bias)
         bias = None if self.bias is None else self.bias.to(codes.device)

@@ -61,7 +61,10 @@ def refuse_overflow(model: nn.Module, dtype: torch.dtype, former: torch.dtype) -
             for part, value in module.named_parameters(recurse=False):
                 if value.dtype == former if not ours else part == "bias":
                     cast(value.detach(), dtype)
-            if isinstance(module, PackedTableModule) and float(module.table()[1].abs().max()) * 128 > torch.finfo(dtype).max:
+            if (
+                isinstance(module, PackedTableModule)
+                and float(module.table()[1].abs().max()) * 128 > torch.finfo(dtype).max
+            ):
                 cast(module.dense(), dtype)
             for weight in _weights(module) if ours else ():  # type: ignore[arg-type]
                 if not _bound(module, weight) <= torch.finfo(dtype).max:

@@ -45,8 +45,8 @@ from ..layers.output_head import attach_head, detach_head
 from ..layers.shared_input import share_as_asked
 from ..plan import Plan, plan_model
 from .finite import refuse_overflow
-from .saving import save_whole
 from .resize import resize_tables
+from .saving import save_whole
 from .tables import table_modules, unpack_tables
 
 __all__ = [
