@@ -58,6 +58,18 @@ def test_lora(quantized, tmp_path):
     assert {path.name for path in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
 
 
+def test_bench_tables(pycode):
+    script, config = EXAMPLES / "bench_tables.py", Path(pycode) / "config.json"
+    text = EXAMPLES / "data" / "pycode_eval.txt"
+    printed = run(sys.executable, script, "quality", pycode, "--text", text, "--length", 128, "--blocks", 4)
+    found = re.findall(r"^\| (\d+) +\| ([\w ]+?) +\| ([\d.]+) ", printed, re.MULTILINE)
+    values = {(bits, kind): float(value) for bits, kind, value in found}
+    dense = values["16", "as it is"]
+    assert values["8", "searched"] == pytest.approx(dense, rel=0.01) and values["4", "searched"] < 1.3 * dense
+    printed = run(sys.executable, script, "speed", config, "--bpw", 1, "--rounds", 1, "--new", 4)
+    assert [line.split()[1] for line in printed.splitlines()[-3:]] == ["16", "8", "4"]
+
+
 def test_train(tmp_path):
     options = ("--steps", 8, "--length", 64, "--out", tmp_path)
     printed = run(sys.executable, EXAMPLES / "train.py", *options)

@@ -574,3 +574,15 @@ def test_without_overrides_a_subclass_is_a_plain_tensor():
         loud + 1
     with torch_doors.without_overrides():
         assert (loud + 1).tolist() == [2, 2] and loud.dtype == torch.float32
+
+
+def test_weights_are_untied_for_good_and_tied_again():
+    model = build("llama_tied")
+    assert doors.tied_weights(model) == {"lm_head.weight": "model.embed_tokens.weight"}
+    doors.untie(model, ["lm_head.weight"])
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.tie_weights()
+    assert doors.tied_weights(model) == {} and model.lm_head.weight is not model.model.embed_tokens.weight
+    assert type(model)._tied_weights_keys  # of the one model alone
+    doors.tie_again(model)
+    assert doors.tied_weights(model) and model.lm_head.weight is model.model.embed_tokens.weight

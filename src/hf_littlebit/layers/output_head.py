@@ -1,4 +1,4 @@
-"""The output head on a CPU: it stays dense, and beside packed layers it is the largest single product of a step.
+"""The dense output head on a CPU (table.py has the packed one): beside packed layers it is the largest single product of a step.
 
     y = x W^T + b,  x [..., hidden], W [vocabulary, hidden]
 
