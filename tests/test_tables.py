@@ -94,6 +94,7 @@ def test_round_trip(name, bits, folder, tmp_path):
     again = load(tmp_path / "packed")
     equal_states(model, again)
     assert torch.equal(before, outputs(again))
+    assert not any(module.like.requires_grad for module in table_modules(again).values() if not module.owner)
     if tied:
         assert again.get_submodule(head).table()[0] is again.get_submodule(owner).codes
         again.tie_weights()

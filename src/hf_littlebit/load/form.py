@@ -166,6 +166,8 @@ def finish(model: PreTrainedModel, quantizer: Quantizer) -> None:
     save_through(model, save_whole)
     upload_through(model, quantizer.upload_files)
     vars(model).pop("resize_token_embeddings", None)
+    for table in table_modules(model).values():
+        table.holder().like.requires_grad_(False)  # as transformers does not leave it
     if table_modules(model):
         instance.resize_token_embeddings = partial(resize_tables, model)
     attach_head(model)
