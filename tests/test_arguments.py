@@ -8,7 +8,8 @@ from hf_littlebit.command.arguments import build_parser, quantization_config
 # Options of LittleBitConfig that are no business of `quantize`: for loading, or written by the code.
 NO_FLAG = {"converted_from", "dequantize", "format_version", "quant_method", "ranks", "share_inputs"}
 EVERY_FLAG = """--bpw 2 --init dual_svid --residual off --kv-factor 2 --skip o_proj --module down_proj:bpw=3 --format latent
-    --seed 7 --steps 3 --refit-rounds 2 --towers --scale-dtype float16 --base-model org/name --device cpu --workers 2"""
+    --seed 7 --steps 3 --refit-rounds 2 --towers --scale-dtype float16 --embedding-bits 8 --head-bits 4
+    --base-model org/name --device cpu --workers 2"""
 
 
 def test_every_option_of_the_config_is_reached():
