@@ -39,6 +39,7 @@ from ..load.conversion import factor_weight
 from ..load.form import factor_modules, finish, record, replace_modules
 from ..load.quantizer import LittleBitHfQuantizer
 from ..load.source import quantization_of
+from ..load.tables import pack_tables
 from ..plan import Plan, plan_model
 from .blocks import BlockList, Call, find_blocks
 
@@ -93,6 +94,8 @@ def fit_model(model: Model, config: LittleBitConfig, tokens: Tensor, *, progress
     model.eval()
     with torch.no_grad(), tqdm(total=len(plan.weights), desc="factorizing", unit="layer", disable=not progress) as bar:
         _Fit(model, working, plan, blocks, tokens, bar.update).run()
+    if config.format == "packed":
+        pack_tables(model, config)
     finish(model.train(training), LittleBitHfQuantizer(config))
     return model
 

@@ -36,6 +36,7 @@ from ..load.finite import refuse_non_finite
 from ..load.form import finish, record, refuse_float64
 from ..load.quantizer import LittleBitHfQuantizer
 from ..load.source import quantization_of
+from ..load.tables import pack_tables
 from ..placement import compute_dtype, free_memory
 from ..plan import WeightPlan, plan_model
 from ..train.resume import OPTIONS, fingerprint, keep_options, model_fingerprint
@@ -169,6 +170,7 @@ class _Refinement:
             self._distil(schedule, teacher)
         else:
             pack_modules(self.model)
+            pack_tables(self.model, with_format(self.config, "packed"))
             cast_dense(self.model, self.dtype)
             finish(self.model, LittleBitHfQuantizer(with_format(self.config, "packed")))
 

@@ -18,8 +18,8 @@ from .evaluate import exp, loss_sum
 
 __all__ = ["MARGIN", "Check", "block_loss"]
 
-# Nats per token above the dense model, 4.5 times its perplexity. The models measured so far that were further away wrote nothing that
-# could be read; the margin is a choice (docs/real_model.md).
+# Nats per token above the dense model, 4.5 times its perplexity. A choice: no model measured so far that was further away wrote
+# anything that could be read (docs/real_model.md).
 MARGIN = 1.5
 UNUSABLE = "this model is not usable without training or refinement"
 
