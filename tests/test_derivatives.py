@@ -125,7 +125,18 @@ def test_derivatives_of_the_other_backends(backend, kinds):
     if backend == "triton" and find_spec("triton") is None:
         pytest.skip("triton is not installed")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", kinds],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            f"({kinds}) and not other_backends",
+        ],
+        timeout=300,
         env={**os.environ, "LITTLEBIT_BACKEND": backend, "TRITON_INTERPRET": "1" if backend == "triton" else "0"},
         capture_output=True,
         text=True,
