@@ -200,6 +200,10 @@ class DecodeGraphs:
             self._facts, self.broken = found.facts, False
         return found.obstacle
 
+    def _checked(self, model: PreTrainedModel, cache: Any) -> str | None:
+        """As `check`, which is left out where it was made for the generation with `cache`."""
+        return None if self._vouched() is cache else self.check(model)
+
     def vouch(self, cache: Any = None) -> None:
         """The model was checked for the generation with `cache`, and nothing of it has run since; None: of no generation."""
         self._vouched = _nothing if cache is None else weakref.ref(cache)
@@ -221,7 +225,7 @@ class DecodeGraphs:
         if not generation.checked:
             # After the prefill rather than before: a model may have put tensors of this prompt into its modules.
             # A prompt that was replayed has run no Python.
-            if self._vouched() is not now.cache and (reason := self.check(model)) is not None:
+            if (reason := self._checked(model, now.cache)) is not None:
                 generation.reason = reason
                 raise Unfit(reason)
             generation.checked = True
@@ -331,7 +335,7 @@ class DecodeGraphs:
     def home_of_new(self, model: PreTrainedModel, now: StepInputs) -> CacheHome:
         """The home of an earlier generation that the empty cache of `now` may move into; raises Unfit where there is none."""
         refuse_unknown(now.cache)
-        if self._vouched() is not now.cache and (reason := self.check(model)) is not None:
+        if (reason := self._checked(model, now.cache)) is not None:
             raise Unfit(reason)
         stream = self.recorder.stream(now.tokens.device)
         for home in reversed(self._homes):

@@ -46,6 +46,7 @@ from .compiled_step import compiled_step
 from .decode_graph import DecodeGraphs
 from .prompt_graph import PROMPT_TOKENS, filled_length, read_prompt
 from .recorder import CudaRecorder, Unfit
+from .step_inputs import cache_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -132,7 +133,7 @@ class _PrepareCache(_Attached):
             result = self.plain(*args, **kwargs)
         finally:
             config.cache_implementation = None
-        vars(model)[_CompiledCall.name].graphs.vouch(_cache_of(given["model_kwargs"]))
+        vars(model)[_CompiledCall.name].graphs.vouch(cache_of(given["model_kwargs"]))
         return result
 
 
@@ -195,7 +196,7 @@ def _graphs_for_prompt(model: PreTrainedModel, given: dict[str, Any] | None) -> 
         return None
     if inputs.get("inputs_embeds") is not None or not attached.graphs.ready or tokens.dim() != 2:
         return None
-    cache = _cache_of(inputs)
+    cache = cache_of(inputs)
     if type(cache) is not StaticCache or any(getattr(layer, "is_initialized", True) for layer in cache.layers):
         return None
     rows, length = tokens.shape
@@ -251,10 +252,6 @@ def _static_by_default(model: PreTrainedModel, given: dict[str, Any]) -> bool:
         return False
     # Asking the driver for the free memory takes longer than a decode step: only for a cache that could be too large.
     return size * SMALL_SHARE <= _all_memory(model.device) or size * MEMORY_SHARE <= _free_memory(model.device)
-
-
-def _cache_of(inputs: dict[str, Any]) -> Any:
-    return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
 
 
 def _bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import CACHE_NAMES
 from ..internals.transformers import attention_implementation
 from .decode_graph import DecodeGraphs, RecordedStep
 from .recorder import Unfit
 from .static_cache import CacheHome
-from .step_inputs import StepInputs, step_inputs
+from .step_inputs import StepInputs, cache_of, step_inputs
 
 __all__ = ["PROMPT_TOKENS", "filled_length", "read_prompt"]
 
@@ -92,7 +91,7 @@ def _with_masks(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     masks = inputs.get("attention_mask")
     if isinstance(masks, Tensor) or (isinstance(masks, dict) and None not in masks.values()):
         return inputs
-    cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+    cache = cache_of(inputs)
     if attention_implementation(model.config) != "sdpa" or cache is None:
         raise Unfit("a prompt has no mask, and its attention is not torch's")
     tokens = inputs["input_ids"]

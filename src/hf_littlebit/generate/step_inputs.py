@@ -10,7 +10,7 @@ from torch import Tensor
 from ..compat import CACHE_NAMES
 from .recorder import Unfit
 
-__all__ = ["StepInputs", "step_inputs"]
+__all__ = ["StepInputs", "cache_of", "step_inputs"]
 
 INPUTS = ("input_ids", "position_ids", "attention_mask", "cache_position")  # tensors that a step may be given
 
@@ -46,6 +46,11 @@ class StepInputs(NamedTuple):
         if isinstance(masks := self.given.get("attention_mask"), dict):
             fixed["attention_mask"] = {kind: tensors.get(f"attention_mask.{kind}") for kind in masks}
         return fixed
+
+
+def cache_of(inputs: dict[str, Any]) -> Any:
+    """The cache among a model's inputs, by whichever of its names; None where there is none."""
+    return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
 
 
 def step_inputs(inputs: dict[str, Any]) -> StepInputs:

@@ -77,15 +77,20 @@ def _recorded(*tensors: Tensor | None) -> bool:
 # -- autograd and forward mode ------------------------------------------------------------------------------------------------
 
 
+def _keep(ctx: Any, parts: Sequence[Any]) -> None:
+    """Keep the parts, which are constants, for the derivatives of both modes; refuse scales that ask for a gradient."""
+    if any(ctx.needs_input_grad[1:PART_COUNT]):
+        raise RuntimeError(SCALES)
+    ctx.save_for_backward(*parts)
+    ctx.save_for_forward(*parts)
+    ctx.set_materialize_grads(False)  # what has no tangent is None, so that scales with one are seen
+
+
 class _Linear(OneLevelFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *parts, bias, ranks = rest
-        if any(ctx.needs_input_grad[1:PART_COUNT]):
-            raise RuntimeError(SCALES)
-        ctx.save_for_backward(*parts)
-        ctx.save_for_forward(*parts)
-        ctx.set_materialize_grads(False)  # what has no tangent is None, so that scales with one are seen
+        _keep(ctx, parts)
         ctx.ranks, ctx.bias_dtype = ranks, None if bias is None else bias.dtype
         with recording(in_function_transform()):
             y: Tensor = torch.ops.hf_littlebit.linear(x, *parts, bias, ranks)
@@ -117,11 +122,7 @@ class _LinearGrad(OneLevelFunction):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *rest: Any) -> Tensor:
         *parts, ranks = rest
-        if any(ctx.needs_input_grad[1:PART_COUNT]):
-            raise RuntimeError(SCALES)
-        ctx.save_for_backward(*parts)
-        ctx.save_for_forward(*parts)
-        ctx.set_materialize_grads(False)  # what has no tangent is None, so that scales with one are seen
+        _keep(ctx, parts)
         ctx.ranks = ranks
         with recording(in_function_transform()):
             grad_x: Tensor = torch.ops.hf_littlebit.linear_grad(grad, *parts, ranks)
