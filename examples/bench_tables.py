@@ -3,12 +3,15 @@
     python examples/bench_tables.py quality MODEL --text FILE --blocks 8     the layers stay dense, so that only the tables differ
     python examples/bench_tables.py speed CONFIG --bpw 0.1 --threads 1       random weights; the three take turns in one process
 
+`quality --apart` unties a tied model first, and packs the embedding and the head alone too.
 Without the search for scales: every row (8 bits) or 64 columns (4 bits) rounded to multiples of its largest magnitude / 127 or 7.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
+import tempfile
 
 import torch
 from tabulate import tabulate
@@ -25,9 +28,18 @@ from hf_littlebit.report.bench.contender import Contender, Setting
 GROUP = 64
 
 
-def tables_config(bits: int, bpw: float) -> LittleBitConfig:
+def tables_config(bits: int, bpw: float, head_bits: int | None = None) -> LittleBitConfig:
     """A config whose embedding and head have so many bits."""
-    return LittleBitConfig(bpw, embedding_bits=bits, head_bits=bits)
+    return LittleBitConfig(bpw, embedding_bits=bits, head_bits=bits if head_bits is None else head_bits)
+
+
+def save_untied(folder: str, out: str) -> None:
+    """Save a dense model into `out` with an output head of its own, which has the weights that it shares in `folder`."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(out)
 
 
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -38,28 +50,37 @@ def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return (groups / scale).round().mul(scale).flatten(1)[:, : weight.shape[1]].to(weight.dtype)
 
 
-def quality(args: argparse.Namespace) -> None:
+def quality(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     """Print the perplexity of a dense model with its tables in 16, 8 and 4 bits."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with open(args.text, encoding="utf-8") as file:
         text = file.read()[-args.characters :]
     dtype = getattr(torch, args.dtype)
     rows = []
-    for bits, search in ((16, True), (8, True), (8, False), (4, True), (4, False)):
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
-        tables = plan_tables(model, tables_config(bits, 1.0)).tables
+    cases = [(16, 16, True), (8, 8, True), (8, 8, False), (4, 4, True), (4, 4, False)]
+    where = args.model
+    if args.apart:
+        where = stack.enter_context(tempfile.TemporaryDirectory())
+        save_untied(args.model, where)
+        cases += [(8, 16, True), (16, 8, True), (4, 16, True), (16, 4, True), (4, 8, True), (8, 4, True)]
+    for bits, head_bits, search in cases:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype).eval()
+        config = tables_config(bits, 1.0, head_bits)
+        tables = plan_tables(model, config).tables
         size = sum(table.stored_bits for table in tables) / 8
         if search:
-            pack_tables(model, tables_config(bits, 1.0))
+            pack_tables(model, config)
         else:
             for table in tables:
                 weight = model.get_parameter(f"{table.owner}.weight")
                 weight.data = rounded(weight.data, bits)
         found = perplexity(model, tokenizer, text, length=args.length, max_blocks=args.blocks, progress=False)
-        kind = "as it is" if bits == 16 else "searched" if search else "largest magnitude"
-        rows.append((bits, kind, f"{found.perplexity:.4f}", f"{found.loss:.5f}", f"{size / 1e6:.1f}" if size else "-"))
+        kind = "as it is" if bits == head_bits == 16 else "searched" if search else "largest magnitude"
+        megabytes = f"{size / 1e6:.1f}" if size else "-"
+        rows.append((bits, head_bits, kind, f"{found.perplexity:.4f}", f"{found.loss:.5f}", megabytes))
         print(json.dumps(rows[-1]), flush=True)
-    print(tabulate(rows, ["bits", "scales", "perplexity", "loss", "MB of tables"], "github", disable_numparse=True))
+    columns = ["embedding", "head", "scales", "perplexity", "loss", "MB of tables"]
+    print(tabulate(rows, columns, "github", disable_numparse=True))
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -98,6 +119,7 @@ def main() -> None:
     one.add_argument("--blocks", type=int, default=8)
     one.add_argument("--length", type=int, default=1024)
     one.add_argument("--characters", type=int, default=60_000, help="of the end of the text")
+    one.add_argument("--apart", action="store_true", help="also the embedding alone, and the head alone")
     one.add_argument("--dtype", default="float32")
     two = commands.add_parser("speed")
     two.add_argument("model", metavar="CONFIG")
@@ -107,7 +129,8 @@ def main() -> None:
     two.add_argument("--new", type=int, default=16)
     two.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    quality(args) if args.command == "quality" else speed(args)
+    with contextlib.ExitStack() as stack:
+        quality(args, stack) if args.command == "quality" else speed(args)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Quantize the bundled model at several bit widths with each initialiser, reload, evaluate, plot and generate.
 
-    python examples/demo.py [--bpw 1.0 0.55 0.3] [--init dual_svid joint_itq admm] [--out demo-output]
+    python examples/demo.py [--bpw 1.0 0.55 0.3] [--init dual_svid joint_itq admm] [--tables 8 4] [--out demo-output]
 
 Every row of the table is a full round trip: `from_pretrained` with a `LittleBitConfig`, `save_pretrained`, and the
-saved model loaded again and evaluated. Writes rate_distortion.png, results.json and the last packed model to --out.
+saved model loaded again and evaluated. The last initialiser's rows come again with the embedding and the output head
+packed to --tables bits. Writes rate_distortion.png, results.json and all packed models to --out.
 """
 
 from __future__ import annotations
@@ -28,8 +29,22 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-COLUMNS = ["init", "bpw asked", "bpw real", "file MB", "ratio", "perplexity", "weight error", "seconds"]
+COLUMNS = [
+    "init",
+    "embedding and head",
+    "bpw asked",
+    "bpw real",
+    "bits, whole model",
+    "file MB",
+    "ratio",
+    "perplexity",
+    "weight error",
+    "seconds",
+]
+INIT, TABLES, REAL, MEGABYTES, PERPLEXITY, ERROR = 0, 1, 3, 5, 7, 8  # places of columns
+DENSE = 16  # bits of a weight that is not packed
 STYLES = {"dual_svid": ("o", "#999999"), "joint_itq": ("s", "#3b7dd8"), "admm": ("D", "#d1495b")}
+TABLE_STYLES = {16: ("D", "#d1495b"), 8: ("^", "#2a9d5c"), 4: ("v", "#e09f3e")}
 PROMPT = "def read_lines(path):\n"
 
 
@@ -43,11 +58,16 @@ def weight_error(model: torch.nn.Module, dense: torch.nn.Module) -> float:
     return sum(errors) / len(errors)
 
 
-def round_trip(args: argparse.Namespace, dense, tokenizer, text: str, init: str, bpw: float) -> list:
+def folder_of(args: argparse.Namespace, init: str, bits: int, bpw: float) -> Path:
+    """Where a row's packed model is."""
+    return args.out / f"{args.model.name}-{init}-{bpw:g}{'' if bits == DENSE else f'-tables-{bits}'}"
+
+
+def round_trip(args: argparse.Namespace, dense, tokenizer, text: str, init: str, bits: int, bpw: float) -> list:
     """One row of the table."""
-    folder = args.out / f"{args.model.name}-{init}-{bpw:g}"
+    folder = folder_of(args, init, bits, bpw)
     start = time.perf_counter()
-    config = LittleBitConfig(bpw, init=init, workers=args.workers)
+    config = LittleBitConfig(bpw, init=init, embedding_bits=bits, head_bits=bits, workers=args.workers)
     quantized = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=config)
     seconds = time.perf_counter() - start
     quantized.save_pretrained(folder)
@@ -56,25 +76,46 @@ def round_trip(args: argparse.Namespace, dense, tokenizer, text: str, init: str,
     report = size_report(folder)
     score = perplexity(model, tokenizer, text, max_blocks=args.blocks)
     error = weight_error(model, dense)
-    return [init, bpw, report.bpw, report.file_bytes / 1e6, report.ratio, score.perplexity, error, seconds]
+    size = report.file_bytes / 1e6
+    return [init, bits, bpw, report.bpw, report.whole_bpw, size, report.ratio, score.perplexity, error, seconds]
 
 
-def plot(rows: list[list], dense_perplexity: float, file: Path) -> None:
-    """Perplexity and weight error against the real bits per weight, a line per initialiser."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for init, (marker, colour) in STYLES.items():
-        mine = sorted(row for row in rows if row[0] == init)
-        for axis, column in zip(axes, (5, 6), strict=True):
-            axis.plot([r[2] for r in mine], [r[column] for r in mine], marker=marker, color=colour, label=init)
-    axes[0].axhline(dense_perplexity, linestyle="--", color="black", linewidth=1, label="dense, 16 bits")
-    axes[0].set_yscale("log")
-    axes[0].set_ylabel("perplexity (log scale)")
+def plot(rows: list[list], last: str, dense_perplexity: float, file: Path) -> None:
+    """Perplexity and weight error by bits per weight, a line per initialiser; perplexity by file size, a line per table bits."""
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 3.8), layout="constrained")
+    lines = [
+        (axes[:2], REAL, (PERPLEXITY, ERROR), init, style, [r for r in rows if r[INIT] == init and r[TABLES] == DENSE])
+        for init, style in STYLES.items()
+    ]
+    lines += [
+        (
+            axes[2:],
+            MEGABYTES,
+            (PERPLEXITY,),
+            f"{last}, {bits} bits",
+            style,
+            [r for r in rows if r[INIT] == last and r[TABLES] == bits],
+        )
+        for bits, style in TABLE_STYLES.items()
+    ]
+    for where, x, columns, label, (marker, colour), mine in lines:
+        mine.sort(key=lambda row: row[x])
+        for axis, column in zip(where, columns, strict=True):
+            axis.plot([r[x] for r in mine], [r[column] for r in mine], marker=marker, color=colour, label=label)
+    for axis in (axes[0], axes[2]):
+        axis.axhline(dense_perplexity, linestyle="--", color="black", linewidth=1, label="dense, 16 bits")
+        axis.set_yscale("log")
+        axis.set_ylabel("perplexity (log scale)")
     axes[1].set_ylabel("relative squared weight error")
     axes[1].set_ylim(0, 1)
     for axis in axes:
         axis.set_xlabel("bits per replaced weight, as stored")
         axis.grid(alpha=0.3)
-        axis.legend()
+    axes[2].set_xlabel("file, MB")
+    axes[2].set_xlim(left=0)
+    axes[0].legend()
+    axes[1].legend()
+    axes[2].legend(title="embedding and head")
     figure.suptitle("pycode-13m, quantized without training")
     figure.savefig(file, dpi=130)
 
@@ -85,6 +126,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=HERE / "data" / "pycode_eval.txt", help="text to evaluate on")
     parser.add_argument("--bpw", type=float, nargs="+", default=[0.3, 0.55, 1.0], help="bits per weight to try")
     parser.add_argument("--init", nargs="+", default=list(INITS), choices=INITS, help="initialisers to try")
+    parser.add_argument("--tables", type=int, nargs="*", default=[8, 4], help="bits of embedding and head to try")
     parser.add_argument("--blocks", type=int, default=64, help="windows of 512 tokens to evaluate on")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="layers factorized at the same time")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for all results")
@@ -98,12 +140,13 @@ def main() -> None:
     dense = AutoModelForCausalLM.from_pretrained(args.model)
     size = (args.model / "model.safetensors").stat().st_size / 1e6
     reference = perplexity(dense, tokenizer, text, max_blocks=args.blocks).perplexity
-    rows = [round_trip(args, dense, tokenizer, text, init, bpw) for init in args.init for bpw in args.bpw]
-    table = [["dense", 16, 16, size, 1, reference, 0, ""], *rows]
-    formats = ("", "g", ".3f", ".2f", ".1f", ".1f", ".3f", ".1f")
+    kinds = [(init, DENSE) for init in args.init] + [(args.init[-1], bits) for bits in args.tables]
+    rows = [round_trip(args, dense, tokenizer, text, *kind, bpw) for kind in kinds for bpw in args.bpw]
+    table = [["dense", DENSE, DENSE, DENSE, DENSE, size, 1, reference, 0, ""], *rows]
+    formats = ("", "g", "g", ".3f", ".2f", ".2f", ".1f", ".1f", ".3f", ".1f")
     print()
     print(tabulate(table, COLUMNS, tablefmt="github", floatfmt=formats))
-    plot(rows, reference, args.out / "rate_distortion.png")
+    plot(rows, args.init[-1], reference, args.out / "rate_distortion.png")
     results = {
         "columns": COLUMNS,
         "rows": table,
@@ -116,12 +159,12 @@ def main() -> None:
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
-    best = min(rows, key=lambda row: row[5])
-    folder = args.out / f"{args.model.name}-{best[0]}-{best[1]:g}"
+    best = min(rows, key=lambda row: row[PERPLEXITY])
+    folder = folder_of(args, *best[:3])
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokens = tokenizer(PROMPT, return_tensors="pt")
     out = model.generate(**tokens, max_new_tokens=60, do_sample=False, repetition_penalty=1.1)
-    print(f"\n{best[0]} at {best[1]:g} bits, untrained, continues:\n\n{tokenizer.decode(out[0])}\n")
+    print(f"\n{best[INIT]} at {best[2]:g} bits, untrained, continues:\n\n{tokenizer.decode(out[0])}\n")
     print(f"Plot: {args.out / 'rate_distortion.png'}   Packed models: {args.out}/   Load one:")
     print(
         f"  python -c \"import hf_littlebit, transformers as t; print(t.AutoModelForCausalLM.from_pretrained('{folder}'))\""

@@ -154,6 +154,8 @@ def test_damaged_parts_are_refused_by_name(part, change, words):
 def vllm(monkeypatch):
     """A stand-in for vLLM in which nothing is but the registration; returns what was registered."""
     registered = {}
+    for name in [name for name in sys.modules if name.startswith("vllm.")]:  # of the real one, where that is installed
+        monkeypatch.delitem(sys.modules, name)
     for name in (
         "vllm",
         "vllm.model_executor",

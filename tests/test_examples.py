@@ -61,11 +61,17 @@ def test_lora(quantized, tmp_path):
 def test_bench_tables(pycode):
     script, config = EXAMPLES / "bench_tables.py", Path(pycode) / "config.json"
     text = EXAMPLES / "data" / "pycode_eval.txt"
-    printed = run(sys.executable, script, "quality", pycode, "--text", text, "--length", 128, "--blocks", 4)
-    found = re.findall(r"^\| (\d+) +\| ([\w ]+?) +\| ([\d.]+) ", printed, re.MULTILINE)
-    values = {(bits, kind): float(value) for bits, kind, value in found}
-    dense = values["16", "as it is"]
-    assert values["8", "searched"] == pytest.approx(dense, rel=0.01) and values["4", "searched"] < 1.3 * dense
+    options = ("--text", text, "--length", 128, "--blocks", 4, "--apart")
+    printed = run(sys.executable, script, "quality", pycode, *options)
+    found = re.findall(r"^\| (\d+) +\| (\d+) +\| ([\w ]+?) +\| ([\d.]+) +\|[^|]*\| ([\d.-]+)", printed, re.MULTILINE)
+    values = {(int(bits), int(head), kind): float(value) for bits, head, kind, value, _ in found}
+    dense = values[16, 16, "as it is"]
+    assert values[8, 8, "searched"] == pytest.approx(dense, rel=0.01) and values[4, 4, "searched"] < 1.3 * dense
+    # The two alone: each costs something, neither as much as both, and each takes half of the bytes.
+    assert dense < min(values[4, 16, "searched"], values[16, 4, "searched"])
+    assert max(values[4, 16, "searched"], values[16, 4, "searched"]) < values[4, 4, "searched"]
+    sizes = {(int(bits), int(head)): float(size) for bits, head, kind, _, size in found if kind == "searched"}
+    assert sizes[4, 16] == sizes[16, 4] == pytest.approx(sizes[4, 4] / 2, abs=0.1)
     printed = run(sys.executable, script, "speed", config, "--bpw", 1, "--rounds", 1, "--new", 4)
     assert [line.split()[1] for line in printed.splitlines()[-3:]] == ["16", "8", "4"]
 
