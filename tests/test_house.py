@@ -1,7 +1,7 @@
 """Which wing of the package may import which, and that no file imports itself by way of others.
 
-    kernels, compat, internals, module_names, placement, weight_reads, model_parts <- layers
-    layers <- initialize <- config <- budget <- plan <- generate <- load
+    kernels, compat, internals, module_names, placement, weight_reads, model_parts, ranks, budget <- layers
+    layers <- initialize <- option_rules <- config <- plan <- generate <- load
     load <- train | report | engines <- command, and train <- refinement <- command
 
 A wing imports itself and what stands left of it; train, report and engines do not import each other. An import inside a function
@@ -12,6 +12,7 @@ counts, and so does one for types alone. Besides the wings:
 - placement (where a model computes that accelerate keeps elsewhere), module_names (whom a name means) and weight_reads (which
   layers' weights a model's code reads) know of modules only, and import nothing of it either; model_parts (what is a router, a
   tower, a head) reads a model with them.
+- ranks and budget are arithmetic on numbers: of the package they know the kernels' file format, and no module.
 - generate stands below load, because a model that was loaded is given its faster generation at once; it needs no plan.
 - __init__ and __main__ stand above all: __init__ also joins what may not import each other (the model card, a report, to
   the quantizer).
@@ -29,12 +30,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "src" / "hf_littlebit"
 FLOORS = [
     {"kernels", "compat", "internals"},
-    {"module_names", "placement", "weight_reads"},
-    {"model_parts"},
+    {"module_names", "placement", "weight_reads", "ranks"},
+    {"model_parts", "budget"},
     {"layers"},
     {"initialize"},
+    {"option_rules"},
     {"config"},
-    {"budget"},
     {"plan"},
     {"generate"},
     {"load"},

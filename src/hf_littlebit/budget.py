@@ -12,9 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .config import RANK_MULTIPLE, SCALE_BITS, bits_of
+from .ranks import RANK_MULTIPLE, SCALE_BITS, bits_of, ceiling
 
-__all__ = ["Share", "ceiling", "meet_budget"]
+__all__ = ["Share", "meet_budget"]
 
 
 class Share(NamedTuple):
@@ -44,11 +44,6 @@ class Share(NamedTuple):
     def moved(self, steps: int) -> Share:
         """The same with every path's rank larger by `steps` times 8."""
         return self._replace(ranks=tuple(rank + steps * RANK_MULTIPLE for rank in self.ranks))
-
-
-def ceiling(out_features: int, in_features: int) -> int:
-    """The largest rank of a path: min(out, in), floored to a multiple of 8, but at least 8."""
-    return max(RANK_MULTIPLE, min(out_features, in_features) // RANK_MULTIPLE * RANK_MULTIPLE)
 
 
 def meet_budget(shares: Sequence[Share], budget: float) -> list[tuple[int, ...]]:

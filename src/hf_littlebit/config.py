@@ -1,30 +1,28 @@
-"""LittleBitConfig: what a user asks for, checked when it is written, and the arithmetic from bits per weight to ranks.
+"""LittleBitConfig: what a user asks for, checked when it is written, and what of it holds for one layer.
 
-A layer of `out_features x in_features` (m x n) with P paths of rank r is stored in
-
-    bits = P * [ r * (m + n' + 16) + 16 * (m + n) ]        bits per weight = bits / (m * n)
-
-where n' is n rounded up to a multiple of 8 (kernels/packing.py), so n' = n in practice. Solved for r and floored to a
-multiple of 8, at least 8 and at most min(m, n) (LittleBit, arXiv 2506.13771, appendix D). That is what a new layer starts
-from; the model's leftover bits are then shared out (budget.py). The
-ranks of a saved one are read off the shapes of its parts (layers/parts.py), which say how many paths there are and what their
-ranks add up to, but not how they share it: paths of one layer have equal ranks, unless the arithmetic here says otherwise.
+The values that options may have are in option_rules.py, and the arithmetic from bits per weight to ranks in ranks.py.
 """
 
 from __future__ import annotations
 
-import math
-import re
-import reprlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .initialize.factorize import INITS
-from .kernels.packing import FORMAT_VERSION, stored_bits
-from .module_names import check_globs, check_pattern, matches
+from .kernels.packing import FORMAT_VERSION
+from .module_names import check_pattern, matches
+from .option_rules import (
+    CONVERTED_RULES,
+    FORMATS,
+    LAYER_OPTIONS,
+    MAX_BPW,
+    RULES,
+    check_module_config,
+    check_ranks,
+    check_version,
+)
+from .ranks import SCALE_BITS, bits_of, bpw_of, exact_rank, layer_ranks, path_ranks
 
 __all__ = [
     "FORMATS",
@@ -37,131 +35,12 @@ __all__ = [
     "layer_ranks",
 ]
 
-FORMATS = ("packed", "latent")
-SCALE_DTYPES = ("bfloat16", "float16")
-TABLE_BITS = (16, 8, 4)
-CONVERTED_DTYPES = (*SCALE_DTYPES, "float32")  # of scales that come from another program
-SCALE_BITS = 16
-RANK_MULTIPLE = 8
-MAX_BPW = 16.0
 KV_NAMES = ("k_proj", "v_proj")
 # These options only steer a load on this machine: a user may set them for a saved model too, and they are not saved.
 LOADING_OPTIONS = {"svd_device": None, "workers": 1, "dequantize": False, "share_inputs": None}
-LAYOUT_NAME = re.compile(r"[\w.-]{1,64}")
 # This one only says which layers a new model gets; of a saved one its tensors say it.
 PLANNING_OPTIONS = ("text_only",)
-LAYER_OPTIONS = ("bpw", "init", "residual", "kv_factor")
 MISSING_BPW = "bpw is missing; say how many bits per weight to keep, e.g. LittleBitConfig(bpw=0.55)"
-
-
-def bits_of(out_features: int, in_features: int, ranks: tuple[int, ...], scale_bits: int = SCALE_BITS) -> int:
-    """Bits that the file holds for one layer: signs with their padding, and three scale vectors per path."""
-    signs = sum(stored_bits(rank) * out_features + stored_bits(in_features) * rank for rank in ranks)
-    scales = scale_bits * (len(ranks) * (out_features + in_features) + sum(ranks))
-    return signs + scales
-
-
-def bpw_of(out_features: int, in_features: int, ranks: tuple[int, ...]) -> float:
-    """Bits per replaced weight of one layer, as the file holds it."""
-    return bits_of(out_features, in_features, ranks) / (out_features * in_features)
-
-
-def exact_rank(out_features: int, in_features: int, bpw: float, paths: int) -> float:
-    """The rank per path that meets `bpw` exactly, before it is floored (may be negative for small layers)."""
-    columns = stored_bits(in_features)
-    scales = SCALE_BITS * paths * (out_features + in_features)
-    return (bpw * out_features * in_features - scales) / (paths * (out_features + columns + SCALE_BITS))
-
-
-def layer_ranks(out_features: int, in_features: int, bpw: float, paths: int, factor: float = 1.0) -> tuple[int, ...]:
-    """The rank of each path: `factor` times `exact_rank`, floored to a multiple of 8 and held within 8 .. min(out, in)."""
-    asked = int(factor * exact_rank(out_features, in_features, bpw, paths) // RANK_MULTIPLE) * RANK_MULTIPLE
-    ceiling = min(out_features, in_features) // RANK_MULTIPLE * RANK_MULTIPLE
-    return (max(RANK_MULTIPLE, min(asked, ceiling)),) * paths
-
-
-class Rule(NamedTuple):
-    """What values one option may have."""
-
-    fits: Callable[[Any], bool]
-    remedy: str
-    optional: bool = (
-        False  # None stands for a choice that is made elsewhere; the override of one module must say a value
-    )
-
-    def check(self, name: str, value: Any) -> None:
-        """Refuse a `value` that does not fit, under the `name` that the user knows the option by.
-
-        Raises:
-            ValueError: with the value and the remedy.
-        """
-        if not self.fits(value):
-            raise ValueError(f"{name} is {reprlib.repr(value)}; {self.remedy}")
-
-
-def _is_integer(value: Any, smallest: int, largest: float = math.inf) -> bool:
-    """True for an integer of at least `smallest` and at most `largest`; True and False are none, unlike in Python."""
-    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
-
-
-def _are_ranks(value: Any) -> bool:
-    """True for a list of one rank per path."""
-    fits = isinstance(value, list | tuple) and len(value) > 0
-    return fits and all(_is_integer(rank, RANK_MULTIPLE) and rank % RANK_MULTIPLE == 0 for rank in value)
-
-
-def _number(largest: float, advice: str) -> Rule:
-    def fits(value: Any) -> bool:
-        # No comparison with NaN is true, so it is refused here as well.
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= largest
-
-    return Rule(fits, f"it must be a number above 0 and at most {largest:g} ({advice})", optional=True)
-
-
-def _integer(smallest: int, largest: int, optional: bool = False) -> Rule:
-    remedy = f"it must be an integer from {smallest} to {largest}"
-    return Rule(lambda value: _is_integer(value, smallest, largest), remedy, optional)
-
-
-def _choice(choices: tuple[str, ...]) -> Rule:
-    return Rule(lambda value: isinstance(value, str) and value in choices, f"choose one of {', '.join(choices)}")
-
-
-def _instance(types: type | tuple[type, ...], what: str) -> Rule:
-    return Rule(lambda value: isinstance(value, types), f"it must be {what}", optional=True)
-
-
-# kernels/table.py has the layouts of 8 and 4 bits; 16 leaves a table as the model has it.
-_table_bits = Rule(lambda value: _is_integer(value, 1) and value in TABLE_BITS, "it must be 16 (not quantized), 8 or 4")
-
-RULES = {
-    "bpw": _number(MAX_BPW, "0.1 to 1 is what the method is for"),
-    "init": _choice(INITS),
-    "residual": Rule(
-        lambda value: value is None or isinstance(value, bool),
-        "it must be True (two paths), False (one) or None (choose)",
-    ),
-    "kv_factor": _number(64.0, "4 is the paper's choice for grouped-query models"),
-    "modules_to_not_convert": _instance((list, tuple), "a list of module names, or None"),
-    "text_only": Rule(lambda value: isinstance(value, bool), "it must be True or False"),
-    "module_config": _instance(dict, "a dict of name pattern -> options"),
-    "ranks": _instance(dict, "a dict of name pattern -> list of ranks, one per path"),
-    "format": _choice(FORMATS),
-    "seed": _integer(0, 2**63 - 1),
-    "steps": _integer(1, 100_000, optional=True),
-    "refit_rounds": _integer(0, 100_000, optional=True),
-    "scale_dtype": _choice(SCALE_DTYPES),
-    "embedding_bits": _table_bits,
-    "head_bits": _table_bits,
-    "svd_device": _instance(str, "a device name such as 'cpu' or 'cuda', or None"),
-    "workers": _integer(1, 1024),
-    "dequantize": Rule(lambda value: isinstance(value, bool), "it must be True or False"),
-    "share_inputs": _instance(bool, "True, False, or None (on a GPU alone)"),
-    "base_model": _instance(str, "a Hub id, or None"),
-    "converted_from": Rule(
-        lambda value: isinstance(value, str) and bool(LAYOUT_NAME.fullmatch(value)), "it must be a layout's name", True
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -181,17 +60,7 @@ class LayerConfig:
         """The rank of each path of an `out_features x in_features` layer; their number says how many paths there are."""
         if self.given is not None:
             return self.given
-        if self.residual is not None:
-            return layer_ranks(out_features, in_features, self.bpw, 2 if self.residual else 1, self.factor)
-        one = layer_ranks(out_features, in_features, self.bpw, 1, self.factor)
-        two = layer_ranks(out_features, in_features, self.bpw, 2, self.factor)
-        fits = exact_rank(out_features, in_features, self.bpw, 2) >= RANK_MULTIPLE
-        # ADMM's single path beats two at equal bits (docs/results.md); a second one pays only for bits that a full-rank
-        # first path cannot take. The SVD initialisers need the second path wherever the layer has room for it.
-        if self.init == "admm":
-            full = exact_rank(out_features, in_features, self.bpw, 1) >= min(out_features, in_features)
-            return two if fits and full and sum(two) > sum(one) else one
-        return two if fits else one
+        return path_ranks(out_features, in_features, self.bpw, self.init, self.residual, self.factor)
 
 
 class LittleBitConfig(QuantizationConfigMixin):
@@ -301,28 +170,13 @@ class LittleBitConfig(QuantizationConfigMixin):
         self.ranks = ranks
         self.format_version = format_version
         # The version is checked first, because a newer format explains the options that this version does not know.
-        self._check_version()
+        check_version(quant_method, format_version)
         if unknown:
             known = sorted(set(self.__dict__) - {"quant_method"})
             raise ValueError(
                 f"unknown LittleBitConfig option {sorted(unknown)[0]!r}; the options are {', '.join(known)}"
             )
         self.post_init()
-
-    def _check_version(self) -> None:
-        if self.quant_method != "littlebit":
-            raise ValueError(
-                f"quant_method is {self.quant_method!r}, but LittleBitConfig reads only 'littlebit'; "
-                "load this checkpoint with the library that wrote it"
-            )
-        version = self.format_version
-        if not _is_integer(version, 1):
-            raise ValueError(f"format_version is {version!r}; it must be an integer from 1 to {FORMAT_VERSION}")
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"this checkpoint has format version {version}, newer than {FORMAT_VERSION}, the latest that this "
-                "hf-littlebit reads; upgrade with: pip install -U hf-littlebit"
-            )
 
     def post_init(self) -> None:
         """Check every value. The name is transformers' convention.
@@ -332,10 +186,8 @@ class LittleBitConfig(QuantizationConfigMixin):
         """
         if self.bpw is None and not self.dequantize and self.share_inputs is None:
             raise ValueError(MISSING_BPW)
-        for option, rule in RULES.items():
+        for option, rule in (RULES if self.converted_from is None else CONVERTED_RULES).items():
             value = getattr(self, option)
-            if option == "scale_dtype" and self.converted_from is not None:
-                rule = _choice(CONVERTED_DTYPES)
             if value is not None or not rule.optional:
                 rule.check(option, value)
         if self.dequantize and self.share_inputs:
@@ -346,26 +198,8 @@ class LittleBitConfig(QuantizationConfigMixin):
             for name in self.modules_to_not_convert:
                 check_pattern("modules_to_not_convert", name)
             self.modules_to_not_convert = list(self.modules_to_not_convert)
-        check_globs("module_config", self.module_config or {})
-        for pattern, options in (self.module_config or {}).items():
-            if not isinstance(pattern, str) or not pattern or not isinstance(options, dict) or not options:
-                raise ValueError(
-                    f"module_config entry {pattern!r}: {reprlib.repr(options)} must map a name pattern to a dict of options, "
-                    "e.g. {'*.down_proj': {'bpw': 1.0}}"
-                )
-            for option, value in options.items():
-                if option not in LAYER_OPTIONS:
-                    raise ValueError(
-                        f"module_config[{pattern!r}]: unknown option {option!r}; a module can override "
-                        f"{', '.join(LAYER_OPTIONS)}"
-                    )
-                RULES[option].check(f"module_config[{pattern!r}]: {option}", value)
-        for pattern, ranks in (self.ranks or {}).items():
-            if not isinstance(pattern, str) or not pattern or not _are_ranks(ranks):
-                raise ValueError(
-                    f"ranks entry {pattern!r}: {reprlib.repr(ranks)} must map a name pattern to a list of ranks, one per path, "
-                    f"each a multiple of {RANK_MULTIPLE}, e.g. {{'*.down_proj': [64]}}"
-                )
+        check_module_config(self.module_config or {})
+        check_ranks(self.ranks or {})
         if self.ranks is not None:
             self.ranks = {pattern: list(ranks) for pattern, ranks in self.ranks.items()}
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from .budget import Share, ceiling, meet_budget
-from .config import KV_NAMES, RANK_MULTIPLE, LayerConfig, LittleBitConfig, bits_of
+from .budget import Share, meet_budget
+from .config import KV_NAMES, LayerConfig, LittleBitConfig
 from .internals.torch import is_convolution
 from .internals.transformers import fp32_modules
 from .layers.experts import LittleBitExperts, expert_sizes, is_stack
@@ -24,6 +24,7 @@ from .layers.linear import FactorModule
 from .layers.parts import PACKED_PARTS, part_name, stored_ranks
 from .model_parts import dense_parts, kept_modules
 from .module_names import aliases, check_steps, is_named, matches, needs_fp32
+from .ranks import RANK_MULTIPLE, bits_of, ceiling
 
 __all__ = ["Plan", "WeightPlan", "plan_model"]
 
@@ -418,8 +419,9 @@ class _Walk:
 
 def _capped(weight: WeightPlan) -> bool:
     """True where a larger rank was asked for than min(out, in) allows."""
-    ceiling = min(weight.out_features, weight.in_features) // 8 * 8
-    return min(weight.ranks) >= ceiling and weight.bpw < 0.95 * weight.options.bpw
+    return (
+        min(weight.ranks) >= ceiling(weight.out_features, weight.in_features) and weight.bpw < 0.95 * weight.options.bpw
+    )
 
 
 def _example(weights: Iterable[WeightPlan]) -> str:

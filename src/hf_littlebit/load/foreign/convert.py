@@ -24,11 +24,12 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 
-from ...config import CONVERTED_DTYPES, MAX_BPW, LittleBitConfig
+from ...config import LittleBitConfig
 from ...internals.transformers import tied_weights
 from ...layers.linear import FactorModule
 from ...layers.parts import pack_parts
 from ...module_names import aliases
+from ...option_rules import CONVERTED_DTYPES, MAX_BPW
 from ...plan import Plan, WeightPlan
 from ..conversion import check_range, part_shapes
 from ..form import factor_modules, finish, is_hub_id, replace_modules

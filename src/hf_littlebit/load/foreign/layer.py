@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...config import MAX_BPW, RANK_MULTIPLE
 from ...layers.path import Path
+from ...option_rules import MAX_BPW
+from ...ranks import RANK_MULTIPLE
 from .folder import Folder
 from .layouts import Layout, PathNames
 
