@@ -1,7 +1,7 @@
 """Which wing of the package may import which, and that no file imports itself by way of others.
 
     kernels, compat, internals, module_names, placement, weight_reads, model_parts, ranks, budget <- layers
-    layers <- initialize <- option_rules <- config <- plan <- generate <- load
+    layers <- initialize <- option_rules <- config <- weight_plan <- plan <- generate <- load
     load <- train | report | engines <- command, and train <- refinement <- command
 
 A wing imports itself and what stands left of it; train, report and engines do not import each other. An import inside a function
@@ -36,6 +36,7 @@ FLOORS = [
     {"initialize"},
     {"option_rules"},
     {"config"},
+    {"weight_plan"},
     {"plan"},
     {"generate"},
     {"load"},

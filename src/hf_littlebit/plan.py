@@ -1,37 +1,37 @@
-"""Which weights of a model are replaced, and with what ranks: read off the module tree, on meta or not, and a config.
+"""Which weights of a model are replaced: read off the module tree, on meta or not, and a config.
 
 A weight is replaced if it belongs to an `nn.Linear` or to a mixture-of-experts module whose experts are stacked in 3-D
 parameters of the common layout (experts.py), is not excluded by name, and is not cheaper to keep: where even the smallest
 rank would cost more than the 16-bit weight, it stays dense and is counted. For a saved model the file says which weights
-were replaced, so that no rule of this or another version, or of the class it is loaded into, can decide otherwise.
+were replaced, so that no rule of this or another version, or of the class it is loaded into, can decide otherwise. What ranks
+they have is found in weight_plan.py.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from .budget import Share, meet_budget
-from .config import KV_NAMES, LayerConfig, LittleBitConfig
+from .config import KV_NAMES, LittleBitConfig
 from .internals.torch import is_convolution
 from .internals.transformers import fp32_modules
 from .layers.experts import LittleBitExperts, expert_sizes, is_stack
 from .layers.linear import FactorModule
-from .layers.parts import PACKED_PARTS, part_name, stored_ranks
+from .layers.parts import part_name
 from .model_parts import dense_parts, kept_modules
 from .module_names import aliases, check_steps, is_named, matches, needs_fp32
-from .ranks import RANK_MULTIPLE, bits_of, ceiling
+from .ranks import RANK_MULTIPLE
+from .weight_plan import WeightPlan, found_ranks, refuse_given, share_leftover_bits
 
 __all__ = ["Plan", "WeightPlan", "plan_model"]
 
 TOLERANCE = 0.01  # of the bits asked, before a user is told
 INDEX = re.compile(r"\.\d+(?=\.)")
 DENSE_BITS = 16  # of a weight that is kept
-KV_FACTORS = tuple(eighths / 8 for eighths in range(32, 8, -1))  # tried in this order; 4 is the paper's choice
 SMALLEST_COUNTED = 16  # a kept matrix is worth a warning from this many rows and columns
 
 # These are the reasons why a module stays dense although it could be replaced. Nothing is said of the first two: the user asked
@@ -40,41 +40,6 @@ EXCLUDED = "modules_to_not_convert names them"
 KEPT = "they are the output head, tied to other weights, or the last module"
 IN_FLOATS = "the model's code needs them in floats (_keep_in_fp32_modules)"
 NEW = "the checkpoint's class does not have them, so they are new"
-
-
-@dataclass(frozen=True)
-class WeightPlan:
-    """One weight to replace: `count` matrices of `out_features x in_features`, each with paths of `ranks`."""
-
-    module: str  # name of the module in the model
-    weight: str  # name of the parameter in the module
-    out_features: int
-    in_features: int
-    ranks: tuple[int, ...]
-    options: LayerConfig
-    count: int = 1
-
-    @property
-    def name(self) -> str:
-        return f"{self.module}.{self.weight}"
-
-    @property
-    def numel(self) -> int:
-        return self.count * self.out_features * self.in_features
-
-    @property
-    def bits(self) -> int:
-        """Bits that the file holds for it."""
-        return self.count * bits_of(self.out_features, self.in_features, self.ranks, self.options.scale_bits)
-
-    @property
-    def bpw(self) -> float:
-        return self.bits / self.numel
-
-    @property
-    def spoken(self) -> str:
-        """What a config calls it: the module, or a weight of stacked experts."""
-        return self.module if self.weight == "weight" else self.name
 
 
 @dataclass
@@ -140,7 +105,7 @@ class Plan:
         messages = []
         asked = [] if self.converted else self.weights
         over = [w for w in asked if max(w.ranks) == RANK_MULTIPLE and w.bpw > w.options.bpw]
-        under = [w for w in asked if _capped(w)]
+        under = [w for w in asked if w.capped]
         if over:
             two = any(len(weight.ranks) > 1 for weight in over)
             remedy = "residual=False halves that; or raise bpw" if two else "raise bpw for them in module_config"
@@ -209,77 +174,11 @@ def plan_model(
         )
     plan.unused = walk.unused()
     for weight in plan.weights:
-        _check_given(weight)
-    _share_leftover_bits(plan)
+        refuse_given(weight)
+    plan.weights, plan.kv_factor = share_leftover_bits(plan.weights)
     if stored is not None:
-        plan.weights = [replace(each, ranks=_found_ranks(model, each, config, stored)) for each in plan.weights]
+        plan.weights = [replace(each, ranks=found_ranks(model, each, config, stored)) for each in plan.weights]
     return plan
-
-
-def _found_ranks(
-    model: nn.Module, weight: WeightPlan, config: LittleBitConfig, stored: Collection[str]
-) -> tuple[int, ...]:
-    """The ranks that a weight of a quantized model or file has, whatever its config would give a new one."""
-    module = model.get_submodule(weight.module)
-    if isinstance(module, FactorModule):
-        return module.ranks_of(weight.weight)
-    if not isinstance(stored, Mapping):
-        return weight.ranks
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part in PACKED_PARTS:
-        name = f"{weight.module}.{part_name(weight.weight, part)}"
-        for alias in aliases(name, getattr(model, "base_model_prefix", "")):
-            if alias in stored:
-                shape = stored[alias][1]
-                shapes[part] = shape if weight.weight == "weight" else shape[1:]
-    size = weight.out_features, weight.in_features
-    return stored_ranks(shapes, size, weight.ranks, config.format == "latent")
-
-
-def _check_given(weight: WeightPlan) -> None:
-    """Refuse ranks of the config that no path of the layer can use.
-
-    Raises:
-        ValueError: with the layer, its ranks and their limit.
-    """
-    limit = ceiling(weight.out_features, weight.in_features)
-    if weight.options.given is not None and max(weight.ranks) > limit:
-        raise ValueError(
-            f"ranks: {weight.spoken} ({weight.out_features}x{weight.in_features}) is given {list(weight.ranks)}; a rank is at "
-            f"most min(out, in), here {limit}"
-        )
-
-
-def _share_leftover_bits(plan: Plan) -> None:
-    """Make the weights that share their bits take what was asked for all of them together.
-
-    First the ranks of keys and values are raised by what rounding all ranks down has left over. They need these bits most:
-    where queries are grouped they hold an eighth of the weights or less, and their ranks are a few tens (docs/training.md).
-    What is left then, and what small layers took too much, is for all.
-    """
-    sharing = [weight for weight in plan.weights if weight.options.shares]
-    budget = sum(weight.options.bpw * weight.numel for weight in sharing)
-    if any(weight.options.auto_kv_factor for weight in sharing):
-        for factor in KV_FACTORS:
-            tried = [_with_factor(weight, factor) if weight.options.auto_kv_factor else weight for weight in sharing]
-            if sum(weight.bits for weight in tried) <= budget:
-                sharing, plan.kv_factor = tried, factor
-                break
-    # What keys and values were raised to is what they ask for from here on.
-    asked = [weight.options.bpw if weight.options.factor == 1.0 else weight.bpw for weight in sharing]
-    shares = [
-        Share(weight.out_features, weight.in_features, weight.count, weight.ranks, bpw, weight.options.scale_bits)
-        for weight, bpw in zip(sharing, asked, strict=True)
-    ]
-    found = {weight.name: weight for weight in sharing}
-    for weight, ranks in zip(sharing, meet_budget(shares, budget), strict=True):
-        found[weight.name] = replace(weight, ranks=ranks)
-    plan.weights = [found.get(weight.name, weight) for weight in plan.weights]
-
-
-def _with_factor(weight: WeightPlan, factor: float) -> WeightPlan:
-    options = replace(weight.options, factor=factor)
-    return replace(weight, options=options, ranks=options.ranks(weight.out_features, weight.in_features))
 
 
 class _Walk:
@@ -415,13 +314,6 @@ class _Walk:
         if config.kv_factor not in (None, 1.0) and not kv:
             unused.append(f"kv_factor={config.kv_factor:g} (it is for layers named {' and '.join(KV_NAMES)})")
         return unused
-
-
-def _capped(weight: WeightPlan) -> bool:
-    """True where a larger rank was asked for than min(out, in) allows."""
-    return (
-        min(weight.ranks) >= ceiling(weight.out_features, weight.in_features) and weight.bpw < 0.95 * weight.options.bpw
-    )
 
 
 def _example(weights: Iterable[WeightPlan]) -> str:

@@ -30,7 +30,7 @@ from ..layers.linear import FactorModule
 from ..layers.parts import latent_parts, pack_parts, part_name
 from ..layers.parts import part_shapes as layer_shapes
 from ..layers.path import Path
-from ..plan import WeightPlan
+from ..weight_plan import WeightPlan
 from .tables import TablePlan, place, quantized_parts
 
 __all__ = ["LittleBitConversion", "check_range", "factor_weight", "part_shapes"]

@@ -29,7 +29,8 @@ from ..layers.experts import LittleBitExperts
 from ..layers.linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from ..layers.parts import LATENT_PARTS, part_name
 from ..module_names import needs_fp32
-from ..plan import Plan, WeightPlan, plan_model
+from ..plan import Plan, plan_model
+from ..weight_plan import WeightPlan
 from .conversion import factor_weight
 from .diverged import refuse_diverged
 from .finite import refuse_non_finite

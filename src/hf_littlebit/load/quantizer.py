@@ -25,7 +25,8 @@ from .. import compat
 from ..config import FORMAT_VERSION, LittleBitConfig
 from ..internals.transformers import before_random_fill
 from ..kernels.packing import factor_shape
-from ..plan import Plan, WeightPlan, plan_model
+from ..plan import Plan, plan_model
+from ..weight_plan import WeightPlan
 from .conversion import LittleBitConversion, part_shapes
 from .finite import refuse_non_finite
 from .form import factor_modules, finish, make_dense, record, refuse_float64, replace_modules

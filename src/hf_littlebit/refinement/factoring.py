@@ -22,7 +22,8 @@ from ..config import LittleBitConfig
 from ..initialize.calibration import Importance, Recorder
 from ..load.conversion import factor_weight
 from ..load.convert import balance_scales, put_latents
-from ..plan import Plan, WeightPlan
+from ..plan import Plan
+from ..weight_plan import WeightPlan
 
 __all__ = ["block_importance", "factor_block", "restore_block", "shrunk"]
 

@@ -38,9 +38,10 @@ from ..load.quantizer import LittleBitHfQuantizer
 from ..load.source import quantization_of
 from ..load.tables import pack_tables
 from ..placement import compute_dtype, free_memory
-from ..plan import WeightPlan, plan_model
+from ..plan import plan_model
 from ..train.resume import OPTIONS, fingerprint, keep_options, model_fingerprint
 from ..train.topk import TopKTeacher
+from ..weight_plan import WeightPlan
 from .allocation import PROBE_STEPS, allocate, measure_costs
 from .blocks import Calls, find_blocks
 from .distillation import Schedule, distil, memory_needed, teacher_of

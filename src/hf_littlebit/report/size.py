@@ -31,7 +31,8 @@ from ..load.tables import TablePlan, Tables, place, plan_tables
 from ..load.verify import Header, verify
 from ..model_parts import other_senses
 from ..module_names import aliases
-from ..plan import Plan, WeightPlan, plan_model
+from ..plan import Plan, plan_model
+from ..weight_plan import WeightPlan
 
 __all__ = ["LayerSize", "SizeReport", "TableSize", "format_bytes", "size_report"]
 

@@ -30,7 +30,8 @@ from ...layers.linear import FactorModule
 from ...layers.parts import pack_parts
 from ...module_names import aliases
 from ...option_rules import CONVERTED_DTYPES, MAX_BPW
-from ...plan import Plan, WeightPlan
+from ...plan import Plan
+from ...weight_plan import WeightPlan
 from ..conversion import check_range, part_shapes
 from ..form import factor_modules, finish, is_hub_id, replace_modules
 from ..meta_model import empty_model
