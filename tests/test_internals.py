@@ -18,6 +18,7 @@ from transformers.quantizers import auto
 from hf_littlebit.internals import accelerate as accelerate_doors
 from hf_littlebit.internals import torch as torch_doors
 from hf_littlebit.internals import transformers as doors
+from hf_littlebit.internals import transformers_generation as generation_doors
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 TOKENS = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
@@ -146,7 +147,7 @@ def test_a_model_of_just_this_class():
     for model_class in (transformers.LlamaForSequenceClassification, transformers.LlamaModel):
         model = doors.empty_of_class(model_class, config)
         assert type(model) is model_class and model.dtype == torch.bfloat16
-        assert doors.attention_implementation(model.config) == "sdpa"
+        assert generation_doors.attention_implementation(model.config) == "sdpa"
 
 
 def test_models_are_whole_inside_of_the_block():
@@ -234,27 +235,27 @@ def test_the_gate_of_experts_is_that_of_their_own_forward():
 def test_the_attention_in_use_is_the_one_that_was_asked_for(family_dir):
     for asked in ("eager", "sdpa"):
         model = load(family_dir("llama"), attn_implementation=asked)
-        assert doors.attention_implementation(model.config) == asked
+        assert generation_doors.attention_implementation(model.config) == asked
     model.set_attn_implementation("eager")
-    assert doors.attention_implementation(model.config) == "eager"
+    assert generation_doors.attention_implementation(model.config) == "eager"
 
 
 def test_which_models_can_be_compiled_whole():
-    assert doors.compiles_whole(build("llama"))
+    assert generation_doors.compiles_whole(build("llama"))
     sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "attention_types": [[["global"], 1]], "vocab_size": 16}
-    assert not doors.compiles_whole(transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes)))
+    assert not generation_doors.compiles_whole(transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes)))
 
 
 def test_generate_remembers_the_longest_static_cache():
     model = build("llama")
-    assert doors.longest_cache(model) == 0
+    assert generation_doors.longest_cache(model) == 0
     lengths = []
     for new in (20, 5, 30):
         options = {"max_new_tokens": new, "cache_implementation": "static", "disable_compile": True, "do_sample": False}
         out = model.generate(**TOKENS, eos_token_id=None, return_dict_in_generate=True, **options)
         cache = next(out[name] for name in ("cache", "past_key_values") if name in out)
-        assert cache.layers[0].max_cache_len == doors.longest_cache(model)
-        lengths.append(doors.longest_cache(model))
+        assert cache.layers[0].max_cache_len == generation_doors.longest_cache(model)
+        lengths.append(generation_doors.longest_cache(model))
     assert lengths[0] == lengths[1] < lengths[2]
 
 
@@ -262,10 +263,10 @@ def test_generate_asks_the_instance_for_its_cache_with_all_decided():
     model, asked = build("llama"), []
 
     def prepare(*args, **kwargs):
-        asked.append(doors.cache_request(model, args, kwargs))
-        return getattr(type(model), doors.PREPARE_CACHE)(model, *args, **kwargs)
+        asked.append(generation_doors.cache_request(model, args, kwargs))
+        return getattr(type(model), generation_doors.PREPARE_CACHE)(model, *args, **kwargs)
 
-    setattr(model, doors.PREPARE_CACHE, prepare)
+    setattr(model, generation_doors.PREPARE_CACHE, prepare)
     options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 3}
     model.generate(**TOKENS, **options)
     (request,) = asked
@@ -282,10 +283,10 @@ def test_prefill_reads_the_prompt_with_an_empty_cache():
     model, asked = build("llama"), []
 
     def read(*args, **kwargs):
-        asked.append(doors.prompt_request(model, args, kwargs))
-        return getattr(type(model), doors.PREFILL)(model, *args, **kwargs)
+        asked.append(generation_doors.prompt_request(model, args, kwargs))
+        return getattr(type(model), generation_doors.PREFILL)(model, *args, **kwargs)
 
-    setattr(model, doors.PREFILL, read)
+    setattr(model, generation_doors.PREFILL, read)
     model.generate(**TOKENS, max_new_tokens=4, cache_implementation="static")
     (request,) = asked
     assert torch.equal(request["input_ids"], TOKENS["input_ids"]) and request["is_first_iteration"] is True
@@ -299,7 +300,7 @@ def test_prefill_reads_the_prompt_with_an_empty_cache():
             return super()._prefill(*args, **kwargs)
 
     model.__class__ = Own
-    assert doors.prompt_request(model, (), {}) is None
+    assert generation_doors.prompt_request(model, (), {}) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -307,14 +308,14 @@ def test_all_that_a_static_layer_remembers_is_known(family):
     options = {**SMALL, **FAMILIES[family][1], "sliding_window": 8}
     config = getattr(transformers, FAMILIES[family][0]).config_class(**options)
     cache = StaticCache(config=config, max_cache_len=16)
-    assert not any(doors.has_unknown_state(layer) for layer in cache.layers)
+    assert not any(generation_doors.has_unknown_state(layer) for layer in cache.layers)
     model = getattr(transformers, FAMILIES[family][0])(config).eval()
     name = next(name for name in ("cache", "past_key_values") if name in tuple(model(torch.tensor([[1]])).keys()))
     model(**TOKENS, **{name: cache})
-    assert not any(doors.has_unknown_state(layer) for layer in cache.layers)
+    assert not any(generation_doors.has_unknown_state(layer) for layer in cache.layers)
     cache.layers[0].more = 1
-    assert doors.has_unknown_state(cache.layers[0])
-    assert doors.has_unknown_state(transformers.DynamicCache(config=config).layers[0])
+    assert generation_doors.has_unknown_state(cache.layers[0])
+    assert generation_doors.has_unknown_state(transformers.DynamicCache(config=config).layers[0])
 
 
 def test_the_hooks_that_collect_hidden_states_stay_and_are_known():
@@ -322,8 +323,8 @@ def test_the_hooks_that_collect_hidden_states_stay_and_are_known():
     with torch.no_grad():
         model(**TOKENS, output_hidden_states=True)
     left = [hook for module in model.modules() for hook in torch_doors.module_hooks(module)]
-    assert left and all(doors.is_quiet_hook(hook) for hook in left)
-    assert not doors.is_quiet_hook(lambda *args: None)
+    assert left and all(generation_doors.is_quiet_hook(hook) for hook in left)
+    assert not generation_doors.is_quiet_hook(lambda *args: None)
 
 
 def test_generate_compiles_on_a_cpu_where_it_was_told_to(monkeypatch):
@@ -334,7 +335,7 @@ def test_generate_compiles_on_a_cpu_where_it_was_told_to(monkeypatch):
     for told in (False, True):
         config = CompileConfig(backend="eager", mode=None)
         if told:
-            doors.compile_on_every_device(config)
+            generation_doors.compile_on_every_device(config)
         model.generate(**TOKENS, max_new_tokens=3, cache_implementation="static", compile_config=config)
         assert bool(compiled) == told
 

@@ -33,7 +33,7 @@ from transformers.cache_utils import StaticCache
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..compat import CACHE_NAMES
-from ..internals.transformers import (
+from ..internals.transformers_generation import (
     PREFILL,
     PREPARE_CACHE,
     attention_implementation,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..internals.accelerate import has_placement
 from ..internals.torch import has_global_hooks, has_own_call, module_hooks, module_state
-from ..internals.transformers import attention_implementation, is_quiet_hook
+from ..internals.transformers_generation import attention_implementation, is_quiet_hook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..internals.transformers import attention_implementation
+from ..internals.transformers_generation import attention_implementation
 from .decode_graph import DecodeGraphs, RecordedStep
 from .recorder import Unfit
 from .static_cache import CacheHome

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 
-from ..internals.transformers import has_unknown_state
+from ..internals.transformers_generation import has_unknown_state
 from .recorder import Unfit
 
 __all__ = ["CacheHome", "layer_shapes", "outgrown", "refuse_unknown", "sliding_layers", "spies"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 
 from ...config import LittleBitConfig
-from ...internals.transformers import compile_on_every_device
+from ...internals.transformers_generation import compile_on_every_device
 from ...layers.linear import LittleBitLinear
 from ...layers.shared_input import share_inputs, unshare_inputs
 from ...load.meta_model import empty_model, model_class
