@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .train_command import DTYPES
 
 if TYPE_CHECKING:
-    from ..report.size import LayerSize
+    from ..report.size_report import LayerSize
 
 from .out_folder import check_folder
 

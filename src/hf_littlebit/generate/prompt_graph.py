@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..internals.transformers_generation import attention_implementation
-from .decode_graph import DecodeGraphs, RecordedStep
+from .decode_graph import DecodeGraphs
+from .recorded_step import RecordedStep
 from .recorder import Unfit
 from .static_cache import CacheHome
 from .step_inputs import StepInputs, cache_of, step_inputs

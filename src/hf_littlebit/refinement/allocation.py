@@ -27,8 +27,9 @@ from tqdm.auto import tqdm
 from ..config import LittleBitConfig
 from ..plan import Plan, plan_model
 from .blocks import BlockList, Calls
+from .factoring import factor_block
 
-__all__ = ["PROBE_STEPS", "Cost", "allocate", "measure_costs", "shares"]
+__all__ = ["Cost", "allocate", "measure_costs", "probe_of", "shares"]
 
 LEAST, MOST = 0.6, 1.5  # of the bits asked, for one block
 PROBES = (0.75, 1.25)  # of the bits asked, where costs are measured
@@ -70,6 +71,26 @@ def shares(costs: Sequence[Cost], sizes: Sequence[int], asked: float) -> list[fl
         taken = sum(bits * size for bits, size in zip(at(math.exp(middle)), sizes, strict=True))
         low, high = (middle, high) if taken > total else (low, middle)
     return at(math.exp(high))
+
+
+def probe_of(model: nn.Module, blocks: BlockList, index: int, bpw: float, config: LittleBitConfig) -> nn.Module:
+    """A copy of the dense block `index` of `model`, factored at `bpw` bits per weight, quickly and for its weights alone.
+
+    Args:
+        config: what it is factored with but for its bits, in the latent format; `steps` None means PROBE_STEPS here.
+    """
+    name, dense = blocks.names[index], blocks[index]
+    config = copy.deepcopy(config)
+    config.bpw = bpw
+    if config.init == "admm":
+        config.steps = min(PROBE_STEPS, config.steps or PROBE_STEPS)
+    weights = [each for each in plan_model(model, config).weights if each.module.startswith(f"{name}.")]
+    model.set_submodule(name, copy.deepcopy(dense))
+    try:
+        factor_block(model, weights, config, {})
+        return blocks[index]
+    finally:
+        model.set_submodule(name, dense)
 
 
 def measure_costs(

@@ -5,6 +5,8 @@ An expert that the router sends nothing to has no inputs to be weighed by, and n
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ from torch import nn
 from ..layers.experts import LittleBitExperts
 from ..layers.linear import FactorModule
 
-__all__ = ["ExpertCounts"]
+__all__ = ["ExpertCounts", "warn_of_unseen"]
+
+logger = logging.getLogger("hf_littlebit")
+NAMED = 8  # experts that a warning names
 
 
 class ExpertCounts:
@@ -59,3 +64,13 @@ class ExpertCounts:
                 self._layers[name] += args[0].shape[:-1].numel()
 
         return hook
+
+
+def warn_of_unseen(names: Sequence[str]) -> None:
+    """Tell the user which of `ExpertCounts.unseen` there are, if any."""
+    if names:
+        logger.warning(
+            "no token of the text reached %s%s: factored for the weights alone, and not tuned. Give more text.",
+            ", ".join(names[:NAMED]),
+            f" and {len(names) - NAMED} more" if len(names) > NAMED else "",
+        )

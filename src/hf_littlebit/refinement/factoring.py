@@ -86,8 +86,15 @@ def factor_block(
 
 
 def restore_block(
-    model: nn.Module, weights: Sequence[WeightPlan], config: LittleBitConfig, state: Mapping[str, Tensor]
+    model: nn.Module, name: str, weights: Sequence[WeightPlan], config: LittleBitConfig, state: Mapping[str, Tensor]
 ) -> None:
-    """Put latent modules with the parts in `state`, by the parameters' names in the model, where dense ones hold `weights`."""
+    """Put latent modules where dense ones hold `weights` into the block called `name`, all of whose parameters are in `state`.
+
+    Args:
+        state: {name of a parameter in the model: its value}.
+    """
     for own in Plan(list(weights)).by_module().values():
         put_latents(model, own, config, state)
+    with torch.no_grad():
+        for own_name, value in model.get_submodule(name).named_parameters():
+            value.data = state[f"{name}.{own_name}"].to(value.device)

@@ -41,7 +41,8 @@ from ..load.quantizer import LittleBitHfQuantizer
 from ..load.source import quantization_of
 from ..load.tables import pack_tables
 from ..plan import Plan, plan_model
-from .blocks import BlockList, Call, find_blocks
+from .blocks import BlockList, find_blocks
+from .layer_calls import in_fp32, inputs_of, watched, with_one_input
 
 __all__ = ["NotFittable", "fit_model"]
 
@@ -55,10 +56,6 @@ ADMM_STEPS = 40  # by default: what more steps win here is lost among the errors
 
 class NotFittable(ValueError):
     """A model that is not made of blocks which are called one after the other; it is as it was."""
-
-
-class _Stop(Exception):
-    """Ends a block's forward where nothing behind is needed."""
 
 
 def fit_model(model: Model, config: LittleBitConfig, tokens: Tensor, *, progress: bool = True) -> Model:
@@ -132,19 +129,19 @@ class _Fit:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Quantize one block; returns both streams behind it."""
         block = self.blocks[index]
-        calls = [_in_fp32(self.blocks.call(index, batch)) for batch in self.batches]
+        calls = [in_fp32(self.blocks.call(index, batch)) for batch in self.batches]
         dtypes = {own: value.dtype for own, value in block.named_parameters()}
         block.float()
         planned = {own: self.model.get_submodule(own) for own in self.modules if own.startswith(f"{name}.")}
         layers = {own: layer for own, layer in planned.items() if isinstance(layer, nn.Linear)}
-        outputs, order, after = _watch(block, calls, dense, layers)
+        outputs, order, after = watched(block, calls, dense, layers)
         share = _shares([new - old for new, old in zip(after, dense, strict=True)])
         # Those that cannot be fitted come first, so that the layers before and behind them know of their errors.
         for module in [module for module in self.modules if module.startswith(f"{name}.") and module not in outputs]:
             self._replace(module, self._alone(module))
         done: dict[str, nn.Module] = {}
-        for together in _with_one_input(order):
-            inputs = _inputs(block, calls, packed, layers[together[0]])
+        for together in with_one_input(order):
+            inputs = inputs_of(block, calls, packed, layers[together[0]])
             gram = _moments(inputs, inputs, share) if _same_tokens(inputs, share) else None
             for module in together:
                 layer, ys = layers[module], outputs.pop(module)
@@ -196,81 +193,6 @@ class _Fit:
             own = {part: f"{name}.{part_name(weight.weight, part)}" for part in (*PACKED_PARTS, *LATENT_PARTS)}
             new.fill(weight.weight, {part: parts[known] for part, known in own.items() if known in parts})
         return new
-
-
-def _in_fp32(call: Call) -> Call:
-    """The same call with every 16-bit float in it widened: rotary embeddings, masks."""
-
-    def widened(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.float() if value.is_floating_point() else value
-        if type(value) in (tuple, list):
-            return type(value)(map(widened, value))
-        return {key: widened(each) for key, each in value.items()} if type(value) is dict else value
-
-    return Call(widened(call.args), widened(call.kwargs), call.key)
-
-
-def _watch(
-    block: nn.Module, calls: Sequence[Call], hidden: Sequence[Tensor], layers: dict[str, nn.Linear]
-) -> tuple[dict[str, list[Tensor]], list[tuple[str, Tensor]], list[Tensor]]:
-    """Run `block` on `hidden`, a batch at a time, and note what its `layers` do.
-
-    Returns:
-        {layer: its output for every batch}, of those that are called once for each; (layer, its input in the first batch), as
-        they are called; the block's outputs.
-    """
-    outputs: dict[str, list[Tensor]] = {}
-    order: list[tuple[str, Tensor]] = []
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if name not in outputs:
-                order.append((name, args[0]))
-            outputs.setdefault(name, []).append(output)
-
-        return hook
-
-    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
-    try:
-        after = [call(block, each) for call, each in zip(calls, hidden, strict=True)]
-    finally:
-        for handle in handles:
-            handle.remove()
-    outputs = {name: each for name, each in outputs.items() if len(each) == len(calls)}
-    return outputs, [(name, x) for name, x in order if name in outputs], after
-
-
-def _with_one_input(order: Sequence[tuple[str, Tensor]]) -> list[list[str]]:
-    """The layers of `_watch` in groups that read the same tensor, e.g. q, k and v."""
-    groups: list[tuple[Tensor, list[str]]] = []
-    for name, x in order:
-        group = next((names for known, names in groups if known is x), None)
-        if group is None:
-            groups.append((x, [name]))
-        else:
-            group.append(name)
-    return [names for _, names in groups]
-
-
-def _inputs(block: nn.Module, calls: Sequence[Call], hidden: Sequence[Tensor], layer: nn.Linear) -> list[Tensor]:
-    """What `layer` is given when `block` runs on `hidden`: its first input of every batch. Nothing behind it is computed."""
-    found: list[Tensor] = []
-
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
-        raise _Stop
-
-    handle = layer.register_forward_pre_hook(stop)
-    try:
-        for call, each in zip(calls, hidden, strict=True):
-            try:
-                call(block, each)
-            except _Stop:
-                continue
-    finally:
-        handle.remove()
-    return found
 
 
 def _same_tokens(values: Sequence[Tensor], share: Sequence[Tensor]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .distillation import Schedule
 from .tuning import Rates
 
-__all__ = ["Recipe", "as_tokens", "block_rows"]
+__all__ = ["Recipe", "as_tokens", "block_rows", "check_vocabulary"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,19 @@ def as_tokens(data: Any) -> Tensor:
             f"data has {len(data)} row of {data.shape[1]} tokens; give at least 2, one of them to measure on"
         )
     return data.to("cpu", torch.int32)
+
+
+def check_vocabulary(tokens: Tensor, size: int) -> None:
+    """Refuse `tokens` that a model with `size` embeddings does not have.
+
+    Raises:
+        ValueError: with the smallest and the largest token.
+    """
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        raise ValueError(
+            f"data has tokens from {int(tokens.min())} to {int(tokens.max())}, but the model has {size}; use the "
+            "model's own tokenizer"
+        )
 
 
 def block_rows(tokens: Tensor, recipe: Recipe) -> Tensor:

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -42,13 +42,13 @@ from ..plan import plan_model
 from ..train.resume import OPTIONS, fingerprint, keep_options, model_fingerprint
 from ..train.topk import TopKTeacher
 from ..weight_plan import WeightPlan
-from .allocation import PROBE_STEPS, allocate, measure_costs
+from .allocation import allocate, measure_costs, probe_of
 from .blocks import Calls, find_blocks
 from .distillation import Schedule, distil, memory_needed, teacher_of
-from .experts import ExpertCounts
+from .experts import ExpertCounts, warn_of_unseen
 from .factoring import block_importance, factor_block, restore_block
 from .journal import Journal, Watch
-from .recipe import Recipe, as_tokens, block_rows
+from .recipe import Recipe, as_tokens, block_rows, check_vocabulary
 from .streams import Stream
 from .tuning import tune_block
 
@@ -59,7 +59,6 @@ logger = logging.getLogger("hf_littlebit")
 ADMM_STEPS = 60  # three times as many find 4 % less error, which tuning evens out
 FORWARD_ROWS = 4  # rows at a time where nothing is trained
 HELD_OUT = 8  # rows that tell which state of a block is the best, at most a tenth of all
-NAMED = 8  # experts that a warning names
 
 
 def refine(
@@ -120,12 +119,7 @@ class _Refinement:
                 f"{type(model).__name__} is no causal language model, which refinement is for; use littlebit train"
             )
         embeddings: Any = model.get_input_embeddings()
-        vocabulary = embeddings.num_embeddings
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-            raise ValueError(
-                f"data has tokens from {int(tokens.min())} to {int(tokens.max())}, but the model has {vocabulary}; use the "
-                "model's own tokenizer"
-            )
+        check_vocabulary(tokens, embeddings.num_embeddings)
         self.model, self.tokens, self.recipe, self.progress = model.eval(), tokens, recipe, progress
         self.config = copy.deepcopy(config)
         self.config.format = "latent"
@@ -204,7 +198,7 @@ class _Refinement:
             costs = measure_costs(
                 self.blocks,
                 self.rows[: self.recipe.allocation_rows],
-                self._probe,
+                lambda index, bpw: probe_of(self.model, self.blocks, index, bpw, self.working).to(self.device),
                 float(self.config.bpw or 0),
                 device=self.device,
                 dtype=self.compute,
@@ -215,31 +209,12 @@ class _Refinement:
         self.config.module_config = found
         self.plan = plan_model(self.model, self.config)
 
-    def _probe(self, index: int, bpw: float) -> nn.Module:
-        """A copy of the dense block `index` that is factored at `bpw` bits per weight, quickly and for its weights alone."""
-        name, dense = self.blocks.names[index], self.blocks[index]
-        config = copy.deepcopy(self.config)
-        config.bpw = bpw
-        if config.init == "admm":
-            config.steps = min(PROBE_STEPS, self.working.steps or PROBE_STEPS)
-        weights = [each for each in plan_model(self.model, config).weights if each.module.startswith(f"{name}.")]
-        self.model.set_submodule(name, copy.deepcopy(dense))
-        try:
-            factor_block(self.model, weights, config, {})
-            return self.blocks[index].to(self.device)
-        finally:
-            self.model.set_submodule(name, dense)
-
     # -- blocks ---------------------------------------------------------------------------------------------------------------
 
     def _restore(self, index: int) -> None:
         """Put block `index` into the model as the journal has it, latent."""
         state = self.journal.read_block(index)
-        restore_block(self.model, self._weights(index), self.config, state)
-        block = self.blocks[index]
-        with torch.no_grad():
-            for name, value in block.named_parameters():
-                value.data = state[f"{self.blocks.names[index]}.{name}"].to(value.device)
+        restore_block(self.model, self.blocks.names[index], self._weights(index), self.config, state)
 
     def _weights(self, index: int) -> list[WeightPlan]:
         prefix = self.blocks.names[index] + "."
@@ -309,12 +284,7 @@ class _Refinement:
         counts.remove()
         watch.note("student")
         unseen = counts.unseen()
-        if unseen:
-            logger.warning(
-                "no token of the text reached %s%s: factored for the weights alone, and not tuned. Give more text.",
-                ", ".join(unseen[:NAMED]),
-                f" and {len(unseen) - NAMED} more" if len(unseen) > NAMED else "",
-            )
+        warn_of_unseen(unseen)
         block.to(home)
         self.journal.save_block(index, block, name)
         pack_modules(block)

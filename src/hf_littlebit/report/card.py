@@ -25,7 +25,8 @@ from ..internals.transformers import plain_upload
 from ..load.foreign.layouts import LAYOUTS
 from ..load.form import is_hub_id
 from ..load.source import find_source, quantization_of
-from .size import SizeReport, format_bytes, size_report
+from .size import size_report
+from .size_report import SizeReport, format_bytes
 
 __all__ = ["CARD", "evaluation_of", "merge", "model_card", "upload_with_card", "write_card"]
 

@@ -33,7 +33,7 @@ from ...layers.shared_input import siblings
 from ...load.meta_model import empty_model
 from ...load.source import Source, find_source
 from ...plan import plan_model
-from ..size import format_bytes
+from ..size_report import format_bytes
 from .clock import PARTS, Clock, HostClock, Ticks
 from .contender import Contender, Setting
 from .machine import PeakMemory, machine, wait
