@@ -6,77 +6,16 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <random>
-#include <thread>
 #include <vector>
 
-#include "littlebit.h"
-
-namespace littlebit {
-double check_tables(int rounds);  // table_check.cpp
-}
-
-using littlebit::Array;
-using littlebit::Dtype;
+#include "check.h"
 
 namespace {
 
-constexpr double kLimit = 1e-6, kRounding[] = {0.0, 1.0 / 256, 1.0 / 2048};
-std::mt19937 source(1);
+using namespace littlebit::checks;
+using littlebit::Dtype;
 
-double uniform() { return std::uniform_real_distribution<double>(-1.0, 1.0)(source); }
-int64_t below(int64_t limit) { return static_cast<int64_t>(source() % static_cast<uint64_t>(limit)); }
-
-// Numbers that all three types hold exactly: 7 significant bits.
-double exact() { return std::ldexp(std::floor(64 * (1 + std::fabs(uniform()))), -6) * (source() & 1 ? 1 : -1); }
-
-double value(const char* data, Dtype dtype, int64_t i) {
-  uint32_t bits = 0;
-  if (dtype == Dtype::f32) {
-    std::memcpy(&bits, data + 4 * i, 4);
-  } else {
-    uint16_t half;
-    std::memcpy(&half, data + 2 * i, 2);
-    if (dtype == Dtype::f16) {
-      const int exponent = half >> 10 & 31, fraction = half & 1023;
-      const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
-      return half & 0x8000 ? -size : size;
-    }
-    bits = static_cast<uint32_t>(half) << 16;
-  }
-  float single;
-  std::memcpy(&single, &bits, 4);
-  return single;
-}
-
-struct Buffer {
-  Dtype dtype;
-  int64_t size;
-  std::vector<char> bytes;
-
-  Buffer(Dtype type, int64_t count) : dtype(type), size(count), bytes(static_cast<size_t>(count) * (type == Dtype::f32 ? 4 : 2)) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float number = static_cast<float>(exact());
-      uint32_t bits;
-      std::memcpy(&bits, &number, 4);
-      uint16_t half = static_cast<uint16_t>(bits >> 16);
-      if (type == Dtype::f16) half = static_cast<uint16_t>((bits >> 16 & 0x8000) | ((bits >> 13) - (112u << 10)) % 32768);
-      if (type == Dtype::f32) std::memcpy(bytes.data() + 4 * i, &bits, 4);
-      else std::memcpy(bytes.data() + 2 * i, &half, 2);
-    }
-    bytes.shrink_to_fit();
-  }
-  Array array() const { return {bytes.data(), dtype}; }
-  double at(int64_t i) const { return value(bytes.data(), dtype, i); }
-};
-
-template <class T>
-std::vector<T> bits(int64_t count) {
-  std::vector<T> result(static_cast<size_t>(count));
-  for (T& word : result) word = static_cast<T>(source());
-  return result;
-}
+constexpr double kLimit = 1e-6;
 
 // Sign k of column n of a factor whose words begin at row `word` and whose tail begins at row `byte`.
 double sign(const std::vector<uint32_t>& words, const std::vector<uint8_t>& tail, int64_t word, int64_t byte,
@@ -84,12 +23,6 @@ double sign(const std::vector<uint32_t>& words, const std::vector<uint8_t>& tail
   const int64_t rest = k - length / 32 * 32;
   const size_t at = static_cast<size_t>(rest < 0 ? (word + k / 32) * stride + n : (byte + rest / 8) * stride + n);
   return ((rest < 0 ? words[at] >> (k % 32) : tail[at] >> (rest % 8)) & 1) ? -1.0 : 1.0;
-}
-
-void threads(int64_t count, void (*task)(int64_t, void*), void* context) {
-  std::vector<std::thread> running;
-  for (int64_t i = 0; i < count; ++i) running.emplace_back(task, i, context);
-  for (std::thread& thread : running) thread.join();
 }
 
 // Whether layers of one x have the bits that they have alone; `alone` are those of `layer`.
@@ -117,7 +50,7 @@ double check(int64_t in, int64_t out, std::vector<int64_t> ranks, int64_t tokens
   const std::vector<uint8_t> ut = bits<uint8_t>(bytes * out), vt = bits<uint8_t>((in % 32 + 7) / 8 * rank);
   const Buffer h(scales, paths * out), l(scales, rank), g(scales, paths * in), b(dtype, bias ? out : 0);
   const littlebit::Layer layer = {in, out, paths, ranks.data(), u.data(), ut.data(), v.data(), vt.data(),
-                                  h.array(), l.array(), g.array(), bias ? b.array() : Array{}};
+                                  h.array(), l.array(), g.array(), bias ? b.array() : littlebit::Array{}};
   // w [out, in], and the magnitudes that are summed in its place.
   std::vector<double> w(static_cast<size_t>(in * out)), size(w.size());
   int64_t first = 0, word = 0, byte = 0;
