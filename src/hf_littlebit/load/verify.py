@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "refuse_missing",
     "refuse_quantized",
     "refuse_special",
+    "regular_file",
     "required",
     "verify",
     "verify_dense",
@@ -64,14 +66,27 @@ def read_headers(files: Sequence[str]) -> Header:
     return header
 
 
-def refuse_special(path: str) -> None:
-    """Refuse a pipe, a socket or a device in a file's place: reading it could wait without end.
+def regular_file(path: str) -> os.stat_result:
+    """What the file system says of a file, which must be a regular one; a link may lead to one, as in the Hub's cache.
 
     Raises:
-        ValueError: naming it.
+        ValueError: for a pipe, a socket or a device, which reading could wait for without end, a folder, or a link to nothing.
     """
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise ValueError(f"{path} is no regular file but a pipe, a socket or a device; put the file itself there")
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); download the checkpoint again") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(
+            f"{path} is no regular file but a folder, a pipe, a socket or a device; put the file itself there"
+        )
+    return found
+
+
+def refuse_special(path: str) -> None:
+    """`regular_file`, unless there is nothing at `path`, or a folder: whoever reads that has words of its own."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        regular_file(path)
 
 
 def verify(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..form import is_hub_id
 from ..source import UNFIT
-from ..verify import Header, read_headers
+from ..verify import Header, read_headers, refuse_special, regular_file
 
 __all__ = ["Folder", "checked_json", "fetch", "model_config", "read_json"]
 
@@ -57,9 +56,11 @@ class Folder:
         self.header: Header = {}
         self._files: dict[str, str] = {}  # tensor -> path of its file
         for each in (path, os.path.join(path, MODEL)):
-            _refuse_special(each)
+            # Whoever reads the model's other files in it would wait for a pipe.
+            for inside in sorted(os.listdir(each)) if os.path.isdir(each) else ():
+                refuse_special(os.path.join(each, inside))
         for file in _weight_files(path):
-            _regular(file)
+            regular_file(file)
             for name, entry in read_headers([file]).items():
                 if not name.isprintable():
                     raise ValueError(f"{file} has a tensor called {name!r}; names are printable: download it again")
@@ -156,7 +157,7 @@ def read_json(path: str) -> dict[str, Any]:
     """
     if not os.path.lexists(path):
         return {}
-    size = _regular(path).st_size
+    size = regular_file(path).st_size
     if size > LARGEST_JSON:
         raise ValueError(f"{path} has {size:,} bytes; at most {LARGEST_JSON:,} are read of a JSON file")
     try:
@@ -207,32 +208,6 @@ def _safetensors(path: str, depth: int) -> Iterator[str]:
             yield place
         elif depth and os.path.isdir(place) and not os.path.islink(place):
             yield from _safetensors(place, depth - 1)
-
-
-def _regular(path: str) -> os.stat_result:
-    """What the file system says of a file, which must be a regular one; a link may lead to one, as in the Hub's cache.
-
-    Raises:
-        ValueError: for a pipe, a device, a folder, or a link to nothing.
-    """
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); download the checkpoint again") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path} is no regular file; download the checkpoint again")
-    return found
-
-
-def _refuse_special(path: str) -> None:
-    """Refuse a folder with pipes, devices or sockets, which whoever reads the model's files in it would wait for.
-
-    Raises:
-        ValueError: naming the first of them.
-    """
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name) if os.path.isdir(path) else ():
-        if os.path.exists(entry.path) and not entry.is_dir():
-            _regular(entry.path)
 
 
 def _numbers(options: Any) -> Iterator[tuple[str, int]]:
