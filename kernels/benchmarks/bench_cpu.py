@@ -10,28 +10,18 @@ that have left the caches (copies are rotated), and the medians of one run are c
 Prints a table, then one line of JSON with the machine and the versions; `--out` also writes that line to a file.
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
 import sys
-import time
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
+from cpu_run import Candidates, CpuRun, option_parser, turns
 from hf_littlebit.kernels import PARTS, PackedLayer, cpu, factor_shapes, places, reference, unpack_signs
-
-from hf_littlebit.report.bench.machine import cpu_name
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096))  # out, in
 BPW = (0.1, 0.3, 0.55, 1.0)
 BATCHES = (1, 4, 16, 64)  # tokens
 MARKS = {0.1: (80, 30), 0.3: (40, 16), 0.55: (26, 10), 1.0: (15, 6)}  # x bf16 linear, x a mat-vec at memory bandwidth
 COLD = 768 << 20  # bytes of copies that are rotated: more than a last-level cache holds
-BURST = 6  # calls of a candidate in its turn: each meets cold weights, but warm code, as the layers of a model do
-Candidates = Dict[str, Callable[[int], object]]
 
 
 def ranks_of(out: int, into: int, bpw: float) -> List[int]:
@@ -70,30 +60,6 @@ def error(layer: PackedLayer, x: torch.Tensor) -> float:
         y = y + (scaled @ signs[:, place.columns] * middle) @ side * scale_out
         size = size + scaled.abs().sum(-1, keepdim=True) * middle.abs().sum() * scale_out.abs()
     return ((cpu.products(x, (layer,))[0] - y).abs() / size).max().item()
-
-
-def turns(candidates: Candidates, rounds: int) -> Dict[str, float]:
-    """Median seconds of each candidate; they alternate, so that a busy moment of the machine meets all of them."""
-    seconds: Dict[str, List[float]] = {name: [] for name in candidates}
-    for index in range(-2, rounds):
-        for name, run in candidates.items():
-            for call in range(BURST):
-                start = time.perf_counter()
-                run(BURST * (index + 2) + call)
-                if index >= 0 and call:
-                    seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def bandwidth() -> float:
-    """Bytes per second that a sum over memory reads, the best of ten passes over 1 GiB."""
-    data = torch.ones(1 << 27, dtype=torch.int64)
-    best = 0.0
-    for _ in range(10):
-        start = time.perf_counter()
-        data.sum()
-        best = max(best, data.nbytes / (time.perf_counter() - start))
-    return best
 
 
 def measure(out: int, into: int, rounds: int) -> Iterator[dict]:
@@ -143,12 +109,6 @@ def call() -> Dict[str, float]:
     return {name: round(seconds * 1e4, 2) for name, seconds in turns(candidates, 10).items()}
 
 
-def machine() -> Dict[str, object]:
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    versions["wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
-    return {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system(), "isa": cpu.select(), **versions}
-
-
 def show(row: dict, limit: float) -> Tuple[float, float]:
     """Print one row of the table; how many times faster than bf16, and than the memory's bound of it."""
     faster = row["bf16"] / row["packed"]
@@ -163,43 +123,21 @@ def show(row: dict, limit: float) -> Tuple[float, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--isa", default="auto", help="amx, avx512, avx2, neon, generic")
-    parser.add_argument("--out", type=Path, help="also write the JSON line here")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if not cpu.load():
-        print("there is no compiled CPU kernel to measure; see the warning above", file=sys.stderr)
-        return 1
-    cpu.select(options.isa)
-    others = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    limit = bandwidth()
-    print(
-        f"{options.threads} threads, {cpu.select()}, memory {limit / 1e9:.1f} GB/s; times in µs, ratios: how many times faster"
-    )
+    run = CpuRun("cpu", option_parser(__doc__.split("\n")[0], rounds=12).parse_args())
+    options = run.options
     print("   out x in     batch   bpw    packed      bf16      fp32   x bf16   x fp32  x bound  x ref.   error")
     rows, missed = [], []
     with torch.inference_mode():
         calls = call()
         for out, into in SHAPES:
             for row in measure(out, into, options.rounds):
-                batch, (faster, bound) = row["batch"], show(row, limit)
+                batch, (faster, bound) = row["batch"], show(row, run.limit)
                 rows.append({**row, "x_bf16": round(faster, 2), "x_bound": round(bound, 2)})
                 marks = MARKS[row["bpw"]] if (batch, out, into) == (1, 4096, 4096) else (1.0 if batch > 1 else 0, 0)
                 if options.threads == 1 and (faster < marks[0] or bound < marks[1]):
                     missed.append(f"{out}x{into} batch {batch} bpw {row['bpw']}")
     print(f"a call with nothing to compute: packed {calls['packed']} µs, bf16 {calls['bf16']} µs")
-    line = json.dumps({
-        "benchmark": "cpu", "machine": machine(), "threads": options.threads, "load_before": others,
-        "bandwidth_gb_s": round(limit / 1e9, 2),
-        "call_us": calls, "marks_missed": missed, "rows": rows,
-    })  # fmt: skip
-    if options.out:
-        options.out.write_text(line + "\n")
-    print(line)
-    return 0
+    return run.finish(rows, missed, call_us=calls)
 
 
 if __name__ == "__main__":

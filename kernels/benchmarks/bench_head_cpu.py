@@ -6,16 +6,12 @@ tables that have left the caches, and the medians of one run are compared. A hea
 Prints a table, then one line of JSON; `--out` also writes it.
 """
 
-import argparse
-import json
-import os
 import sys
-from pathlib import Path
 from typing import Any, Dict, List
 
 import torch
-from bench_cpu import Candidates, bandwidth, machine, turns
-from hf_littlebit.kernels import cpu, table, table_cpu
+from cpu_run import Candidates, CpuRun, option_parser, turns
+from hf_littlebit.kernels import table, table_cpu
 
 SHAPES = ((32000, 4096), (128256, 2048))  # rows, columns
 BATCHES = (1, 2, 4, 16)  # tokens
@@ -84,43 +80,23 @@ def measure(rows: int, columns: int, limit: float, rounds: int) -> List[Dict[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--isa", default="auto", help="avx512, avx2, neon, generic")
+    parser = option_parser(__doc__.split("\n")[0], rounds=8)
     parser.add_argument(
         "--shapes", nargs="+", default=[f"{rows}x{columns}" for rows, columns in SHAPES], help="rows x columns"
     )
-    parser.add_argument("--out", type=Path, help="also write the JSON line here")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if not cpu.load():
-        print("there is no compiled CPU kernel to measure: " + cpu.missing(), file=sys.stderr)
-        return 1
-    cpu.select(options.isa)
-    others = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    limit = bandwidth()
-    print(
-        f"{options.threads} threads, {cpu.select()}, memory {limit / 1e9:.1f} GB/s; times in µs, ratios: how many times faster"
-    )
+    run = CpuRun("head-cpu", parser.parse_args())
+    options = run.options
     print("  rows x columns batch  bits      time      bf16   x bf16  x bound    GB/s   error")
     rows = []
     with torch.inference_mode():
         for shape in options.shapes:
-            rows += measure(*map(int, shape.split("x")), limit, options.rounds)
+            rows += measure(*map(int, shape.split("x")), run.limit, options.rounds)
     missed = [
         f"{row['rows']}x{row['columns']} batch {row['batch']}, {row['bits']} bits: {row['x_bf16']}"
         for row in rows
         if options.threads == 1 and row["x_bf16"] < MARKS.get((row["bits"], row["batch"]), 0)
     ]
-    line = json.dumps({
-        "benchmark": "head-cpu", "machine": machine(), "threads": options.threads, "load_before": others,
-        "bandwidth_gb_s": round(limit / 1e9, 2), "marks_missed": missed, "rows": rows,
-    })  # fmt: skip
-    if options.out:
-        options.out.write_text(line + "\n")
-    print(line)
-    return 0
+    return run.finish(rows, missed)
 
 
 if __name__ == "__main__":
