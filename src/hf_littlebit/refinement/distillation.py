@@ -76,7 +76,8 @@ def teacher_of(model: PreTrainedModel, tokens: Tensor, folder: str, dtype: torch
         return TopKTeacher(folder)
     except ValueError:  # there is none yet, or a kill cut it short
         k = min(LIKELIEST, model.config.get_text_config().vocab_size - 1)
-    batches = [{"input_ids": part} for part in tokens.long().split(ROWS)]  # a list: its length makes the time foreseeable
+    # A list: its length makes the time foreseeable.
+    batches = [{"input_ids": part} for part in tokens.long().split(ROWS)]
     with torch.autocast(input_device(model).type, dtype, enabled=dtype != torch.float32):
         return save_topk(model, batches, folder, k)
 
