@@ -9,8 +9,9 @@ import transformers
 from families import build
 
 from hf_littlebit.compat import CACHE_NAMES
-from hf_littlebit.train import distill
-from hf_littlebit.train.distill import HIDDEN_WEIGHT, Distillation, hidden_error, kl_divergence, token_mask
+from hf_littlebit.train import losses
+from hf_littlebit.train.distill import HIDDEN_ERRORS, HIDDEN_WEIGHT, Distillation, token_mask
+from hf_littlebit.train.losses import hidden_error, kl_divergence
 from hf_littlebit.train.topk import TopK, TopKTeacher, save_topk
 
 
@@ -40,7 +41,7 @@ def test_kl_by_hand():
 @pytest.mark.parametrize("chunk", [1, 40, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kl_in_chunks(monkeypatch, chunk, dtype):
-    monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK", chunk)
     student, teacher = pair(2, 5, 13, dtype=dtype)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]]).bool()
     wide = student.detach().double().requires_grad_()
@@ -75,15 +76,41 @@ def test_kl_refuses_a_second_backward():
         loss.backward()
 
 
-def test_hidden_error():
+@pytest.mark.parametrize("relative", [True, False])
+def test_hidden_error(relative):
     student, teacher = pair(2, 3, 4)
     mask = torch.tensor([[True, False, True], [False, False, True]])
-    loss = hidden_error(student, teacher, mask)
+    size = (teacher**2).sum(-1, keepdim=True) if relative else torch.tensor(4.0)
+    loss = hidden_error(student, teacher, mask, relative)
     (2 * loss).backward()
-    expected = ((student.detach() - teacher) ** 2).mean(-1)[mask].sum()
+    expected = (((student.detach() - teacher) ** 2).sum(-1, keepdim=True) / size)[mask].sum()
     torch.testing.assert_close(loss, expected)
-    grad = 2 * 2 * (student.detach() - teacher) / 4 * mask[..., None]
+    grad = 2 * 2 * (student.detach() - teacher) / size * mask[..., None]
     torch.testing.assert_close(student.grad, grad)
+
+
+def test_a_relative_error_is_not_owned_by_a_massive_activation():
+    student, teacher = pair(1, 8, 16)
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    teacher[0, 0] *= 1000
+    student.data[0, 0] = 1.1 * teacher[0, 0]
+    shares = {}
+    for relative in (True, False):
+        student.grad = None
+        hidden_error(student, teacher, mask, relative).backward()
+        sizes = (student.grad * teacher).norm(dim=-1)[
+            0
+        ]  # what a change of a token's state by its own size does to the loss
+        shares[relative] = float(sizes[0] / sizes.sum())
+    assert shares[True] < 0.1 and shares[False] > 0.99
+
+
+def test_a_state_of_zeros_has_no_error_where_it_is_met():
+    teacher = torch.zeros(1, 2, 4)
+    student = teacher.clone().requires_grad_()
+    loss = hidden_error(student, teacher, torch.ones(1, 2, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0 and not student.grad.any()
 
 
 def test_token_mask():
@@ -96,7 +123,7 @@ def test_token_mask():
     assert token_mask(labels, None, True)[1].tolist() == [True, True, True, True, False]
 
 
-def attached(hidden_weight=HIDDEN_WEIGHT, family="llama", teacher=None):
+def attached(hidden_weight=HIDDEN_WEIGHT, family="llama", teacher=None, error="relative"):
     """A random model and a Distillation from another one."""
     model = build(family).train()
     if teacher is None:
@@ -104,7 +131,7 @@ def attached(hidden_weight=HIDDEN_WEIGHT, family="llama", teacher=None):
         with torch.no_grad():
             for value in teacher.parameters():
                 value.add_(0.02 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
-    distillation = Distillation(teacher, model, hidden_weight)
+    distillation = Distillation(teacher, model, hidden_weight, error)
     distillation.attach(model)
     distillation.place(torch.device("cpu"))
     distillation.active = True
@@ -120,8 +147,9 @@ def batch(rows=2, length=12, seed=0):
     return {"input_ids": tokens, "attention_mask": attention, "labels": labels}
 
 
-def test_loss_of_a_model():
-    model, distillation = attached(0.3)
+@pytest.mark.parametrize("error", HIDDEN_ERRORS)
+def test_loss_of_a_model(error):
+    model, distillation = attached(0.3, error=error)
     inputs = batch()
     loss = model(**inputs, num_items_in_batch=7).loss
     given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
@@ -131,7 +159,8 @@ def test_loss_of_a_model():
     mask = token_mask(inputs["labels"], inputs["attention_mask"], True)
     expected = plain_kl(student.logits, teacher.logits, mask)
     for a, b in zip(student.hidden_states, teacher.hidden_states, strict=True):
-        expected = expected + 0.3 * (a - b).square().mean(-1)[mask].sum()
+        size = b.square().sum(-1) if error == "relative" else b.shape[-1]
+        expected = expected + 0.3 * ((a - b).square().sum(-1) / size)[mask].sum()
     torch.testing.assert_close(loss, expected / 7, rtol=1e-5, atol=1e-6)
 
 
@@ -225,6 +254,8 @@ def test_errors():
         model(**batch())
     model, _ = attached(0.0, teacher=smaller)
     assert model(**batch()).loss.isfinite()
+    with pytest.raises(ValueError, match="hidden_error is 'absolute'; choose one of relative, mean_square"):
+        Distillation(torch.nn.Identity(), model, hidden_error="absolute")
     with pytest.raises(ValueError, match="hidden_weight is -1"):
         Distillation(teacher, model, -1)
 

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback
 from hf_littlebit import LittleBitConfig
 from hf_littlebit.load.convert import factor_modules, latent_model, pack_model
 from hf_littlebit.train.callback import LittleBitCallback
-from hf_littlebit.train.distill import hidden_error, kl_divergence
 from hf_littlebit.train.distributed import first_nonfinite
+from hf_littlebit.train.losses import hidden_error, kl_divergence
 from hf_littlebit.train.trainer import LittleBitTrainer
 
 FIRST = "model.layers.0.self_attn.q_proj"

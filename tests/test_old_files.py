@@ -27,6 +27,7 @@ from hf_littlebit import (
 
 ROOT = Path(__file__).parent.parent
 OLD = ROOT / "tests" / "fixtures" / "bef240f"
+THEN = {"hidden_weight": 10 / 2048, "hidden_error": "mean_square"}  # the default of these trainings
 MODELS = ["packed-one-path", "packed-two-paths", "packed-experts", "latent"]
 TRAININGS = ["training-callback", "training-trainer"]
 
@@ -98,10 +99,10 @@ def trainer_of(name, output, start):
     how = read_json(OLD / name / "how.json")
     dense = AutoModelForCausalLM.from_pretrained(OLD / "dense")
     if start == "dense":
-        model, callback = dense, LittleBitCallback(LittleBitConfig(**how["config"]), teacher="self")
+        model, callback = dense, LittleBitCallback(LittleBitConfig(**how["config"]), teacher="self", **THEN)
     else:
         model = AutoModelForCausalLM.from_pretrained(OLD / name / "checkpoint-2")
-        callback = LittleBitCallback(teacher=dense)
+        callback = LittleBitCallback(teacher=dense, **THEN)
     options = {"args": TrainingArguments(str(output), **how["arguments"]), "train_dataset": Rows()}
     options["callbacks"] = [callback]
     if how["trainer"] == "LittleBitTrainer":

@@ -25,6 +25,7 @@ from hf_littlebit.load.convert import (
 )
 from hf_littlebit.load.saving import save_whole
 from hf_littlebit.train.callback import LittleBitCallback
+from hf_littlebit.train.distill import HIDDEN_WEIGHT
 from hf_littlebit.train.flips import SignFlips
 from hf_littlebit.train.resume import last_checkpoint
 from hf_littlebit.train.topk import save_topk
@@ -125,7 +126,7 @@ def test_training_moves_signs_towards_the_teacher(tmp_path, stories):
     assert 0 < history[0]["flipped_since_start"] < history[-1]["flipped_since_start"] < 0.5
     assert history[0]["flipped_since_start"] == history[0]["flipped_since_log"]
     assert history[-1]["flipped_since_log"] < history[-1]["flipped_since_start"]
-    expected = history[0]["kd_loss"] + 10 / 2048 * history[0]["hidden_loss"]
+    expected = history[0]["kd_loss"] + HIDDEN_WEIGHT * history[0]["hidden_loss"]
     assert abs(history[0]["loss"] - expected) < 0.05 * expected  # a mean over steps, and one over tokens
 
 

@@ -65,6 +65,7 @@ class Arm:
     latent_factor: float = LATENT_FACTOR  # times learning_rate, as the next
     scale_factor: float = SCALE_FACTOR
     hidden_weight: float | None = HIDDEN_WEIGHT  # None: 10 / length
+    hidden_error: str = "relative"
     sign_gradient: str = "smooth"
     alpha: float = ALPHA
     latent_size: float | None = None  # median |latent|
@@ -83,6 +84,7 @@ REFERENCE: dict[str, Any] = {
     "latent_factor": 1.0,
     "scale_factor": 1.0,
     "hidden_weight": None,
+    "hidden_error": "mean_square",
 }
 
 
@@ -188,6 +190,7 @@ class Results:
             config,
             "self",
             hidden_weight=hidden,
+            hidden_error=arm.hidden_error,
             sign_gradient=arm.sign_gradient,
             alpha=arm.alpha,
             pack=False,

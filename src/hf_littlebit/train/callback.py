@@ -56,7 +56,8 @@ class LittleBitCallback(TrainerCallback):
         config: how to factorize a dense model; may be left out for a latent one.
         teacher: what the model learns to imitate: a model with the same vocabulary, a TopKTeacher (logits alone, no hidden
             states), or "self" for the dense model itself, of which a frozen copy is kept. None: cross-entropy on the labels.
-        hidden_weight: of the error of hidden states against that of the logits, per token (distill.py).
+        hidden_weight: of the error of hidden states against that of the logits, per token (distill.py). hidden_error: "relative" to
+            the size of each token's state, or "mean_square", the paper's, whose hidden_weight is 10 / 2048.
         sign_gradient: "smooth" (tanh, the paper's) or "ste". alpha: steepness of the former.
         pack: pack the model when training ends. False leaves it latent.
         dtype: of what stays dense in the packed model, which is trained in fp32, and saved in fp32 if None.
@@ -74,6 +75,7 @@ class LittleBitCallback(TrainerCallback):
         teacher: nn.Module | TopKTeacher | str | None = None,
         *,
         hidden_weight: float = HIDDEN_WEIGHT,
+        hidden_error: str = "relative",
         sign_gradient: str = "smooth",
         alpha: float = ALPHA,
         pack: bool = True,
@@ -84,6 +86,7 @@ class LittleBitCallback(TrainerCallback):
             config,
             teacher,
             hidden_weight=hidden_weight,
+            hidden_error=hidden_error,
             sign_gradient=sign_gradient,
             alpha=alpha,
             pack=pack,

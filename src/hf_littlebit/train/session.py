@@ -75,6 +75,7 @@ class TrainingSession:
         teacher: nn.Module | TopKTeacher | str | None,
         *,
         hidden_weight: float,
+        hidden_error: str,
         sign_gradient: str,
         alpha: float,
         pack: bool,
@@ -89,7 +90,7 @@ class TrainingSession:
             raise ValueError(f"alpha is {alpha}; it must be above 0 (the paper's is {ALPHA:g})")
         self.config = config
         self.teacher: nn.Module | TopKTeacher | str | None = teacher
-        self.hidden_weight = hidden_weight
+        self.hidden_weight, self.hidden_error = hidden_weight, hidden_error
         self.sign_gradient = sign_gradient
         self.alpha = alpha
         self.pack = pack
@@ -126,7 +127,7 @@ class TrainingSession:
         self.refuse_adapters(model)
         modules = factor_modules(model)
         if self.teacher is not None:
-            self.distillation = Distillation(self._ready_teacher(model), model, self.hidden_weight)
+            self.distillation = Distillation(self._ready_teacher(model), model, self.hidden_weight, self.hidden_error)
         if modules:
             self.refuse_packed(modules)
             self.refuse_other_ranks(model, modules)
