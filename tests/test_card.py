@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import transformers
-from families import load
+from families import equal_states, load
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -126,6 +126,41 @@ def test_save_with_push_leaves_the_rest_of_the_folder(model, hub, tmp_path):
     model.save_pretrained(folder, push_to_hub=True, repo_id="me/small")
     assert set(hub.files) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     assert b"hf-littlebit" in hub.files["README.md"]
+
+
+TABLES = {  # (family, embedding_bits, head_bits) -> what the card says of the tables
+    ("llama", 8, 4): "`model.embed_tokens`: 8 bits; `lm_head`: 4 bits",
+    ("llama", 16, 8): "(`lm_head`: 8 bits)",
+    ("llama_tied", 4, 4): "`model.embed_tokens` and `lm_head`: 4 bits",
+}
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+@pytest.mark.parametrize("family, embedding, head", TABLES)
+def test_packed_tables_are_pushed_with_their_figures(family_dir, hub, tmp_path, family, embedding, head, way):
+    config = LittleBitConfig(bpw=4.0, init="dual_svid", embedding_bits=embedding, head_bits=head)
+    model = load(family_dir(family), quantization_config=config)
+    if way == "push_to_hub":
+        model.push_to_hub("me/small")
+    else:
+        model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="me/small")
+    assert set(hub.files) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    for name, content in hub.files.items():
+        (tmp_path / name).write_bytes(content)
+    equal_states(model, load(str(tmp_path)))
+    report, card = size_report(str(tmp_path)), hub.files["README.md"].decode()
+    assert report.whole_bpw > report.bpw and len(report.tables) == (2 if (family, embedding) == ("llama", 8) else 1)
+    (line,) = (line for line in card.splitlines() if "of the whole model" in line)
+    assert line.split("|")[2].strip() == f"{report.whole_bpw:.4g}"
+    assert TABLES[family, embedding, head] in card
+    for table in report.tables:
+        (line,) = (line for line in card.splitlines() if line.startswith(f"| {table.bits} bits "))
+        assert table.described in line and all(name in line for name in table.modules)
+    # Another push of what was downloaded changes nothing but the id of the save.
+    before = dict(hub.files)
+    load(str(tmp_path)).push_to_hub("me/small")
+    assert hub.files.keys() == before.keys() and size_report(model).tables == report.tables
+    assert len(hub.files["model.safetensors"]) == len(before["model.safetensors"])
 
 
 def test_push_keeps_a_written_card(model, hub):

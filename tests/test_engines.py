@@ -14,10 +14,10 @@ import pytest
 import torch
 from extras import INSTALL
 from families import ROOT, config
-from hf_littlebit.kernels import PARTS, PackedLayer, reference
+from hf_littlebit.kernels import PARTS, PackedLayer, quantize_table, reference, unpack_table
 
 from hf_littlebit import LittleBitLinear
-from hf_littlebit.engines.partition import Partition, checked_ranks, member_range
+from hf_littlebit.engines.partition import Partition, checked_ranks, checked_table, member_range, padded_rows
 from hf_littlebit.engines.vllm import register
 from hf_littlebit.engines.vllm_version import TESTED, explain_layout
 from hf_littlebit.layers.parts import PACKED_PARTS, pack_parts
@@ -145,6 +145,45 @@ def test_damaged_parts_are_refused_by_name(part, change, words):
         parts[part] = change(parts[part])
     with pytest.raises(ValueError, match=f"{words}.*download or save it again"):
         checked_ranks("layer", parts, config())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_of_two_processes_are_the_table(bits):
+    weight = torch.randn(10, 70, generator=torch.Generator().manual_seed(bits))
+    table = quantize_table(weight, bits)
+    halves = [[padded_rows(part[first : first + 8], 8) for part in table[:2]] for first in (0, 8)]
+    rows = torch.cat([unpack_table(*half, 70) for half in halves])
+    assert torch.equal(rows[:10], unpack_table(*table)) and not rows[10:].any()
+    whole = table.codes[:10]
+    assert padded_rows(whole, 10) is whole  # no copy where nothing is padded
+
+
+@pytest.mark.parametrize(
+    "part, entry, bits, words",
+    [
+        (
+            "codes",
+            None,
+            8,
+            r"head.codes is absent, but a table of 10 rows and 70 columns in 8 bits implies int8 \[10, 70\]",
+        ),
+        ("scale", None, 8, r"head.scale is absent, .* implies bfloat16 \[10, 1\]"),
+        ("codes", ((9, 70), torch.int8), 8, r"head.codes is int8 \[9, 70\]"),
+        ("codes", ((10, 70), torch.int32), 8, r"head.codes is int32 \[10, 70\]"),
+        ("scale", ((10, 2), torch.bfloat16), 8, r"head.scale is bfloat16 \[10, 2\]"),
+        ("codes", ((10, 70), torch.int8), 4, r"head.codes is int8 .* implies int32 \[10, 16\]"),
+        ("codes", ((10, 70), torch.int8), 16, r"head.codes is int8 .* in 16 bits implies absent"),
+        ("weight", ((10, 70), torch.float32), 8, r"head.weight is float32 \[10, 70\], .* implies absent"),
+    ],
+)
+def test_damaged_tables_are_refused_by_name(part, entry, bits, words):
+    parts = {"codes": ((10, 70), torch.int8), "scale": ((10, 1), torch.bfloat16)}
+    checked_table("head", parts, (10, 70), 8, torch.bfloat16)
+    parts.pop(part, None)
+    if entry is not None:
+        parts[part] = entry
+    with pytest.raises(ValueError, match=f"{words}.*download or save it again"):
+        checked_table("head", parts, (10, 70), bits, torch.bfloat16)
 
 
 # -- the registration -------------------------------------------------------------------------------------------------------

@@ -65,6 +65,21 @@ def test_push_folder(folder, hub, caplog):
     assert b"# Mine" in hub.files["README.md"] and b"- littlebit" in hub.files["README.md"]
 
 
+def test_a_folder_with_packed_tables_is_pushed_with_its_figures(family_dir, hub, tmp_path):
+    config = LittleBitConfig(bpw=4.0, init="dual_svid", embedding_bits=8, head_bits=8)
+    load(family_dir("llama_tied"), quantization_config=config).save_pretrained(tmp_path / "packed")
+    push_folder(str(tmp_path / "packed"), "me/small")
+    assert set(hub.files) == SAVED
+    report, card = size_report(str(tmp_path / "packed")), hub.files["README.md"].decode()
+    assert f"{report.whole_bpw:.4g}" in card and "`model.embed_tokens` and `lm_head`: 8 bits" in card
+    weights = tmp_path / "packed" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    hub.files.clear()
+    with pytest.raises(ValueError, match="damaged"):
+        push_folder(str(tmp_path / "packed"), "me/small")
+    assert not hub.files
+
+
 def test_many_files_that_stay_are_counted(folder, hub, caplog):
     for number in range(20):
         (folder / f"log-{number:02}.txt").write_text("")

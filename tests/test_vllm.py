@@ -45,6 +45,9 @@ SIZES = {
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {}),
+    "llama_tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2ForCausalLM", {}),
+    "gemma3_tied": ("Gemma3ForCausalLM", {"tie_word_embeddings": True}),
     "llama_bias": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "qwen3": ("Qwen3ForCausalLM", {}),
     "gemma3": ("Gemma3ForCausalLM", {"tie_word_embeddings": False}),
@@ -193,6 +196,91 @@ def test_a_packed_output_head_is_served(folder, monkeypatch, tmp_path, vocabular
     factors = pack_parts(factorize(head.float(), (64,), "dual_svid"), torch.bfloat16)
     write(path, {**tensors, **{f"lm_head.{part_name('weight', part)}": value for part, value in factors.items()}})
     assert served(path, monkeypatch) == generated(path)
+
+
+# -- packed embeddings and heads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [256, 250])
+@pytest.mark.parametrize("family, bits", [("llama", (8, 4)), ("llama_tied", (4, 4)), ("gemma3_tied", (8, 8))])
+def test_packed_tables_are_served(folder, monkeypatch, family, bits, vocabulary):
+    path = folder(family, {"vocab_size": vocabulary}, embedding_bits=bits[0], head_bits=bits[1])
+    assert served(path, monkeypatch) == generated(path)
+
+
+@pytest.mark.parametrize("bits", [(16, 8), (4, 16)])
+def test_one_of_the_two_is_packed(folder, monkeypatch, bits):
+    path = folder("llama", embedding_bits=bits[0], head_bits=bits[1])
+    assert served(path, monkeypatch) == generated(path)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_packed_tables_are_served_compiled(folder, monkeypatch, family):
+    path = folder(family, embedding_bits=8, head_bits=8)
+    assert served(path, monkeypatch, enforce_eager=False) == generated(path)
+
+
+def test_tables_have_as_few_bytes_as_the_file(folder, monkeypatch):
+    for family, tables in (("llama", 2), ("llama_tied", 1)):
+        path = folder(family, embedding_bits=4, head_bits=4)
+        with engine(path, monkeypatch) as llm:
+            (sizes,) = llm.apply_model(_table_bytes)
+        report = hf_littlebit.size_report(str(path))
+        assert len(report.tables) == tables and sum(sizes) == sum(table.bytes for table in report.tables)
+
+
+def _table_bytes(model):
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    layers = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    held = {id(value): value for layer in layers for value in layer.parameters()}
+    return [value.numel() * value.element_size() for value in held.values()]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+@pytest.mark.parametrize("skipped", [["lm_head"], ["embed_tokens"]])
+def test_tables_that_are_dense_in_the_file_are_dense(folder, monkeypatch, family, skipped):
+    path = folder(family, modules_to_not_convert=skipped, embedding_bits=8, head_bits=8)
+    assert served(path, monkeypatch) == generated(path)
+
+
+@pytest.mark.parametrize("family, name", [("opt", "model.decoder.embed_tokens"), ("gemma2", "model.embed_tokens")])
+def test_tables_that_vllm_asks_no_method_for_are_refused_by_name(folder, monkeypatch, family, name):
+    words = rf"{name} .*packed, but vLLM's own class of this model asks no.*--model-impl transformers"
+    refuse(folder(family, embedding_bits=8, head_bits=8), monkeypatch, words)
+
+
+TABLE_DAMAGE = {
+    "part missing": (lambda t: {k: v for k, v in t.items() if k != "lm_head.scale"}, r"lm_head\.scale"),
+    "wrong shape": (
+        lambda t: {**t, "lm_head.codes": t["lm_head.codes"][:, :64]},
+        r"lm_head\.codes is \w+ \[256, 64\]",
+    ),
+    "wrong dtype": (lambda t: {**t, "lm_head.codes": t["lm_head.codes"].int()}, r"lm_head\.codes is \w+32 "),
+    "fewer rows": (
+        lambda t: {**t, "model.embed_tokens.codes": t["model.embed_tokens.codes"][:200]},
+        r"model\.embed_tokens\.codes is \w+ \[200, 128\]",
+    ),
+    "not a number": (lambda t: {**t, "lm_head.scale": t["lm_head.scale"] / 0}, r"lm_head\.scale holds NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+@pytest.mark.parametrize("damage", TABLE_DAMAGE)
+def test_damaged_tables_are_refused_in_our_words(folder, monkeypatch, tmp_path, damage, looked_at):
+    """Before the engine starts, and, as for a model from the Hub, while it is loaded."""
+    from hf_littlebit.engines.vllm_config import LittleBitQuantization
+
+    path = tmp_path / "packed"
+    shutil.copytree(folder("llama", embedding_bits=8, head_bits=8), path)
+    change, words = TABLE_DAMAGE[damage]
+    write(path, change(load_file(path / "model.safetensors")))
+    if not looked_at:
+        monkeypatch.setattr(LittleBitQuantization, "maybe_update_config", lambda *args, **options: None)
+        words = words.replace(
+            r"model\.embed_tokens\.", r"the embedding\."
+        )  # vLLM does not tell a Llama's embedding its name
+    refuse(path, monkeypatch, words)
 
 
 # -- what is dense in the file ------------------------------------------------------------------------------------------------
@@ -358,6 +446,18 @@ def test_transformers_own_modules_are_served_too(folder, tmp_path):
 def test_two_processes_give_the_tokens_of_one(folder, tmp_path, family, heads):
     path = folder(family, {"num_key_value_heads": heads})
     assert served_apart(path, tmp_path, tensor_parallel_size=2) == generated(path)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_two_processes_share_the_rows_of_tables(folder, tmp_path, family):
+    path = folder(family, {"num_key_value_heads": 2, "vocab_size": 250}, embedding_bits=8, head_bits=8)
+    assert served_apart(path, tmp_path, tensor_parallel_size=2) == generated(path)
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma2"])
+def test_transformers_own_modules_have_tables_too(folder, tmp_path, family):
+    path = folder(family, embedding_bits=8, head_bits=8)
+    assert served_apart(path, tmp_path, model_impl="transformers") == generated(path)
 
 
 def test_inputs_that_two_processes_cannot_share_are_refused_with_the_sizes(folder, tmp_path):

@@ -81,6 +81,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     from ..load.meta_model import model_class
     from ..load.replacement import refused_writes, replacement
     from ..load.source import find_source
+    from ..load.tables import plan_tables
     from ..report.size import size_report
     from ..train.callback import LittleBitCallback
     from ..train.data import read_texts, sample_blocks, text_blocks
@@ -99,6 +100,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     set_seed(seed)
     # Before TrainingArguments, which have engines take apart whatever is loaded after them.
     model = model_class(source.config).from_pretrained(args.model, dtype="float32")
+    plan_tables(model, config)  # refused before there is any work
     checkpoints = os.path.join(args.out, CHECKPOINTS)
     every = max(1, args.steps // EVALUATIONS)
     arguments = TrainingArguments(

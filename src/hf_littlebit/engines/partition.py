@@ -13,6 +13,8 @@ that engines add up results of row-parallel layers as they do those of dense one
 Engines also merge layers that read one tensor (q, k and v; gate and up) into one with several outputs. A weight that is stored
 merged (Phi-3's qkv_proj) has one set of factors for all of them, of which each process takes a few outputs from every
 member: `Partition.outputs` are ranges for that reason.
+
+A packed embedding or head (kernels/table.py) is split along its rows, of which engines pad the last process's.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ import torch
 from torch import Tensor
 
 from ..config import LittleBitConfig
-from ..kernels import PARTS
+from ..kernels import PARTS, table_shapes
 from ..layers.parts import part_name, part_shapes, stored_ranks
+from ..load.tables import DENSE_BITS
 
-__all__ = ["WORD", "Partition", "checked_ranks", "member_range", "refuse_mixed"]
+__all__ = ["WORD", "Partition", "checked_ranks", "checked_table", "member_range", "padded_rows", "refuse_mixed"]
 
 WORD = 32  # inputs whose signs share an int32 word of v
 REMEDY = "the checkpoint is damaged or incomplete: download or save it again"
@@ -156,6 +159,35 @@ def checked_ranks(name: str, parts: Mapping[str, Tensor], config: LittleBitConfi
         if part in parts and parts[part].is_floating_point() and not bool(torch.isfinite(parts[part]).all()):
             raise ValueError(f"{name}.{part_name('weight', part)} holds NaN or Inf; {REMEDY}")
     return ranks
+
+
+def checked_table(
+    name: str,
+    parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    size: tuple[int, int],
+    bits: int,
+    scale_dtype: torch.dtype,
+) -> None:
+    """Look at all that a file may have wrong about the shapes of a packed embedding or head.
+
+    Args:
+        name: of its module, as the file calls it. parts: {part: (shape, dtype)} as stored. size: rows and columns of the model.
+
+    Raises:
+        ValueError: if a part is missing, or is none of a table of so many `bits`, or has another shape or dtype.
+    """
+    expected = table_shapes(*size, bits, scale_dtype=scale_dtype) if bits != DENSE_BITS else {}
+    for part in {**expected, **parts}:
+        if parts.get(part) != expected.get(part):
+            raise ValueError(
+                f"{name}.{part} is {_described(parts.get(part))}, but a table of {size[0]} rows and {size[1]} columns in {bits} "
+                f"bits implies {_described(expected.get(part))}; {REMEDY}"
+            )
+
+
+def padded_rows(rows: Tensor, count: int) -> Tensor:
+    """`rows` [n, ...] followed by rows of zeros, [count, ...]: where those are scales, what they scale is 0."""
+    return rows if len(rows) == count else torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
 
 
 def _described(entry: tuple[tuple[int, ...], torch.dtype] | None) -> str:

@@ -10,12 +10,15 @@ one: layers that were too small to gain, or that the model's code wants in float
 
 vLLM merges layers (qkv_proj, gate_up_proj) and may rename them. `packed_modules_mapping` says of which layers of the checkpoint
 a merged one is made, and `apply_vllm_mapper` renames what the config says about the checkpoint's layers.
+
+Embeddings and heads of a model with packed tables all get `LittleBitTableMethod`, which takes a dense weight too. Many of vLLM's
+models ask no method for theirs; what the file has packed there is refused when loading starts, and every layer exists.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +27,7 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from ..config import LittleBitConfig
 from ..load.meta_model import empty_model
 from ..load.source import find_source
+from ..load.tables import DENSE_BITS, place, plan_tables
 from ..load.verify import verify
 from ..module_names import aliases, is_named
 from ..plan import plan_model
@@ -32,6 +36,7 @@ from .vllm_version import explain_layout
 
 __all__ = ["LittleBitQuantization"]
 
+EMBEDDING, HEAD = "embedding", "output head"
 BASE_PREFIX = "model"  # what vLLM's models call the part without the head, as nearly all of transformers' do
 REMEDY = "serve it with `transformers serve`, or load it with LittleBitConfig(dequantize=True), save it, and serve the dense model"
 
@@ -48,7 +53,11 @@ class LittleBitQuantization(QuantizationConfig):
         self.config = config
         self.skipped = list(config.modules_to_not_convert or ())  # renamed by apply_vllm_mapper
         self.no_experts = False  # True once the files have shown that none are packed
-        self.packed_head = False  # True once they have shown that the output head is
+        self.packed_head = False  # True once they have shown that the output head is one of factors
+        self.tables: dict[
+            str, str
+        ] = {}  # layers that need a table's method: {EMBEDDING or HEAD: name in the checkpoint}
+        self.asked: set[str] = set()  # those that vLLM has asked a method for
 
     # -- what vLLM asks of any method ---------------------------------------------------------------------------------------
 
@@ -109,14 +118,20 @@ class LittleBitQuantization(QuantizationConfig):
             return
         model = empty_model(source.config)
         plan = plan_model(model, source.quantization, source.header)
-        verify(model, plan, source.quantization, source.header)
+        tables = plan_tables(model, source.quantization, source.header)
+        for table in tables.tables:
+            place(model, table)
+        verify(model, plan, source.quantization, source.header, tables.shapes())
         head = model.get_output_embeddings()
+        for table in tables.tables:
+            kind = HEAD if model.get_submodule(table.owner) is head else EMBEDDING
+            self.tables[kind] = table.owner
         for weight in plan.weights:
             module = model.get_submodule(weight.module)
             self.packed_head = self.packed_head or module is head
             if type(module) is not nn.Linear:
                 raise ValueError(
-                    f"{weight.name} is packed, and vLLM is given packed linear layers only, no experts and no embeddings; {REMEDY}"
+                    f"{weight.name} is packed, and vLLM is given packed linear layers only, no experts; {REMEDY}"
                 )
         self.no_experts = True
 
@@ -127,26 +142,54 @@ class LittleBitQuantization(QuantizationConfig):
         self.skipped = hf_to_vllm_mapper.apply_list(self.skipped)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """The method of one layer; None where vLLM shall use its own, as for embeddings and attention.
+        """The method of one layer; None where vLLM shall use its own, as for attention, and for embeddings that are not packed.
 
         Raises:
             ValueError: for experts that are packed, or that may be, and where a merged layer is dense in part.
         """
-        experts, head, linear, unquantized, packed = _layer_classes()
-        if isinstance(layer, experts):
+        classes = _layer_classes()
+        if isinstance(layer, classes.experts):
             if self.no_experts or self._is_skipped(prefix):
                 return None
             raise ValueError(f"{prefix} are experts, and vLLM is given packed linear layers only; {REMEDY}")
-        if isinstance(layer, head) and self.packed_head:
-            return packed(self.config, prefix, [prefix])
-        if not isinstance(layer, linear):
+        if isinstance(layer, classes.head) and self.packed_head:
+            return classes.packed(self.config, prefix, [prefix])
+        if isinstance(layer, classes.embedding):
+            return self._table_method(HEAD if isinstance(layer, classes.head) else EMBEDDING, prefix)
+        if not isinstance(layer, classes.linear):
             return None
         names = self.members(prefix)
         dense = [name for name in names if self._is_skipped(name)]
         if not dense:
-            return packed(self.config, prefix, names)
+            return classes.packed(self.config, prefix, names)
         refuse_mixed(prefix, dense, [name for name in names if name not in dense])
-        return unquantized()
+        return classes.unquantized()
+
+    def _table_method(self, kind: str, prefix: str) -> Any:
+        """The method of an embedding or a head; None in a model without packed tables.
+
+        A model with one has it for both, because vLLM asks the head's method, not the embedding's, to tie the two.
+        """
+        self.asked.add(kind)
+        bits = {EMBEDDING: self.config.embedding_bits, HEAD: self.config.head_bits}
+        if set(bits.values()) == {DENSE_BITS}:
+            return None
+        return _layer_classes().table(self.config, bits[kind], prefix or self.tables.get(kind, f"the {kind}"))
+
+    def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]  # vLLM's own needs no instance, and asks one
+        """What vLLM leaves out of the files, which it asks when it begins to load a model whose layers all exist: nothing.
+
+        Raises:
+            ValueError: for an embedding or a head that is packed, where vLLM's model has asked no method for it.
+        """
+        lacking = [name for kind, name in self.tables.items() if kind not in self.asked]
+        if lacking and not _in_stages():
+            raise ValueError(
+                f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} packed, but vLLM's own class of this model asks "
+                "no quantization method for it; serve it with --model-impl transformers, whose layers all do, with `transformers "
+                "serve`, or quantize the model with embedding_bits=16 and head_bits=16"
+            )
+        return super().get_checkpoint_weight_mapper()
 
     def members(self, prefix: str) -> list[str]:
         """The names that the layers of the checkpoint have which vLLM's layer `prefix` is made of, in their order."""
@@ -157,12 +200,40 @@ class LittleBitQuantization(QuantizationConfig):
         return any(is_named(aliases(name, BASE_PREFIX), pattern) for pattern in self.skipped)
 
 
-def _layer_classes() -> tuple[type, type, type, type, type]:
-    """vLLM's experts, output heads, linear layers and method for dense ones, and our method; imported for packed models only."""
+class _Classes(NamedTuple):
+    """Layers of vLLM, its method for dense linear ones, and our methods."""
+
+    experts: type
+    embedding: type  # heads are embeddings, too
+    head: type
+    linear: type
+    unquantized: type
+    packed: type
+    table: type
+
+
+def _layer_classes() -> _Classes:
+    """Imported for packed models only."""
     with explain_layout():
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from .vllm_linear import LittleBitLinearMethod
-    return RoutedExperts, ParallelLMHead, LinearBase, UnquantizedLinearMethod, LittleBitLinearMethod
+        from .vllm_table import LittleBitTableMethod
+    return _Classes(
+        RoutedExperts,
+        VocabParallelEmbedding,
+        ParallelLMHead,
+        LinearBase,
+        UnquantizedLinearMethod,
+        LittleBitLinearMethod,
+        LittleBitTableMethod,
+    )
+
+
+def _in_stages() -> bool:
+    """Whether layers are spread over stages (pipeline parallelism), so that a process has no embedding, or no head."""
+    with explain_layout():
+        from vllm.distributed import get_pp_group
+    return int(get_pp_group().world_size) > 1

@@ -37,7 +37,7 @@ from .finite import refuse_non_finite
 from .form import factor_modules, finish, record, refuse_float64, replace_modules
 from .quantizer import LittleBitHfQuantizer
 from .source import quantization_of
-from .tables import pack_tables, unpack_tables
+from .tables import pack_tables, plan_tables, unpack_tables
 
 __all__ = [
     "balance_scales",
@@ -86,11 +86,11 @@ def latent_model(
     config = with_format(config, "latent")
     config.svd_device = config.svd_device or (None if device is None else str(device))
     refuse_float64(model)
-    plan, known = plan_model(model, config), dict(importance or {})
+    plan, tables, known = plan_model(model, config), plan_tables(model, config), dict(importance or {})
     record(config, plan, model)
     check_in_memory(model, plan)
     refuse_non_finite(model, dense=True)
-    for message in plan.warnings():
+    for message in (*plan.warnings(), *tables.warnings()):
         logger.warning("%s", message)
     with tqdm(total=len(plan.weights), desc="factorizing", unit="layer", disable=not progress) as bar:
         for name, weights in plan.by_module().items():

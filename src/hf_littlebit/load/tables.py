@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from ..layers.table import TABLE_PARTS, PackedTableModule, pack_module, refusal
 from ..module_names import aliases, is_named, needs_fp32
 
 __all__ = [
+    "DENSE_BITS",
     "TablePlan",
     "Tables",
     "pack_tables",
@@ -35,7 +37,7 @@ __all__ = [
     "unpack_tables",
 ]
 
-DENSE_BITS = 16
+DENSE_BITS = 16  # of a table that stays as it is
 REMEDY = "give embedding_bits and head_bits the same value"
 
 
@@ -112,6 +114,9 @@ def plan_tables(
 ) -> Tables:
     """The tables of a dense model that `config` asks for, or those that a packed model or its file has.
 
+    A latent model has none until it is packed. What its config asks for then is looked at all the same, so that nothing is
+    trained that cannot be packed.
+
     Args:
         stored: names of the tensors of a packed model or its file; a table is packed if its parts are among them.
         saved: names of the tensors of a dense checkpoint of another class; what it lacks is new and stays dense.
@@ -124,7 +129,7 @@ def plan_tables(
     if held:
         plan.tables = list(_held_tables(held))
         return plan
-    if config.format != "packed" or config.embedding_bits == config.head_bits == DENSE_BITS:
+    if config.embedding_bits == config.head_bits == DENSE_BITS:
         return plan
     prefix = str(getattr(model, "base_model_prefix", ""))
     asked: dict[str, dict[str, int]] = {}  # owner -> option -> bits
@@ -143,10 +148,14 @@ def plan_tables(
             if source == f"{owner}.weight" and target != source
         )
         if stored is not None:
-            if any(f"{alias}.{TABLE_PARTS[0]}" in stored for alias in aliases(owner, prefix)):
+            if config.format == "packed" and any(
+                f"{alias}.{TABLE_PARTS[0]}" in stored for alias in aliases(owner, prefix)
+            ):
                 plan.tables.append(_table(model, owner, readers, min(bits.values()), config))
             continue
         _decide(model, plan, (owner, readers), bits, config, saved)
+    if config.format != "packed":
+        plan.tables = []
     return plan
 
 
@@ -187,7 +196,13 @@ def _decide(
 
 
 def _table(model: nn.Module, owner: str, readers: tuple[str, ...], bits: int, config: LittleBitConfig) -> TablePlan:
-    rows, columns = model.get_submodule(owner).weight.shape  # type: ignore[union-attr, misc]
+    module: Any = model.get_submodule(owner)
+    if module.weight.dim() == 2:
+        rows, columns = module.weight.shape
+    elif isinstance(module, nn.Embedding):  # ZeRO-3 leaves empty weights behind
+        rows, columns = module.num_embeddings, module.embedding_dim
+    else:
+        rows, columns = module.out_features, module.in_features
     return TablePlan(owner, readers, rows, columns, bits, getattr(torch, config.scale_dtype))
 
 
@@ -249,9 +264,13 @@ def place(model: PreTrainedModel, table: TablePlan, parts: dict[str, Tensor] | N
 def pack_tables(model: PreTrainedModel, config: LittleBitConfig) -> None:
     """Quantize the embedding and the head of a `model` in memory in place, as `config` (of the packed format) asks.
 
+    Tables that are packed already stay as they are.
+
     Raises:
         ValueError: as `plan_tables` and `quantized_parts`.
     """
+    if table_modules(model):
+        return
     for table in plan_tables(model, config).tables:
         weight = model.get_parameter(f"{table.owner}.weight")
         if weight.is_meta:

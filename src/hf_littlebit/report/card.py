@@ -228,7 +228,7 @@ def _rest(report: SizeReport) -> str:
     tables = "; ".join(
         f"{' and '.join(f'`{name}`' for name in table.modules)}: {table.bits} bits" for table in report.tables
     )
-    return f"Embeddings and output head are tables of integers with scales ({tables}); what else there is stays dense."
+    return f"Tables of integers with scales take the place of an embedding or a head ({tables}); what else there is stays dense."
 
 
 def _size_rows(report: SizeReport) -> list[tuple[str, str]]:

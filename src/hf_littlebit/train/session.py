@@ -35,6 +35,8 @@ from ..load.convert import (
     unwrapped,
     weight_ranks,
 )
+from ..load.source import quantization_of
+from ..load.tables import plan_tables
 from ..plan import plan_model
 from .distill import Distillation
 from .distributed import (
@@ -131,6 +133,7 @@ class TrainingSession:
         if modules:
             self.refuse_packed(modules)
             self.refuse_other_ranks(model, modules)
+            self.refuse_other_tables(model)
         else:
             self._factorize(model, args.device, progress)
         broadcast_from_rank0([p for module in factor_modules(model).values() for p in module.parameters()], args.device)
@@ -278,6 +281,25 @@ class TrainingSession:
                 raise ValueError(
                     f"the model is factorized already, and {name} has ranks {actual.get(name)}, but the config of the "
                     f"callback (bpw {self.config.bpw:g}) asks for {planned.get(name)}; leave the callback's config out"
+                )
+
+    def refuse_other_tables(self, model: PreTrainedModel) -> None:
+        """A latent model's own config says in how many bits its embedding and head are packed when training ends.
+
+        What that config says and cannot be is refused here, too, and not after the training.
+        """
+        own = quantization_of(model.config)
+        assert own is not None
+        plan_tables(model, own)
+        if self.config is None:
+            return
+        for option in ("embedding_bits", "head_bits"):
+            asked, known = getattr(self.config, option), getattr(own, option)
+            if asked != known:
+                raise ValueError(
+                    f"the config of the callback asks for {option}={asked}, but the model, which is factorized already, will be "
+                    f"packed with {option}={known}; leave the callback's config out, or set "
+                    f"model.config.quantization_config.{option} = {asked} before the Trainer is made"
                 )
 
     def refuse_late_start(self) -> None:

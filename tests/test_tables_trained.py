@@ -1,0 +1,190 @@
+"""Training of models whose embedding and head are to be tables of 8 or 4 bits: dense until the end, packed then."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from families import build, config, equal_states, load, logits
+from hf_littlebit.kernels import quantize_table, unpack_table
+from safetensors.torch import load_file
+from test_train_command import run
+from test_training import Rows, Stop, arguments
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_littlebit import latent_model, pack_model, size_report, unpack_model
+from hf_littlebit.command.cli import main
+from hf_littlebit.layers.table import PackedEmbedding, PackedHead
+from hf_littlebit.load.tables import pack_tables, table_modules
+from hf_littlebit.train.callback import LittleBitCallback
+from hf_littlebit.train.trainer import LittleBitTrainer
+
+FAMILIES = ["llama", "llama_tied"]
+
+
+def tables(bits, **options):
+    return config(embedding_bits=bits, head_bits=bits, **options)
+
+
+class Weights(TrainerCallback):
+    """The dense embedding and head as they are when training ends, before the model is packed."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.embedding, self.head = (
+            module.weight.detach().clone() for module in (model.get_input_embeddings(), model.lm_head)
+        )
+
+
+def trainer_of(folder, model, teacher="self", callbacks=(), trainer_class=LittleBitTrainer, options=None, **training):
+    callback = LittleBitCallback(options, teacher)
+    usual = {"train_dataset": Rows(), "callbacks": [*callbacks, callback]}
+    if trainer_class is LittleBitTrainer:
+        usual["calibration"] = 0
+    return trainer_class(model, arguments(folder, **training), **usual)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, LittleBitTrainer])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_dense_and_packed_at_the_end(tmp_path, family, bits, trainer_class):
+    started = build(family)
+    weights = Weights()
+    trainer = trainer_of(tmp_path / "t", build(family), "self", [weights], trainer_class, tables(bits))
+    assert not table_modules(trainer.model)
+    trainer.train()
+    model = trainer.model.eval()
+    embedding, head = model.get_input_embeddings(), model.lm_head
+    assert isinstance(embedding, PackedEmbedding) and isinstance(head, PackedHead)
+    assert (head.owner == (embedding,)) is (family == "llama_tied")
+    for module, weight in ((embedding, weights.embedding), (head, weights.head)):
+        assert not torch.equal(weight, started.lm_head.weight) and module.table_bits == bits
+        torch.testing.assert_close(module.dense(), unpack_table(*quantize_table(weight, bits)), rtol=0, atol=0)
+    trainer.save_model(str(tmp_path / "out"))
+    again = load(str(tmp_path / "out"))
+    equal_states(model, again)
+    assert torch.equal(logits(model), logits(again))
+    asked = size_report(build(family), tables(bits)).tables
+    assert size_report(str(tmp_path / "out")).tables == asked
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_goes_on_from_packed_tables(tmp_path, family):
+    load_from = tmp_path / "dense"
+    build(family).save_pretrained(load_from)
+    model = load(str(load_from), quantization_config=tables(8))
+    before = copy.deepcopy(model)
+    trainer = trainer_of(tmp_path / "t", model, load(str(load_from)))
+    weight = model.lm_head.weight
+    assert isinstance(weight, nn.Parameter) and weight.requires_grad
+    trainer.train()
+    assert table_modules(model).keys() == table_modules(before).keys()
+    for name, table in table_modules(model).items():
+        assert not torch.equal(table.dense(), before.get_submodule(name).dense())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_tables_come_back_as_they_were(tmp_path, family, bits):
+    build(family).save_pretrained(tmp_path / "dense")
+    model = load(str(tmp_path / "dense"), quantization_config=tables(bits))
+    before = {name: table.dense() for name, table in table_modules(model).items()}
+    unpack_model(model)
+    for name in before:
+        model.get_submodule(name).weight.requires_grad_(False)
+    trainer_of(tmp_path / "t", model, load(str(tmp_path / "dense"))).train()
+    assert before.keys() == table_modules(model).keys()
+    for name, table in table_modules(model).items():
+        torch.testing.assert_close(table.dense(), before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resumed_and_packed_from_a_checkpoint(tmp_path, family, stories):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "options": tables(4)}
+    whole = trainer_of(tmp_path / "whole", build(family), **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path / "cut", build(family), callbacks=[Stop(3)], **options).train()
+    # A checkpoint is latent: its embedding is dense, and its config says what becomes of it.
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    assert not any(name.endswith(".codes") for name in load_file(checkpoint / "model.safetensors"))
+    resumed = trainer_of(tmp_path / "cut", build(family), **options)
+    resumed.train(resume_from_checkpoint=True)
+    equal_states(whole.model, resumed.model)
+    words = ["pack", str(tmp_path / "whole" / "checkpoint-4"), "--out", str(tmp_path / "out"), "--tokenizer", stories]
+    assert main(words) == 0
+    equal_states(whole.model, load(str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_go_through_packed_tables_as_through_dense_ones(family):
+    """To the layers below, where somebody has packed them first."""
+    model = latent_model(build(family), tables(8), progress=False)
+    dense, packed = copy.deepcopy(model), model
+    pack_tables(packed, tables(8))
+    for name, table in table_modules(packed).items():
+        dense.get_submodule(name).weight.data = table.dense()
+    dense.tie_weights()
+    tokens = torch.arange(3, 27).reshape(2, 12)
+    for each in (dense, packed):
+        each(tokens, labels=tokens).loss.backward()
+    expected, found = (
+        {name: value.grad for name, value in each.named_parameters() if "layers" in name} for each in (dense, packed)
+    )
+    assert found.keys() == expected.keys() and len(found) > 20
+    for name, grad in found.items():
+        assert grad.abs().sum() > 0, name
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-6)
+    held = packed.lm_head.table()
+    pack_model(packed)
+    assert all(part is was for part, was in zip(packed.lm_head.table(), held, strict=True))
+
+
+def test_what_cannot_be_packed_is_refused_before_training(tmp_path, capsys, caplog, stories):
+    text = "one table, stored once; give embedding_bits and head_bits the same value"
+    unequal = config(embedding_bits=8, head_bits=4)
+    with pytest.raises(ValueError, match=text):
+        trainer_of(tmp_path, build("llama_tied"), options=unequal)
+    with pytest.raises(ValueError, match=text):
+        latent_model(build("llama_tied"), unequal)
+    build("llama_tied").save_pretrained(tmp_path / "tied")
+    with pytest.raises(ValueError, match=text):
+        load(str(tmp_path / "tied"), quantization_config=config(embedding_bits=8, head_bits=4, format="latent"))
+    latent = latent_model(build("llama_tied"), config(), progress=False)
+    latent.config.quantization_config.head_bits = 8
+    with pytest.raises(ValueError, match=text):
+        trainer_of(tmp_path, latent, None)
+    model = build("llama")
+    model.model.embed_tokens.max_norm = 1.0
+    latent_model(model, tables(8), progress=False)
+    assert "model.embed_tokens with 8,192 weights stays dense" in caplog.text and "max_norm" in caplog.text
+    # On the command line before the text is read, which here is not there.
+    tied = tmp_path / "stories"
+    shutil.copytree(stories, tied)
+    words = ["--bpw", 2, "--init", "dual_svid", "--data", tmp_path / "none.txt", "--out", tmp_path / "out", "--cpu"]
+    assert run(tied, *words, "--embedding-bits", 8) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_bits_that_would_have_no_effect_are_refused(tmp_path):
+    latent = latent_model(build("llama"), tables(8), progress=False)
+    with pytest.raises(ValueError, match=r"asks for head_bits=4, but .* packed with head_bits=8; leave the callback's"):
+        trainer_of(tmp_path, latent, None, options=config(embedding_bits=8, head_bits=4))
+    with pytest.raises(ValueError, match="asks for embedding_bits=16"):
+        trainer_of(tmp_path, latent, None, options=config())
+    latent.config.quantization_config.head_bits = 4
+    trainer_of(tmp_path, latent, None, options=config(embedding_bits=8, head_bits=4)).train()
+    assert latent.model.embed_tokens.table_bits == 8 and latent.lm_head.table_bits == 4
+
+
+def test_from_text_to_packed_tables(tmp_path, capsys, stories):
+    text, out = tmp_path / "story.txt", tmp_path / "out"
+    text.write_text("Once upon a time, there was a little girl named Lily. She loved to play outside. " * 60)
+    words = ["--bpw", 2, "--init", "dual_svid", "--data", text, "--out", out, "--length", 32, "--cpu"]
+    bits = ["--embedding-bits", 8, "--head-bits", 8]
+    assert run(stories, *words, *bits, "--steps", 3, "--batch-size", 4) == 0
+    report = size_report(str(out))
+    assert [table.bits for table in report.tables] == [8] * len(report.tables) and report.tables
+    assert isinstance(load(str(out)).lm_head, PackedHead)
+    printed = capsys.readouterr().out
+    assert "8 bits: " in printed and "packed" in printed
