@@ -5,6 +5,7 @@ whatever model it is to serve; so it registers a name and a class, and leaves ev
 
     vllm_config.py     what vLLM asks about a checkpoint: LittleBitQuantization
     vllm_linear.py     how a linear layer is loaded and computed: LittleBitLinearMethod
+    vllm_table.py      the same of a packed embedding or head: LittleBitTableMethod
     partition.py       what one process of a tensor-parallel group keeps of a stored weight; plain tensors
     vllm_version.py    the versions it was tested with
 

@@ -72,7 +72,7 @@ class LittleBitTableMethod(QuantizeMethodBase):
         """Keep this process's rows of a tensor of the file: a copy, because loaders may read the next one into the same memory."""
         if part != ROWS_LIKE:
             self.stored[part] = tuple(loaded.shape), loaded.dtype
-            self.found[part] = loaded[slice(*self.shard)].clone()
+            self.found[part] = (loaded[slice(*self.shard)] if loaded.dim() else loaded).clone()
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Make the layer's parameters of what was kept.
@@ -115,7 +115,8 @@ class LittleBitTableMethod(QuantizeMethodBase):
 
     def _share(self, layer: nn.Module, owner: Any) -> None:
         """Give a tied layer what its owner has, which is made first."""
-        owner.quant_method.process_weights_after_loading(owner)
+        if isinstance(owner.quant_method, LittleBitTableMethod):
+            owner.quant_method.process_weights_after_loading(owner)
         if not isinstance(owner.quant_method, LittleBitTableMethod):
             self._hand_over(layer, owner.weight)
             return
