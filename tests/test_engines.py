@@ -172,7 +172,7 @@ def test_rows_of_two_processes_are_the_table(bits):
         ("codes", ((10, 70), torch.int32), 8, r"head.codes is int32 \[10, 70\]"),
         ("scale", ((10, 2), torch.bfloat16), 8, r"head.scale is bfloat16 \[10, 2\]"),
         ("codes", ((10, 70), torch.int8), 4, r"head.codes is int8 .* implies int32 \[10, 16\]"),
-        ("codes", ((10, 70), torch.int8), 16, r"head.codes is int8 .* in 16 bits implies absent"),
+        ("codes", ((10, 70), torch.int8), 16, r"head.scale is bfloat16 .* in 16 bits implies absent"),
         ("weight", ((10, 70), torch.float32), 8, r"head.weight is float32 \[10, 70\], .* implies absent"),
     ],
 )

@@ -81,7 +81,7 @@ class LittleBitTableMethod(QuantizeMethodBase):
             ValueError: if a part is missing or damaged.
         """
         found, self.found = self.found, {}
-        if ROWS_LIKE not in layer._parameters:
+        if ROWS_LIKE not in dict(layer.named_parameters(recurse=False)):
             return  # done before
         device = layer.get_parameter(ROWS_LIKE).device
         for part in (DENSE, *TABLE_PARTS, ROWS_LIKE):
@@ -137,9 +137,8 @@ class LittleBitTableMethod(QuantizeMethodBase):
         The head shares the empty parameters too, so that a file which holds the table under both names is read once.
         """
         self.tied = embed_tokens
-        for part in (DENSE, *TABLE_PARTS, ROWS_LIKE):
-            if part in embed_tokens._parameters:
-                layer.register_parameter(part, embed_tokens.get_parameter(part))
+        for part, empty in embed_tokens.named_parameters(recurse=False):
+            layer.register_parameter(part, empty)
         return layer
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
