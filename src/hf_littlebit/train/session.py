@@ -6,7 +6,8 @@
     training             figures    what a step's log gets besides the loss
     training -> packed   end        let the teacher go, and pack the model in place; a sharded one stays latent in memory
 
-What a session cannot train right is refused by the methods `refuse_...`, each of which says what to do instead.
+What a session cannot train right is refused, in words that say what to do instead: in refusals.py for what it is given, here for
+when and how often.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..config import LittleBitConfig
 from ..initialize.calibration import calibrate
-from ..internals.transformers import has_adapters
 from ..layers.sign import ALPHA, SIGN_GRADIENTS
 from ..load.convert import (
     balance_scales,
@@ -33,10 +33,7 @@ from ..load.convert import (
     pack_model,
     refuse_latents,
     unwrapped,
-    weight_ranks,
 )
-from ..load.source import quantization_of
-from ..load.tables import plan_tables
 from ..plan import plan_model
 from .distill import Distillation
 from .distributed import (
@@ -49,6 +46,14 @@ from .distributed import (
 )
 from .export import packed_model, saved_config
 from .flips import SignFlips
+from .refusals import (
+    refuse_adapters,
+    refuse_arguments,
+    refuse_other_ranks,
+    refuse_other_tables,
+    refuse_packed,
+    refuse_shared_parameters,
+)
 from .topk import TopKTeacher
 
 __all__ = ["REBUILT", "TrainingSession"]
@@ -125,15 +130,15 @@ class TrainingSession:
             raise ValueError("the Trainer has no model to convert")
         self.refuse_second_session(model)
         check_weights(model, self.teacher)
-        self.refuse_arguments(args)
-        self.refuse_adapters(model)
+        refuse_arguments(args, self.teacher)
+        refuse_adapters(model)
         modules = factor_modules(model)
         if self.teacher is not None:
             self.distillation = Distillation(self._ready_teacher(model), model, self.hidden_weight, self.hidden_error)
         if modules:
-            self.refuse_packed(modules)
-            self.refuse_other_ranks(model, modules)
-            self.refuse_other_tables(model)
+            refuse_packed(modules)
+            refuse_other_ranks(self.config, model, modules)
+            refuse_other_tables(self.config, model)
         else:
             self._factorize(model, args.device, progress)
         broadcast_from_rank0([p for module in factor_modules(model).values() for p in module.parameters()], args.device)
@@ -227,81 +232,6 @@ class TrainingSession:
                 "a model of its own"
             )
 
-    def refuse_arguments(self, args: TrainingArguments) -> None:
-        """Some of Trainer's arguments would copy the model in every step, or lead around distillation without a word."""
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process would train by DataParallel, which copies the model in every step; "
-                "start with `torchrun --nproc_per_node=N` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
-            )
-        if self.teacher is not None and args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is {args.label_smoothing_factor}: Trainer would take the labels from the model and "
-                "no distillation would happen. Set it to 0; the teacher's distribution is the smooth target"
-            )
-        if self.teacher is not None and args.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel replaces the model's forward when training starts, and distillation with it; leave it out"
-            )
-
-    def refuse_adapters(self, model: PreTrainedModel) -> None:
-        """PEFT freezes the model below its adapters, so there would be no bits to train."""
-        if has_adapters(model):
-            raise ValueError(
-                "the model has PEFT adapters, which train without LittleBitCallback; the callback trains the bits themselves"
-            )
-
-    def refuse_shared_parameters(self, model: PreTrainedModel, teacher: nn.Module | TopKTeacher) -> None:
-        """A teacher that holds parameters of the model would change with it, and teach what it is taught."""
-        mine = {id(value) for value in model.parameters()}
-        if isinstance(teacher, nn.Module) and any(id(value) in mine for value in teacher.parameters()):
-            raise ValueError(
-                "teacher and model share parameters, so the teacher would change with the model; load the teacher on "
-                "its own, or say teacher='self'"
-            )
-
-    def refuse_packed(self, modules: Mapping[str, Any]) -> None:
-        """Packed layers hold signs without magnitudes, which no gradient can move."""
-        packed = [name for name, module in modules.items() if not module.latent]
-        if packed:
-            raise ValueError(f"{packed[0]} is packed, so its bits cannot be trained; call unpack_model(model) first")
-
-    def refuse_other_ranks(self, model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
-        """A latent model has its ranks, so a config that asks for others would silently have no effect."""
-        if self.config is None:
-            return
-        planned = {weight.name: list(weight.ranks) for weight in plan_model(model, self.config).weights}
-        actual = {
-            f"{name}.{weight}": list(ranks)
-            for name, module in modules.items()
-            for weight, ranks in weight_ranks(module).items()
-        }
-        for name in sorted(planned.keys() | actual.keys()):
-            if planned.get(name) != actual.get(name):
-                raise ValueError(
-                    f"the model is factorized already, and {name} has ranks {actual.get(name)}, but the config of the "
-                    f"callback (bpw {self.config.bpw:g}) asks for {planned.get(name)}; leave the callback's config out"
-                )
-
-    def refuse_other_tables(self, model: PreTrainedModel) -> None:
-        """A latent model's own config says in how many bits its embedding and head are packed when training ends.
-
-        What that config says and cannot be is refused here, too, and not after the training.
-        """
-        own = quantization_of(model.config)
-        assert own is not None
-        plan_tables(model, own)
-        if self.config is None:
-            return
-        for option in ("embedding_bits", "head_bits"):
-            asked, known = getattr(self.config, option), getattr(own, option)
-            if asked != known:
-                raise ValueError(
-                    f"the config of the callback asks for {option}={asked}, but the model, which is factorized already, will be "
-                    f"packed with {option}={known}; leave the callback's config out, or set "
-                    f"model.config.quantization_config.{option} = {asked} before the Trainer is made"
-                )
-
     def refuse_late_start(self) -> None:
         """A training that starts without `prepare` has an optimizer of dense weights."""
         if self._model is None:
@@ -348,7 +278,7 @@ class TrainingSession:
         """
         if not isinstance(self.teacher, str):
             assert self.teacher is not None
-            self.refuse_shared_parameters(model, self.teacher)
+            refuse_shared_parameters(model, self.teacher)
             return self.teacher
         if factor_modules(model):
             raise ValueError("teacher is 'self', but the model is no longer dense; load the dense model as a teacher")
