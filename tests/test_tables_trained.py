@@ -18,6 +18,7 @@ from hf_littlebit.command.cli import main
 from hf_littlebit.layers.table import PackedEmbedding, PackedHead
 from hf_littlebit.load.tables import pack_tables, table_modules
 from hf_littlebit.train.callback import LittleBitCallback
+from hf_littlebit.train.resume import model_fingerprint
 from hf_littlebit.train.trainer import LittleBitTrainer
 
 FAMILIES = ["llama", "llama_tied"]
@@ -175,6 +176,17 @@ def test_bits_that_would_have_no_effect_are_refused(tmp_path):
     latent.config.quantization_config.head_bits = 4
     trainer_of(tmp_path, latent, None, options=config(embedding_bits=8, head_bits=4)).train()
     assert latent.model.embed_tokens.table_bits == 8 and latent.lm_head.table_bits == 4
+
+
+@pytest.mark.parametrize("part", ["codes", "scale"])
+def test_teachers_with_other_tables_are_told_apart(tmp_path, part):
+    """What a teacher wrote or said is kept under its name."""
+    build("llama").save_pretrained(tmp_path)
+    model = load(str(tmp_path), quantization_config=tables(8))
+    before = model_fingerprint(model)
+    assert model_fingerprint(copy.deepcopy(model)) == before
+    getattr(model.lm_head, part)[0].neg_()
+    assert model_fingerprint(model) != before
 
 
 def test_from_text_to_packed_tables(tmp_path, capsys, stories):

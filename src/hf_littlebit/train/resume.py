@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..load.tables import table_modules
 from ..placement import stored_parameters
 
 __all__ = ["OPTIONS", "fingerprint", "keep_options", "last_checkpoint", "model_fingerprint"]
@@ -79,9 +81,10 @@ def fingerprint(tokens: Tensor) -> str:
 
 
 def model_fingerprint(model: Any) -> bytes:
-    """A short name of a model: of its config and a slice of every parameter."""
+    """A short name of a model: of its config and a slice of every parameter and packed table."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(model.config.to_json_string().encode())
-    for value in stored_parameters(model):
+    tables = (part for table in table_modules(model).values() for part in table.table())
+    for value in itertools.chain(stored_parameters(model), tables):
         digest.update(value.flatten()[:64].float().cpu().numpy().tobytes())
     return digest.digest()
