@@ -186,8 +186,8 @@ class LittleBitQuantization(QuantizationConfig):
         if lacking and not _in_stages():
             raise ValueError(
                 f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} packed, but vLLM's own class of this model asks "
-                "no quantization method for it; serve it with --model-impl transformers, whose layers all do, with `transformers "
-                "serve`, or quantize the model with embedding_bits=16 and head_bits=16"
+                "no quantization method for it; serve it with `transformers serve`, with --model-impl transformers where vLLM can "
+                "run the model so, or quantize it with embedding_bits=16 and head_bits=16"
             )
         return super().get_checkpoint_weight_mapper()
 

@@ -22,7 +22,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ..config import LittleBitConfig
 from ..kernels import table_shapes
-from ..layers.table import ROWS_LIKE, TABLE_PARTS
+from ..layers.table import ROWS_LIKE, TABLE_PARTS, TableWeight
 from ..layers.table_ops import embedding, head
 from ..load.tables import DENSE_BITS
 from .partition import REMEDY, checked_table, padded_rows
@@ -95,13 +95,15 @@ class LittleBitTableMethod(QuantizeMethodBase):
         else:
             raise ValueError(f"{self.name} is not in the checkpoint; {REMEDY}")
 
-    def _make_packed(self, layer: nn.Module, found: dict[str, Tensor], device: torch.device) -> None:
+    def _make_packed(self, layer: Any, found: dict[str, Tensor], device: torch.device) -> None:
         checked_table(self.name, self.stored, (_vocabulary(layer), self.columns), self.bits, self.scale_dtype)
         if not bool(torch.isfinite(found["scale"]).all()):
             raise ValueError(f"{self.name}.scale holds NaN or Inf; {REMEDY}")
         for part in TABLE_PARTS:
             value = padded_rows(found.pop(part), self.rows).to(device)
             layer.register_parameter(part, nn.Parameter(value, requires_grad=False))
+        # Code of transformers' models asks an embedding's weight for its dtype.
+        layer.weight = TableWeight(torch.Size((self.rows, self.columns)), self.dtype, device)
 
     def _make_dense(self, layer: nn.Module, rows: Tensor, device: torch.device) -> None:
         """Hand the layer over to vLLM's own method, with the weight as that would have loaded it."""
@@ -113,7 +115,7 @@ class LittleBitTableMethod(QuantizeMethodBase):
         weight = padded_rows(rows.to(self.dtype), self.rows).to(device)
         self._hand_over(layer, nn.Parameter(weight, requires_grad=False))
 
-    def _share(self, layer: nn.Module, owner: Any) -> None:
+    def _share(self, layer: Any, owner: Any) -> None:
         """Give a tied layer what its owner has, which is made first."""
         if isinstance(owner.quant_method, LittleBitTableMethod):
             owner.quant_method.process_weights_after_loading(owner)
@@ -122,6 +124,7 @@ class LittleBitTableMethod(QuantizeMethodBase):
             return
         for part in TABLE_PARTS:
             layer.register_parameter(part, owner.get_parameter(part))
+        layer.weight = owner.weight
 
     @staticmethod
     def _hand_over(layer: Any, weight: nn.Parameter) -> None:
