@@ -105,6 +105,8 @@ def plot(rows: list[list], last: str, dense_perplexity: float, file: Path) -> No
     for axis in (axes[0], axes[2]):
         axis.axhline(dense_perplexity, linestyle="--", color="black", linewidth=1, label="dense, 16 bits")
         axis.set_yscale("log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(lambda value, _: f"{value:g}")
         axis.set_ylabel("perplexity (log scale)")
     axes[1].set_ylabel("relative squared weight error")
     axes[1].set_ylim(0, 1)
@@ -112,10 +114,10 @@ def plot(rows: list[list], last: str, dense_perplexity: float, file: Path) -> No
         axis.set_xlabel("bits per replaced weight, as stored")
         axis.grid(alpha=0.3)
     axes[2].set_xlabel("file, MB")
-    axes[2].set_xlim(left=0)
+    axes[2].set_xlim(0, 1.6 * axes[2].get_xlim()[1])  # room for the legend
     axes[0].legend()
     axes[1].legend()
-    axes[2].legend(title="embedding and head")
+    axes[2].legend(title="embedding and head", loc="right")
     figure.suptitle("pycode-13m, quantized without training")
     figure.savefig(file, dpi=130)
 
