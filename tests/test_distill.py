@@ -109,8 +109,18 @@ def test_a_state_of_zeros_has_no_error_where_it_is_met():
     teacher = torch.zeros(1, 2, 4)
     student = teacher.clone().requires_grad_()
     loss = hidden_error(student, teacher, torch.ones(1, 2, dtype=torch.bool))
-    loss.backward()
+    (2**16 * loss).backward()  # as a scaler of float16 gradients begins
     assert loss == 0 and not student.grad.any()
+
+
+def test_a_state_of_zeros_that_is_missed_by_little_has_a_small_error():
+    student, teacher = pair(1, 8, 16)
+    teacher[0, 0] = 0
+    student.data = teacher.clone()
+    student.data[0, 0] = 1e-4
+    loss = hidden_error(student, teacher, torch.ones(1, 8, dtype=torch.bool))
+    (2**16 * loss).backward()
+    assert 0 < loss < 0.1 and torch.isfinite(student.grad).all()
 
 
 def test_token_mask():

@@ -13,10 +13,11 @@ from test_training import Rows, Stop, arguments
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_littlebit import latent_model, pack_model, size_report, unpack_model
+from hf_littlebit import latent_model, pack_model, refine, size_report, unpack_model
 from hf_littlebit.command.cli import main
 from hf_littlebit.layers.table import PackedEmbedding, PackedHead
 from hf_littlebit.load.tables import pack_tables, table_modules
+from hf_littlebit.refinement.fitting import fit_model
 from hf_littlebit.train.callback import LittleBitCallback
 from hf_littlebit.train.resume import model_fingerprint
 from hf_littlebit.train.trainer import LittleBitTrainer
@@ -165,6 +166,23 @@ def test_what_cannot_be_packed_is_refused_before_training(tmp_path, capsys, capl
     words = ["--bpw", 2, "--init", "dual_svid", "--data", tmp_path / "none.txt", "--out", tmp_path / "out", "--cpu"]
     assert run(tied, *words, "--embedding-bits", 8) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantize", [refine, fit_model])
+def test_what_cannot_be_packed_is_refused_before_any_layer_is_fitted(quantize):
+    model = build("llama_tied")
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="one table, stored once; give embedding_bits and head_bits the same value"):
+        quantize(model, config(embedding_bits=8, head_bits=4), torch.randint(3, 128, (12, 16)), progress=False)
+    assert not hasattr(model.config, "quantization_config")
+    equal_states(model, before)
+
+
+def test_tables_of_other_bits_than_asked_are_refused():
+    model = build("llama_tied")
+    pack_tables(model, tables(8))
+    with pytest.raises(ValueError, match="packed in 8 bits already, but the config asks for embedding_bits=4"):
+        pack_tables(model, tables(4))
 
 
 def test_bits_that_would_have_no_effect_are_refused(tmp_path):

@@ -11,6 +11,8 @@ from safetensors import safe_open
 from hf_littlebit import LittleBitConfig, LittleBitLinear
 from hf_littlebit.command.cli import main
 from hf_littlebit.report.size import size_report
+from hf_littlebit.train.callback import LittleBitCallback
+from hf_littlebit.train.distill import HIDDEN_WEIGHT
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,28 @@ def test_resume_and_self_written_text(tmp_path, capsys, caplog, stories):
     assert "checkpoint-6 is passed over" in caplog.text
     again = load(str(tmp_path / "whole")).state_dict()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_training_goes_on_with_the_loss_that_it_began_with(tmp_path, monkeypatch, stories, text):
+    words = [stories, "--bpw", 2, "--init", "dual_svid", "--data", text, "--length", 16, "--cpu", "--steps", 2]
+    words += ["--batch-size", 2, "--blocks", 12, "--out", tmp_path / "out"]
+    found = []
+    original = LittleBitCallback.__init__
+
+    def spy(self, *args, **options):
+        found.append((options["hidden_error"], options["hidden_weight"]))
+        original(self, *args, **options)
+
+    monkeypatch.setattr(LittleBitCallback, "__init__", spy)
+    assert run(*words) == 0
+    options = tmp_path / "out" / "checkpoints" / "options.json"
+    kept = json.loads(options.read_text())
+    for loss in (kept.pop("the loss"), None):
+        options.write_text(json.dumps(kept if loss is None else {**kept, "the loss": loss}))
+        for name in ("training.json", "model.safetensors"):
+            (tmp_path / "out" / name).unlink()
+        assert run(*words, "--resume") == 0
+    assert found == [("relative", HIDDEN_WEIGHT)] * 2 + [("mean_square", 10 / 2048)]
 
 
 @pytest.mark.parametrize(

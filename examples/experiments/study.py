@@ -4,6 +4,7 @@
     python examples/experiments/study.py latent-scale    l fixed at one, at 0.3 bits
     python examples/experiments/study.py sign            SmoothSign and STE at the fewest bits that the model allows
     python examples/experiments/study.py paths           one path and two at equal bits
+    python examples/experiments/study.py hidden          the error of hidden states: its measure and its weight
     python examples/experiments/study.py recipe          the defaults beside the paper's recipe, 300 and 1,500 steps
     python examples/experiments/study.py all
 
@@ -51,6 +52,11 @@ def _recipes(bpw: float, steps: int) -> dict[str, Arm]:
     return arms
 
 
+def _hidden(bpw: float, weights: tuple[float, ...]) -> dict[str, Arm]:
+    relative = {f"relative_{weight:g}": {"hidden_weight": weight, "hidden_error": "relative"} for weight in weights}
+    return _arms(bpw, 60, mean_square={}, **relative)
+
+
 STUDIES: dict[str, dict[str, Arm]] = {
     "start": _starts(0.55) | _starts(1.0),
     "latent-scale": _arms(0.3, default={}, no_latent_scale={"no_latent_scale": True}),
@@ -70,6 +76,7 @@ STUDIES: dict[str, dict[str, Arm]] = {
         DualSVID_one_path={**PLAIN, "init": "dual_svid", "residual": False},
         DualSVID={**PLAIN, "init": "dual_svid"},
     ),
+    "hidden": _hidden(0.55, (0.0, 0.03, 0.1, 0.3, 1.0)) | _hidden(1.0, (0.3,)) | _hidden(0.3, (0.3,)),
     "recipe": {
         label: arm for steps in (300, 1500) for bpw in (1.0, 0.55, 0.3) for label, arm in _recipes(bpw, steps).items()
     },

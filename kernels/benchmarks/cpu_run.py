@@ -89,6 +89,7 @@ def bandwidth() -> float:
 
 
 def machine() -> Dict[str, object]:
+    """What a record says about where it was made."""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     versions["wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system(), "isa": cpu.select(), **versions}

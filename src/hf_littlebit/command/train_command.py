@@ -33,6 +33,8 @@ SAME = (
     "bf16",
     "seed",
 )  # options that a resumed training keeps
+LOSS = "the loss"  # under this name it is kept
+FORMER_LOSS: dict[str, Any] = {"hidden_error": "mean_square", "hidden_weight": 10 / 2048}  # of trainings that kept none
 WAIT = 24 * 3600  # seconds that processes wait for each other: for the first to write the text, say
 
 
@@ -85,7 +87,8 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     from ..report.size import size_report
     from ..train.callback import LittleBitCallback
     from ..train.data import read_texts, sample_blocks, text_blocks
-    from ..train.resume import fingerprint, keep_options
+    from ..train.distill import HIDDEN_WEIGHT
+    from ..train.resume import fingerprint, keep_options, kept_options
     from ..train.trainer import LEARNING_RATE, LittleBitTrainer
 
     checkpoint = _check(args)
@@ -142,10 +145,13 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         arguments.per_device_eval_batch_size = next(whole)
         made_of = {f"--{name}": getattr(args, name.replace("-", "_")) for name in SAME}
         made_of |= {"the method": config.to_dict(), "--length": length, "the text": fingerprint(blocks.tokens)}
-        keep_options(checkpoints, made_of, args.resume, arguments.process_index == 0)
+        minimised: dict[str, Any] = {"hidden_error": "relative", "hidden_weight": HIDDEN_WEIGHT}
+        if args.resume and LOSS not in kept_options(checkpoints):
+            minimised = FORMER_LOSS
+        keep_options(checkpoints, made_of | {LOSS: minimised}, args.resume, arguments.process_index == 0)
         dense = _evaluate(model, arguments, held_out)
         dtype = resolve_dtype(source.config.dtype) if args.dtype == "auto" else getattr(torch, args.dtype)
-        callback = LittleBitCallback(config, None if args.no_teacher else "self", dtype=dtype)
+        callback = LittleBitCallback(config, None if args.no_teacher else "self", dtype=dtype, **minimised)
         trainer = LittleBitTrainer(model, arguments, callbacks=[callback], train_dataset=blocks, eval_dataset=held_out)
         with refused_writes(checkpoints):
             trainer.train(resume_from_checkpoint=checkpoint)

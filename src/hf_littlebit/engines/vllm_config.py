@@ -54,9 +54,8 @@ class LittleBitQuantization(QuantizationConfig):
         self.skipped = list(config.modules_to_not_convert or ())  # renamed by apply_vllm_mapper
         self.no_experts = False  # True once the files have shown that none are packed
         self.packed_head = False  # True once they have shown that the output head is one of factors
-        self.tables: dict[
-            str, str
-        ] = {}  # layers that need a table's method: {EMBEDDING or HEAD: name in the checkpoint}
+        # Layers that need a table's method: {EMBEDDING or HEAD: name in the checkpoint}.
+        self.tables: dict[str, str] = {}
         self.asked: set[str] = set()  # those that vLLM has asked a method for
 
     # -- what vLLM asks of any method ---------------------------------------------------------------------------------------

@@ -267,9 +267,19 @@ def pack_tables(model: PreTrainedModel, config: LittleBitConfig) -> None:
     Tables that are packed already stay as they are.
 
     Raises:
-        ValueError: as `plan_tables` and `quantized_parts`.
+        ValueError: as `plan_tables` and `quantized_parts`, and for tables that are packed already in other bits.
     """
-    if table_modules(model):
+    held = table_modules(model)
+    if held:
+        asked = {config.embedding_bits, config.head_bits}
+        name, found = next(
+            ((name, table.table_bits) for name, table in held.items() if table.table_bits not in asked), ("", 0)
+        )
+        if name:
+            raise ValueError(
+                f"{name} is packed in {found} bits already, but the config asks for embedding_bits={config.embedding_bits} and "
+                f"head_bits={config.head_bits}; set these to what is packed, or call model.dequantize() first"
+            )
         return
     for table in plan_tables(model, config).tables:
         weight = model.get_parameter(f"{table.owner}.weight")

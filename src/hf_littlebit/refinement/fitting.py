@@ -39,7 +39,7 @@ from ..load.conversion import factor_weight
 from ..load.form import factor_modules, finish, record, replace_modules
 from ..load.quantizer import LittleBitHfQuantizer
 from ..load.source import quantization_of
-from ..load.tables import pack_tables
+from ..load.tables import pack_tables, plan_tables
 from ..plan import Plan, plan_model
 from .blocks import BlockList, find_blocks
 from .layer_calls import in_fp32, inputs_of, watched, with_one_input
@@ -70,19 +70,19 @@ def fit_model(model: Model, config: LittleBitConfig, tokens: Tensor, *, progress
 
     Raises:
         NotFittable: for a model whose blocks are no chain, before anything is changed.
-        ValueError: for a model that is quantized, and for weights that cannot be factorized.
+        ValueError: for a model that is quantized, tables that it cannot have, and for weights that cannot be factorized.
     """
     if quantization_of(model.config) is not None or factor_modules(model):
         raise ValueError("the model has LittleBit layers already; only a dense model can be quantized")
     config = copy.deepcopy(config)
-    plan = plan_model(model, config)
+    plan, tables = plan_model(model, config), plan_tables(model, config)
     try:
         blocks = find_blocks(model, [weight.module for weight in plan.weights])
         blocks.check(tokens[:1])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise NotFittable(f"its blocks cannot be fitted one after the other ({error})") from error
     record(config, plan, model)
-    for message in plan.warnings():
+    for message in (*plan.warnings(), *tables.warnings()):
         logger.warning("%s", message)
     # Saved options are the user's; these steps are this start's own.
     working = copy.deepcopy(config)

@@ -36,7 +36,7 @@ from ..load.finite import refuse_non_finite
 from ..load.form import finish, record, refuse_float64
 from ..load.quantizer import LittleBitHfQuantizer
 from ..load.source import quantization_of
-from ..load.tables import pack_tables
+from ..load.tables import pack_tables, plan_tables
 from ..placement import compute_dtype, free_memory
 from ..plan import plan_model
 from ..train.resume import OPTIONS, fingerprint, keep_options, model_fingerprint
@@ -132,7 +132,7 @@ class _Refinement:
             self.working.steps = ADMM_STEPS
         self.compute = compute_dtype(self.device)
         refuse_float64(model)
-        self.plan = plan_model(model, self.config)
+        self.plan, self.tables = plan_model(model, self.config), plan_tables(model, self.config)
         check_in_memory(model, self.plan)
         refuse_non_finite(model, dense=True)
         self.dtype = model.dtype
@@ -149,7 +149,7 @@ class _Refinement:
         self.blocks.check(self.rows[:1].long())
         if self.recipe.allocation_rows:
             self._allocate()
-        for message in self.plan.warnings():
+        for message in (*self.plan.warnings(), *self.tables.warnings()):
             logger.warning("%s", message)
         record(self.config, self.plan, self.model)
         schedule = self._schedule()

@@ -17,6 +17,8 @@ from .topk import TopK
 
 __all__ = ["hidden_error", "kl_divergence"]
 
+LEAST = 1e-6  # of the mean of the squared states: what an error is divided by at least
+
 
 class _KLDivergence(torch.autograd.Function):
     """The sum over tokens, with its gradient computed chunk by chunk in the forward."""
@@ -94,7 +96,10 @@ class _HiddenError(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor, relative: bool) -> Tensor:
         target = teacher.float()
         if relative:
-            size = target.square().sum(-1).clamp_min_(torch.finfo(torch.float32).tiny)
+            size = target.square().sum(-1)
+            # A state of nearly nothing, as a row of zeros in an embedding is, would make any error of it endless.
+            mean = torch.where(mask, size, 0.0).sum() / mask.sum().clamp_min(1)
+            size = torch.maximum(size, (mean * LEAST).clamp_min(LEAST**2))
         else:
             size = torch.full_like(target[..., 0], target.shape[-1])
         ctx.save_for_backward(student, teacher, mask, size)
@@ -113,6 +118,7 @@ class _HiddenError(torch.autograd.Function):
 def hidden_error(student: Tensor, teacher: Tensor, mask: Tensor, relative: bool = True) -> Tensor:
     """sum over the tokens of `mask` of the error of two states [..., hidden]; fp32 scalar.
 
-    relative: |student - teacher|^2 / |teacher|^2; else the mean over the hidden units of (student - teacher)^2.
+    relative: |student - teacher|^2 / |teacher|^2, where the latter is at least LEAST of its mean; else the mean over the hidden
+    units of (student - teacher)^2.
     """
     return _HiddenError.apply(student, teacher.to(student.device), mask.to(student.device), relative)

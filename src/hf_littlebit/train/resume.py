@@ -15,7 +15,7 @@ from torch import Tensor
 from ..load.tables import table_modules
 from ..placement import stored_parameters
 
-__all__ = ["OPTIONS", "fingerprint", "keep_options", "last_checkpoint", "model_fingerprint"]
+__all__ = ["OPTIONS", "fingerprint", "keep_options", "kept_options", "last_checkpoint", "model_fingerprint"]
 
 logger = logging.getLogger("hf_littlebit")
 STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoint
@@ -63,16 +63,22 @@ def keep_options(folder: str, options: Mapping[str, Any], resumed: bool, main: b
             with open(file, "w", encoding="utf-8") as stream:
                 json.dump(dict(options), stream, indent=1)
         return
-    if not os.path.isfile(file):
-        return
-    with open(file, encoding="utf-8") as stream:
-        first = json.load(stream)
+    first = kept_options(folder)
     for option, value in json.loads(json.dumps(dict(options))).items():
         if option in first and first[option] != value:
             raise ValueError(
                 f"this training was started with {option} {first[option]!r}, and is to be resumed with {value!r}; give the "
                 "first value, or start a new training in another --out"
             )
+
+
+def kept_options(folder: str) -> dict[str, Any]:
+    """What `keep_options` wrote when a training started; nothing where it did not, in a version before it."""
+    file = os.path.join(folder, OPTIONS)
+    if not os.path.isfile(file):
+        return {}
+    with open(file, encoding="utf-8") as stream:
+        return dict(json.load(stream))
 
 
 def fingerprint(tokens: Tensor) -> str:
