@@ -27,6 +27,7 @@ from .latent_matmul import factored_product
 from .parts import (
     LATENT_PARTS,
     PACKED_PARTS,
+    keeping_dtypes,
     latent_parts,
     latent_paths,
     pack_parts,
@@ -147,14 +148,7 @@ class FactorModule(nn.Module):
         # A cast of the model (`.to(torch.float16)`, `.float()`) must not touch the stored scales and latents: only their
         # device follows. The bias is an ordinary parameter.
         kept = {id(self._parameters[name]) for name in self.part_dtypes}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in kept and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keeping_dtypes(fn, kept), recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # Some libraries cast parameters one by one (peft prepares a model for training so); the file holds 16 bits.

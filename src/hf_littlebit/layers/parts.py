@@ -13,7 +13,7 @@ was unpacked gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ __all__ = [
     "LATENT_PARTS",
     "PACKED_PARTS",
     "Shapes",
+    "keeping_dtypes",
     "latent_parts",
     "latent_paths",
     "pack_parts",
@@ -39,6 +40,18 @@ LATENT_PARTS = ("u", "v", "scale_out", "scale_rank", "scale_in")
 UNPACKED_LATENT = 0.02  # |latent| that a bare sign is given: small enough for SmoothSign's gradient to move it
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # part -> (shape, dtype)
+
+
+def keeping_dtypes(fn: Callable[[Tensor], Tensor], kept: Collection[int]) -> Callable[[Tensor], Tensor]:
+    """`fn`, as Module._apply is given it, which moves but does not cast the tensors whose ids are in `kept`."""
+
+    def keep_dtype(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if id(tensor) in kept and moved.dtype != tensor.dtype:
+            return tensor.to(moved.device)
+        return moved
+
+    return keep_dtype
 
 
 def part_name(weight: str, part: str) -> str:

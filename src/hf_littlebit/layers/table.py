@@ -26,6 +26,7 @@ from ..internals.transformers import marked_initialized
 from ..kernels import table_shapes, unpack_table
 from .linear import autocast_input
 from .output_head import OutputHead
+from .parts import keeping_dtypes
 from .table_ops import embedding, head
 
 __all__ = [
@@ -152,14 +153,7 @@ class PackedTableModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # As of FactorModule: a cast of the model leaves the dtypes of the stored parts as they are.
         kept = {id(self._buffers.get(part)) for part in TABLE_PARTS}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in kept and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keeping_dtypes(fn, kept), recurse)
 
     def extra_repr(self) -> str:
         tied = ", tied" if self.owner else ""
