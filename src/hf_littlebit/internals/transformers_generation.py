@@ -26,6 +26,7 @@ __all__ = [
     "is_quiet_hook",
     "longest_cache",
     "prompt_request",
+    "takes_attention",
 ]
 
 # Where `generate` makes the cache; a model that has a function of this name on its instance is asked instead of its class.
@@ -55,6 +56,14 @@ def attention_implementation(config: PretrainedConfig) -> str | None:
     returns what was chosen.
     """
     return getattr(config, "_attn_implementation", None)
+
+
+def takes_attention(model: PreTrainedModel) -> bool:
+    """Whether `model` asks AttentionInterface for its attention, and has no parts with configs, and choices, of their own.
+
+    Public way: set_attn_implementation warns where it does not, and gives all parts the same.
+    """
+    return not model.config.sub_configs and model._can_set_attn_implementation()
 
 
 def compiles_whole(model: PreTrainedModel) -> bool:

@@ -39,6 +39,7 @@ from ..load.source import quantization_of
 from ..load.tables import pack_tables, plan_tables
 from ..placement import compute_dtype, free_memory
 from ..plan import plan_model
+from ..train.cpu_attention import cpu_attention
 from ..train.resume import OPTIONS, fingerprint, keep_options, model_fingerprint
 from ..train.topk import TopKTeacher
 from ..weight_plan import WeightPlan
@@ -91,7 +92,8 @@ def refine(
     recipe = Recipe() if recipe is None else recipe
     tokens = as_tokens(data)
     work = _Refinement(model, config, tokens, recipe, device, progress)
-    with torch.enable_grad():  # whatever the caller has switched off
+    # Whatever the caller has switched off.
+    with torch.enable_grad(), cpu_attention(model):
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="littlebit-refine-") as temporary:
                 work.run(temporary)

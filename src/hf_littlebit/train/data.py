@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import next_logits
 from ..placement import input_device
+from .cpu_attention import cpu_attention
 from .resume import model_fingerprint
 
 __all__ = ["TokenBlocks", "read_texts", "sample_blocks", "text_blocks"]
@@ -219,7 +220,11 @@ def sample_blocks(
     device = input_device(teacher)
     tokens = torch.empty(rows, length, dtype=torch.int32)
     try:
-        with torch.no_grad(), tqdm(total=rows, desc="teacher writes", unit="block", disable=not progress) as bar:
+        with (
+            torch.no_grad(),
+            cpu_attention(teacher),
+            tqdm(total=rows, desc="teacher writes", unit="block", disable=not progress) as bar,
+        ):
             for at in range(0, rows, batch_size):
                 size = min(batch_size, rows - at)
                 generator = torch.Generator(device).manual_seed(seed * 2**20 + at)

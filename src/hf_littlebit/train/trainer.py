@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from ..config import LittleBitConfig
 from ..load.convert import factor_modules, latents_and_scales, unpack_model, unwrapped
+from .cpu_attention import cpu_attention
 from .callback import LittleBitCallback
 from .distributed import gather
 from .resume import last_checkpoint
@@ -189,4 +190,6 @@ class LittleBitTrainer(Trainer):
                     f"{self.args.output_dir} holds no complete checkpoint to resume from; call train() without "
                     "resume_from_checkpoint"
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        teacher = None if self.session.distillation is None else self.session.distillation.teacher
+        with cpu_attention(unwrapped(self.model), teacher):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
