@@ -240,6 +240,15 @@ def test_the_attention_in_use_is_the_one_that_was_asked_for(family_dir):
     assert generation_doors.attention_implementation(model.config) == "eager"
 
 
+def test_which_models_take_an_attention_of_another(monkeypatch):
+    assert generation_doors.takes_attention(build("llama"))
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "attention_types": [[["global"], 1]], "vocab_size": 16}
+    assert not generation_doors.takes_attention(transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes)))
+    towers = build("llama")
+    monkeypatch.setattr(type(towers.config), "sub_configs", {"text_config": type(towers.config)})
+    assert not generation_doors.takes_attention(towers)
+
+
 def test_which_models_can_be_compiled_whole():
     assert generation_doors.compiles_whole(build("llama"))
     sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "attention_types": [[["global"], 1]], "vocab_size": 16}

@@ -18,8 +18,8 @@ from transformers.utils import ModelOutput
 
 from ..config import LittleBitConfig
 from ..load.convert import factor_modules, latents_and_scales, unpack_model, unwrapped
-from .cpu_attention import cpu_attention
 from .callback import LittleBitCallback
+from .cpu_attention import cpu_attention
 from .distributed import gather
 from .resume import last_checkpoint
 from .session import REBUILT
