@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def test_from_text_to_refined(stories, text, tmp_path, capsys):
     assert main(words(stories, text, out)) == 0
     printed = capsys.readouterr()
     assert f"saved to {out}" in printed.out and "refining" in printed.err
+    assert re.search(r"about \d+ minutes for the other blocks and \d+ for the distillation", printed.err)
     assert "of the end of the text, which was held out" in printed.out
     assert sorted(os.listdir(out)) == [
         "README.md",
@@ -65,6 +67,25 @@ def test_text_of_its_own_and_no_distillation(stories, tmp_path):
     assert load(str(out)).config.quantization_config.bpw == 2.0
 
 
+def test_text_that_is_given_and_written(stories, text, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def refined(model, config, blocks, **options):
+        seen.append(blocks.tokens)
+        raise ValueError("this is all")
+
+    monkeypatch.setattr("hf_littlebit.refinement.refinement.refine", refined)
+    short = ["--length", "32", "--tokens", "1280"]
+    for data in ([text], [text, "self"]):
+        words = ["quantize", stories, *METHOD, *short, "--out", str(tmp_path / "out"), "--overwrite", "--data", *data]
+        assert main(words) == 2
+    alone, mixed = seen
+    assert len(alone) == 36 and len(mixed) == 36  # 40 blocks, 4 held out; 20 and 2 of the text, and as many are written
+    assert torch.equal(mixed[::2], alone[:18])
+    assert not torch.equal(mixed[1::2], alone[18:]) and mixed[1::2].unique(dim=0).shape[0] == 18
+    assert "of the end of the text" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -73,7 +94,7 @@ def test_text_of_its_own_and_no_distillation(stories, tmp_path):
         (["--tokens", "40"], "at least 4 blocks of 32"),
         (["--length", "4096"], "the model's context of 512"),
         (["--format", "latent"], "use littlebit train"),
-        (["--data", "self", "other.txt"], "stands alone"),
+        (["--data", "self", "other.txt", "self"], "names self twice"),
         (["--data", "missing.txt"], "missing.txt does not exist"),
         (["--resume"], "no unfinished refinement"),
     ],

@@ -13,7 +13,7 @@ from torch import nn
 from hf_littlebit import Recipe, TopKTeacher, refine
 from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.plan import plan_model
-from hf_littlebit.refinement import refinement, tuning
+from hf_littlebit.refinement import distillation, refinement, tuning
 from hf_littlebit.refinement.allocation import PROBES, Cost, measure_costs, shares
 from hf_littlebit.refinement.blocks import BlockList, Calls, find_blocks
 from hf_littlebit.refinement.distillation import Schedule, settle_latents
@@ -250,7 +250,7 @@ def test_a_refinement_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 
 def test_without_memory_the_distillation_is_left_out(monkeypatch, caplog):
-    monkeypatch.setattr(refinement, "free_memory", lambda device: 1e9)
+    monkeypatch.setattr(distillation, "free_memory", lambda device: 1e9)
     model = refine(build("llama"), config(), TOKENS, recipe=Recipe(epochs=0.2), progress=False)
     assert "2.0 GB of memory, and 1.0 GB are free" in caplog.text
     assert model.config.quantization_config.format == "packed"

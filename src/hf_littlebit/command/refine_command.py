@@ -34,7 +34,8 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
         "--data",
         metavar="TEXT",
         nargs="+",
-        help="text files, folders, Hub datasets (org/name[:config][@split]), or `self`: the model writes the text",
+        help="text files, folders, Hub datasets (org/name[:config][@split]), `self`: the model writes the text; or both: it "
+        "writes as much as is given, so that it unlearns less of what your text is not about",
     )
     data.add_argument("--column", metavar="NAME", help="of datasets and JSON lines (default: text)")
     data.add_argument(
@@ -74,8 +75,8 @@ def check_refine_options(args: argparse.Namespace) -> None:
                 f"--{given[0].replace('_', '-')} is for refinement on text; add --data TEXT, or leave it out"
             )
         return
-    if "self" in args.data and len(args.data) > 1:
-        raise ValueError("--data self stands alone: the model writes all of the text")
+    if args.data.count("self") > 1:
+        raise ValueError("--data names self twice; once is enough: the model writes as much text as is given")
     if args.format not in (None, "packed"):
         raise ValueError(f"--format is {args.format!r}, but refinement ends with a packed model; use littlebit train")
     for name, least in (("epochs", 0), ("distill_epochs", 0)):
@@ -116,6 +117,8 @@ def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokeniz
     if not args.no_check:
         blocks, held_out = blocks.split(max(1, min(CHECK_ROWS, len(blocks) // 10)))
         dense = block_loss(model, held_out.tokens)
+    if _is_mixed(args):
+        blocks = _mixed(blocks, _written(args, model, tokenizer, length, len(blocks)))
     model = refine(model, config, blocks, recipe=recipe, folder=os.path.join(args.out, WORK), device=args.device)
     if not args.no_check:
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -157,20 +160,43 @@ def _recipe(args: argparse.Namespace) -> Any:
 
 def _text(args: argparse.Namespace, model: Any, tokenizer: Any, length: int, rows: int) -> Any:
     """The TokenBlocks that --data stands for."""
-    from ..train.data import read_texts, sample_blocks, text_blocks
+    from ..train.data import read_texts, text_blocks
 
     if args.data == ["self"]:
-        work = os.path.join(args.out, WORK)
-        blocks = sample_blocks(model, tokenizer, rows, length, seed=args.seed or 0, batch_size=WRITTEN, cache=work)
+        blocks = _written(args, model, tokenizer, length, rows)
     else:
-        column = args.column or "text"
-        blocks = text_blocks(read_texts(args.data, column), tokenizer, length, column, rows)
+        column, names = args.column or "text", [name for name in args.data if name != "self"]
+        blocks = text_blocks(
+            read_texts(names, column), tokenizer, length, column, rows // 2 if _is_mixed(args) else rows
+        )
     if len(blocks) < FEWEST:
         raise ValueError(
             f"the text has {len(blocks)} block(s) of {length} tokens; at least {FEWEST} are needed: give more text or less "
             "--length"
         )
     return blocks
+
+
+def _is_mixed(args: argparse.Namespace) -> bool:
+    """Whether the model writes a part of the text."""
+    return "self" in args.data and args.data != ["self"]
+
+
+def _written(args: argparse.Namespace, model: Any, tokenizer: Any, length: int, rows: int) -> Any:
+    """TokenBlocks that the model writes, kept with the work."""
+    from ..train.data import sample_blocks
+
+    work = os.path.join(args.out, WORK)
+    return sample_blocks(model, tokenizer, rows, length, seed=args.seed or 0, batch_size=WRITTEN, cache=work)
+
+
+def _mixed(given: Any, written: Any) -> Any:
+    """TokenBlocks of both in turns, so that any part of them is half and half."""
+    import torch
+
+    from ..train.data import TokenBlocks
+
+    return TokenBlocks(torch.stack([given.tokens, written.tokens], dim=1).flatten(0, 1))
 
 
 def remove_work(out: str) -> None:

@@ -11,8 +11,10 @@ model in fp32. Where that does not fit, the model stays as its blocks were tuned
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..initialize.admm import LATENT_RANGE
 from ..layers.sign import sign
 from ..load.convert import factor_modules, latents_and_scales
-from ..placement import input_device
+from ..placement import free_memory, input_device
 from ..plan import Plan
 from ..train.callback import LittleBitCallback
 from ..train.data import TokenBlocks
@@ -29,8 +31,9 @@ from ..train.resume import last_checkpoint
 from ..train.topk import TopKTeacher, save_topk
 from ..train.trainer import LittleBitTrainer
 
-__all__ = ["Schedule", "distil", "memory_needed", "settle_latents", "teacher_of"]
+__all__ = ["Schedule", "affordable", "distil", "memory_needed", "settle_latents", "teacher_of", "time_needed"]
 
+logger = logging.getLogger("hf_littlebit")
 LIKELIEST = 64  # tokens that are kept of the teacher for every position
 ROWS = 4  # at a time for the teacher
 WORKSPACE = 2e9  # bytes for a step's activations and logits
@@ -60,11 +63,39 @@ class Schedule:
 
 def memory_needed(model: PreTrainedModel, plan: Plan) -> float:
     """Bytes that the distillation of the dense `model`, quantized by `plan`, takes at its peak, about."""
-    latents = sum(
-        weight.count * sum(weight.ranks) * (weight.out_features + weight.in_features) for weight in plan.weights
-    )
+    latents = _latents(plan)
     rest = sum(value.numel() for value in model.parameters()) - plan.numel
     return 16.0 * latents + 4.0 * rest + WORKSPACE
+
+
+def _latents(plan: Plan) -> int:
+    return sum(weight.count * sum(weight.ranks) * (weight.out_features + weight.in_features) for weight in plan.weights)
+
+
+def affordable(schedule: Schedule | None, model: PreTrainedModel, plan: Plan, device: torch.device) -> Schedule | None:
+    """`schedule`, or None with a warning where `device` has too little memory for it."""
+    need, free = memory_needed(model, plan), free_memory(device)
+    if schedule is None or free is None or need <= free:
+        return schedule
+    logger.warning(
+        "the distillation at the end is left out: it takes about %.1f GB of memory, and %.1f GB are free; the blocks are "
+        "refined all the same.",
+        need / 1e9,
+        free / 1e9,
+    )
+    return None
+
+
+def time_needed(
+    model: PreTrainedModel, plan: Plan, schedule: Schedule, tokens: int, blocks: int, tuning: float
+) -> float:
+    """Seconds that a distillation over `tokens` takes, about, where a block's tuning takes `tuning` seconds per token.
+
+    A step of the whole model is one of its `blocks` and of the head, which costs two products where a latent costs three.
+    """
+    head: Any = model.get_output_embeddings()
+    size = 0 if head is None else head.weight.numel()
+    return schedule.epochs * tokens * tuning * blocks * (1 + 2 / 3 * size / max(1, _latents(plan)))
 
 
 def teacher_of(model: PreTrainedModel, tokens: Tensor, folder: str, dtype: torch.dtype) -> TopKTeacher:

@@ -18,6 +18,7 @@ import copy
 import logging
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -37,7 +38,7 @@ from ..load.form import finish, record, refuse_float64
 from ..load.quantizer import LittleBitHfQuantizer
 from ..load.source import quantization_of
 from ..load.tables import pack_tables, plan_tables
-from ..placement import compute_dtype, free_memory
+from ..placement import compute_dtype
 from ..plan import plan_model
 from ..train.cpu_attention import cpu_attention
 from ..train.resume import OPTIONS, fingerprint, keep_options, model_fingerprint
@@ -45,7 +46,7 @@ from ..train.topk import TopKTeacher
 from ..weight_plan import WeightPlan
 from .allocation import allocate, measure_costs, probe_of
 from .blocks import Calls, find_blocks
-from .distillation import Schedule, distil, memory_needed, teacher_of
+from .distillation import Schedule, affordable, distil, teacher_of, time_needed
 from .experts import ExpertCounts, warn_of_unseen
 from .factoring import block_importance, factor_block, restore_block
 from .journal import Journal, Watch
@@ -154,35 +155,22 @@ class _Refinement:
         for message in (*self.plan.warnings(), *self.tables.warnings()):
             logger.warning("%s", message)
         record(self.config, self.plan, self.model)
-        schedule = self._schedule()
+        self.schedule = affordable(self.recipe.distillation, self.model, self.plan, self.device)
         teacher = None
-        if schedule is not None:
+        if self.schedule is not None:
             teacher = teacher_of(self.model, self.tokens, self.journal.path("teacher"), self.compute)
         for index in range(len(self.journal.blocks)):
             self._restore(index)
             pack_modules(self.blocks[index])
         self._refine_blocks()
         self._factor_rest()
-        if schedule is not None and teacher is not None:
-            self._distil(schedule, teacher)
+        if self.schedule is not None and teacher is not None:
+            self._distil(self.schedule, teacher)
         else:
             pack_modules(self.model)
             pack_tables(self.model, with_format(self.config, "packed"))
             cast_dense(self.model, self.dtype)
             finish(self.model, LittleBitHfQuantizer(with_format(self.config, "packed")))
-
-    def _schedule(self) -> Schedule | None:
-        """The recipe's distillation, unless there is too little memory for it."""
-        need, free = memory_needed(self.model, self.plan), free_memory(self.device)
-        if self.recipe.distillation is None or free is None or need <= free:
-            return self.recipe.distillation
-        logger.warning(
-            "the distillation at the end is left out: it takes about %.1f GB of memory, and %.1f GB are free; the blocks are "
-            "refined all the same.",
-            need / 1e9,
-            free / 1e9,
-        )
-        return None
 
     def _made_of(self) -> dict[str, Any]:
         """What must be the same in a refinement that goes on."""
@@ -235,7 +223,24 @@ class _Refinement:
                 student.remove()
                 dense, student = following
                 bar.update()
+                if index == done:
+                    self._foretell(bar, figures)
                 bar.set_postfix(error=f"{figures['after']:.3f}", flipped=f"{figures['flipped']:.1%}")
+
+    def _foretell(self, bar: Any, figures: dict[str, Any]) -> None:
+        """Say how long it will take, from what one block took."""
+        if not self.progress:
+            return
+        left = sum(seconds for seconds, _ in figures["seconds"].values()) * (
+            len(self.blocks) - len(self.journal.blocks)
+        )
+        parts = [f"{left / 60:.0f} minutes for the other blocks"]
+        if self.schedule is not None and figures["steps"]:
+            tokens = figures["steps"] * self.batch * self.rows.shape[1]
+            tuning = figures["seconds"]["tune"][0] / tokens
+            end = time_needed(self.model, self.plan, self.schedule, self.tokens.numel(), len(self.blocks), tuning)
+            parts.append(f"{end / 60:.0f} for the distillation of the whole model")
+        bar.write(f"about {' and '.join(parts)}", file=sys.stderr)
 
     def _streams(self, index: int) -> tuple[Stream, Stream]:
         """Both streams in front of block `index`, which the journal has, or the embeddings of the text."""
