@@ -51,7 +51,7 @@ class Schedule:
     """
 
     epochs: float = 4.0
-    batch: int = 2
+    batch: int = 1
     latents: float = 5e-4
     scales: float = 1e-3
     rest: float = 2e-4
