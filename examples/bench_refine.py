@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_littlebit import LittleBitConfig, Recipe, refine
 from hf_littlebit.report.bench.machine import machine
+from hf_littlebit.train import cpu_attention
 
 ROWS = 256  # tokens in a row
 FULL = 65_536  # tokens of the default recipe
@@ -31,8 +32,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", help="that computes (default: a GPU if there is one)")
+    parser.add_argument("--torch-attention", action="store_true", help="keep torch's on a CPU, to compare with")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.torch_attention:
+        cpu_attention.LONGEST = 0
     config = AutoConfig.from_pretrained(args.config)
     layers, config.num_hidden_layers = config.num_hidden_layers, 2
     config.vocab_size = min(config.vocab_size, 4096)  # embeddings have no part in this
