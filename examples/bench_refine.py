@@ -4,16 +4,19 @@
 
 The passes over the text take a time that grows with its tokens, and factoring one that does not; so a few thousand tokens say what
 many take. The first block is left out, which warms up. cpu seconds, all threads together, are what a busy machine hardly changes.
-The distillation at the end is not measured here. The last line is one JSON object with every figure.
+The distillation at the end is not measured here. Memory is that of the work beside the two blocks, on Linux. The last
+line is one JSON object with every figure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import tempfile
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -47,7 +50,9 @@ def main() -> None:
     tokens = torch.randint(config.vocab_size, (args.tokens // ROWS, ROWS), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(distillation=None)
+        model_bytes = psutil.Process().memory_info().rss
         refine(model, LittleBitConfig(bpw=args.bpw), tokens, recipe=recipe, folder=folder, device=args.device)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - model_bytes
         figures = json.loads((Path(folder) / "done.json").read_text())[1]
     found = {"machine": machine(), "threads": args.threads, "tokens": args.tokens, "bpw": args.bpw, "blocks": layers}
     print(f"{'phase':<10}{'seconds':>9}{'cpu':>9}{f'  model at {FULL:,} tokens, hours':>34}")
@@ -56,6 +61,8 @@ def main() -> None:
         hours = seconds * grows * layers / 3600
         print(f"{what:<10}{seconds:>9.1f}{cpu:>9.1f}{hours:>34.2f}")
         found[what] = {"seconds": seconds, "cpu": cpu, "hours": hours}
+    print(f"memory beside the model: {memory / 1e9:.1f} GB")
+    found["memory beside the model"] = memory
     print(json.dumps(found))
 
 
