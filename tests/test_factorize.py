@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_littlebit.initialize import admm
+from hf_littlebit.initialize import admm as admm_module
 from hf_littlebit.initialize.factorize import (
     INITS,
     admm,
@@ -383,8 +383,8 @@ def test_bad_arguments_say_value_and_limit(kwargs: dict, message: str) -> None:
 def test_large_matrices_are_multiplied_in_full_fp32_however_they_are_laid_out():
     generator = torch.Generator().manual_seed(0)
     target, other = torch.randn(700, 600, generator=generator), torch.randn(90, 600, generator=generator)
-    layout = admm._layout(target)
+    layout = admm_module._layout(target)
     assert layout(target).is_mkldnn == torch.backends.mkldnn.is_available()
-    assert not admm._layout(target[:8, :8])(target).is_mkldnn
-    found, exact = admm._product(layout(target), layout(other)), target.double() @ other.double().T
+    assert not admm_module._layout(target[:8, :8])(target).is_mkldnn
+    found, exact = admm_module._product(layout(target), layout(other)), target.double() @ other.double().T
     assert not found.is_mkldnn and (found - exact).norm() < 2e-6 * exact.norm()
