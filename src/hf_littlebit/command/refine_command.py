@@ -23,7 +23,7 @@ WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which tak
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
 WRITTEN = 64  # blocks that a model writes at a time
-ALLOCATION_ROWS = 16
+ALLOCATION_ROWS = 8
 OPTIONS = ("column", "length", "tokens", "epochs", "distill_epochs", "allocate", "resume")  # that need --data
 
 

@@ -1,23 +1,27 @@
-"""Bits where they matter: every block's bits per weight by what its errors do to the model's next tokens.
+"""Bits where they matter: every block's bits per weight by what an error of its output does to the model's next tokens.
 
-One block at a time is factored and put into the dense model, and the KL of the spliced model's next tokens from the dense one's is
-measured, at two numbers of bits. Between and beyond them it is taken for exponential,
+To the output of one block of the dense model at a time a random error is added, of NOISE times the squared size of what the block
+changes of every token's hidden state, and the KL of the next tokens from the dense model's is measured: the block's level. How an
+error falls with bits is not measured but taken from the theory of rate and distortion,
 
-    cost(bits) = cost(asked) * exp(-slope * (bits - asked))
+    cost(bits) = level * exp(-2 ln 2 * (bits - asked))
 
 and the bits are shared out so that one more costs the same everywhere: the Lagrangian of the sum of the costs. Blocks keep within
 LEAST and MOST of what was asked, because costs of single blocks say little of a model all of whose blocks are quantized.
 
-Source: public ablations of NanoQuant (arXiv 2602.06694) on Gemma-3-1B: splice single units into the dense model, take the KL on the
-whole vocabulary, and trust it near the uniform share only. There a unit is one layer; here it is a block, which takes fewer probes.
+On SmolLM2-135M the levels put the blocks into nearly the order of what each costs once it is quantized and tuned, for a forward of
+the dense model each. Putting in blocks that are factored but not tuned, at two numbers of bits, costs seven times as much and does
+not show how costs fall with bits: such blocks are so far off that more bits change little (docs/refinement.md).
+
+Sources: public ablations of NanoQuant (arXiv 2602.06694) on Gemma-3-1B, for measuring one unit at a time by the KL on the whole
+vocabulary and for the limits; Shannon's bound for a Gaussian source, for the slope.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,41 +31,29 @@ from tqdm.auto import tqdm
 from ..config import LittleBitConfig
 from ..plan import Plan, plan_model
 from .blocks import BlockList, Calls
-from .factoring import factor_block
 
-__all__ = ["Cost", "allocate", "measure_costs", "probe_of", "shares"]
+__all__ = ["allocate", "measure_costs", "shares"]
 
 LEAST, MOST = 0.6, 1.5  # of the bits asked, for one block
-PROBES = (0.75, 1.25)  # of the bits asked, where costs are measured
-PROBE_STEPS = 20  # of ADMM
-STEEPEST, FLATTEST = 16.0, 0.5  # slopes per bit: noise makes others
+NOISE = 0.1  # of a block's squared change; tuned blocks of 0.55 bits have 0.1 to 0.2 where they begin
+SLOPE = 2 * math.log(2)  # per bit and weight
 LEVELS = 60  # halvings in the search for the multiplier
+SMALLEST = 1e-9  # nats per token
 
 
-class Cost(NamedTuple):
-    """What quantizing one block alone costs, in nats per token: `level` at the bits asked, and how it falls with bits."""
-
-    level: float
-    slope: float
-
-
-def cost_of(few: float, many: float, asked: float) -> Cost:
-    """The exponential through the costs at PROBES of `asked` bits."""
-    few, many = max(few, 1e-9), max(many, 1e-9)
-    slope = math.log(few / many) / ((PROBES[1] - PROBES[0]) * asked)
-    return Cost(math.sqrt(few * many), min(max(slope, FLATTEST), STEEPEST))
-
-
-def shares(costs: Sequence[Cost], sizes: Sequence[int], asked: float) -> list[float]:
+def shares(costs: Sequence[float], sizes: Sequence[int], asked: float) -> list[float]:
     """Bits per weight of every block, `asked` on the average over `sizes` weights, at the least sum of the costs.
 
-    Where no limit holds, the derivative of a block's cost by its bits is the same for every weight: slope * cost / size.
+    Where no limit holds, the derivative of a block's cost by its bits is the same for every weight: SLOPE * cost / size.
+
+    Args:
+        costs: of the blocks at the bits asked, in nats per token.
     """
 
     def at(multiplier: float) -> list[float]:
         return [
-            min(max(asked + math.log(c.level * c.slope / (size * multiplier)) / c.slope, LEAST * asked), MOST * asked)
-            for c, size in zip(costs, sizes, strict=True)
+            min(max(asked + math.log(max(cost, SMALLEST) / (size * multiplier)) / SLOPE, LEAST * asked), MOST * asked)
+            for cost, size in zip(costs, sizes, strict=True)
         ]
 
     low, high = -80.0, 80.0  # logarithm of the multiplier: the larger, the fewer bits
@@ -73,68 +65,55 @@ def shares(costs: Sequence[Cost], sizes: Sequence[int], asked: float) -> list[fl
     return at(math.exp(high))
 
 
-def probe_of(model: nn.Module, blocks: BlockList, index: int, bpw: float, config: LittleBitConfig) -> nn.Module:
-    """A copy of the dense block `index` of `model`, factored at `bpw` bits per weight, quickly and for its weights alone.
-
-    Args:
-        config: what it is factored with but for its bits, in the latent format; `steps` None means PROBE_STEPS here.
-    """
-    name, dense = blocks.names[index], blocks[index]
-    config = copy.deepcopy(config)
-    config.bpw = bpw
-    if config.init == "admm":
-        config.steps = min(PROBE_STEPS, config.steps or PROBE_STEPS)
-    weights = [each for each in plan_model(model, config).weights if each.module.startswith(f"{name}.")]
-    model.set_submodule(name, copy.deepcopy(dense))
-    try:
-        factor_block(model, weights, config, {})
-        return blocks[index]
-    finally:
-        model.set_submodule(name, dense)
-
-
 def measure_costs(
-    blocks: BlockList,
-    tokens: Tensor,
-    factored: Callable[[int, float], nn.Module],
-    asked: float,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: bool,
-) -> list[Cost]:
-    """The cost of every block of the dense model, on `tokens` [rows, length].
+    blocks: BlockList, tokens: Tensor, *, device: torch.device, dtype: torch.dtype, seed: int, progress: bool
+) -> list[float]:
+    """The level of every block of the dense model, on `tokens` [rows, length], in nats per token.
 
     Args:
-        factored: (number of a block, bits per weight) -> a copy of the block, quantized, on `device`.
-        dtype: to compute in.
+        dtype: to compute in. seed: of the errors.
     """
     calls = [Calls(blocks, index, tokens, device) for index in range(len(blocks))]
     rows = slice(0, len(tokens))
+    generator = torch.Generator().manual_seed(seed)
 
     def run(first: int, hidden: Tensor) -> Tensor:
-        """The log-probabilities that the dense blocks from `first` on make of `hidden`."""
+        """What the dense blocks from `first` on make of `hidden`."""
         for index in range(first, len(blocks)):
-            hidden = calls[index](rows)(blocks[index].to(device), hidden)
-        return blocks.logits(tokens.long(), hidden).float().flatten(0, -2).log_softmax(-1)
+            hidden = one(index, hidden)
+        return hidden
+
+    def divergence(found: Tensor, expected: Tensor) -> float:
+        """KL of the next tokens for two outputs of the last block, row by row: a vocabulary may be large."""
+        total = 0.0
+        for row in range(len(tokens)):
+            at = slice(row, row + 1)
+            p, q = (blocks.logits(tokens[at].long(), each[at]).float().log_softmax(-1) for each in (expected, found))
+            total += float(F.kl_div(q, p, reduction="sum", log_target=True))
+        return total / tokens.numel()
+
+    def one(index: int, hidden: Tensor) -> Tensor:
+        block: nn.Module = blocks[index]
+        home = next(block.parameters()).device
+        out = calls[index](rows)(block.to(device), hidden)
+        block.to(home)
+        return out
 
     costs = []
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = blocks.first_input(tokens.long()).to(device)
         expected = run(0, hidden)
         for index in tqdm(range(len(blocks)), desc="measuring", unit="block", disable=not progress):
-            found = []
-            for share in PROBES:
-                out = calls[index](rows)(factored(index, share * asked), hidden)
-                found.append(
-                    float(F.kl_div(run(index + 1, out), expected, reduction="sum", log_target=True)) / len(expected)
-                )
-            costs.append(cost_of(found[0], found[1], asked))
-            hidden = calls[index](rows)(blocks[index], hidden)
+            out = one(index, hidden)
+            size = NOISE**0.5 * (out.float() - hidden.float()).norm(dim=-1, keepdim=True)
+            error = F.normalize(torch.randn(out.shape, generator=generator), dim=-1).to(device)
+            found = run(index + 1, (out.float() + size * error).to(out.dtype))
+            costs.append(divergence(found, expected))
+            hidden = out
     return costs
 
 
-def allocate(model: nn.Module, config: LittleBitConfig, blocks: BlockList, costs: Sequence[Cost]) -> LittleBitConfig:
+def allocate(model: nn.Module, config: LittleBitConfig, blocks: BlockList, costs: Sequence[float]) -> LittleBitConfig:
     """A copy of `config` whose module_config gives every block its bits, all together what `config` gives them.
 
     A bpw that the user wrote for some modules holds as before, because later entries of module_config win.

@@ -44,7 +44,7 @@ from ..train.cpu_attention import cpu_attention
 from ..train.resume import OPTIONS, fingerprint, keep_options, model_fingerprint
 from ..train.topk import TopKTeacher
 from ..weight_plan import WeightPlan
-from .allocation import allocate, measure_costs, probe_of
+from .allocation import allocate, measure_costs
 from .blocks import Calls, find_blocks
 from .distillation import Schedule, affordable, distil, teacher_of, time_needed
 from .experts import ExpertCounts, warn_of_unseen
@@ -185,13 +185,13 @@ class _Refinement:
         """Give every block the bits that its errors are worth (allocation.py), or those that an earlier run has found."""
         found = self.journal.read_allocation()
         if found is None:
+            count = min(self.recipe.allocation_rows, len(self.rows))
             costs = measure_costs(
                 self.blocks,
-                self.rows[: self.recipe.allocation_rows],
-                lambda index, bpw: probe_of(self.model, self.blocks, index, bpw, self.working).to(self.device),
-                float(self.config.bpw or 0),
+                self.rows[torch.arange(count) * len(self.rows) // count],
                 device=self.device,
                 dtype=self.compute,
+                seed=self.config.seed,
                 progress=self.progress,
             )
             found = allocate(self.model, self.config, self.blocks, costs).module_config or {}
