@@ -14,7 +14,7 @@ from hf_littlebit import Recipe, TopKTeacher, refine
 from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.plan import plan_model
 from hf_littlebit.refinement import distillation, refinement, tuning
-from hf_littlebit.refinement.allocation import PROBES, Cost, measure_costs, shares
+from hf_littlebit.refinement.allocation import NOISE, SLOPE, measure_costs, shares
 from hf_littlebit.refinement.blocks import BlockList, Calls, find_blocks
 from hf_littlebit.refinement.distillation import Schedule, settle_latents
 from hf_littlebit.refinement.recipe import as_tokens, block_rows
@@ -258,18 +258,16 @@ def test_without_memory_the_distillation_is_left_out(monkeypatch, caplog):
 
 def test_bits_go_where_they_save_most():
     """Costs that are exponential in the bits: at the best shares one more bit saves the same everywhere."""
-    costs, sizes = [Cost(6.0, 4.0), Cost(0.5, 4.0), Cost(0.5, 8.0)], [100, 100, 200]
+    costs, sizes = [0.6, 0.5, 0.5], [100, 100, 200]
     bits = shares(costs, sizes, asked=1.0)
     assert sum(b * n for b, n in zip(bits, sizes, strict=True)) == pytest.approx(400)
-    saved = [c.level * c.slope * math.exp(-c.slope * (b - 1)) / n for c, b, n in zip(costs, bits, sizes, strict=True)]
+    saved = [c * math.exp(-SLOPE * (b - 1)) / n for c, b, n in zip(costs, bits, sizes, strict=True)]
     assert bits[0] > bits[1] and saved == pytest.approx([saved[0]] * 3)
-    assert shares([Cost(1e9, 4.0), Cost(1e-9, 4.0)], [1, 1], 1.0) == pytest.approx(
-        [1.4, 0.6]
-    )  # the limit of the poorer
+    assert shares([1e9, 1e-9], [1, 1], 1.0) == pytest.approx([1.4, 0.6])  # the limit of the poorer
+    assert shares([0.0, 0.0], [2, 2], 0.5) == pytest.approx([0.5, 0.5], rel=1e-3)
 
 
-def test_costs_are_those_of_the_spliced_model(tmp_path):
-    """The KL of a model, one of whose blocks is quantized as the probe is, from the dense one."""
+def test_bits_are_shared_by_the_costs_and_recorded(tmp_path):
     dense = build("llama")
     recipe = Recipe(epochs=0.1, distillation=None, allocation_rows=4)
     asked = config(bpw=2.0, init="admm", steps=5)
@@ -279,33 +277,41 @@ def test_costs_are_those_of_the_spliced_model(tmp_path):
     options = model.config.quantization_config.module_config
     assert sorted(options) == ["model.layers.0.*", "model.layers.1.*"]
     assert json.loads((tmp_path / "allocation.json").read_text()) == options
+    tokens = block_rows(TOKENS, recipe)[[0, 5, 10, 15]]
+    costs = costs_of(dense, tokens)
+    bits = [options[name]["bpw"] for name in sorted(options)]
+    assert (costs[0] > costs[1]) == (bits[0] > bits[1]) and costs[0] != costs[1]
 
-    def probe(index, bpw):
-        spliced = copy.deepcopy(dense)
-        other = "model.layers.1.*" if index == 0 else "model.layers.0.*"
-        latent_model(spliced, config(bpw=bpw, init="admm", steps=5, modules_to_not_convert=[other]), progress=False)
-        return spliced
 
-    tokens = block_rows(TOKENS, recipe)[:4].long()
+def costs_of(model, tokens, seed=0):
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "progress": False}
+    return measure_costs(blocks_of(model), tokens, seed=seed, **options)
+
+
+def test_costs_are_those_of_an_error_of_the_blocks_change():
+    """The KL for a disturbed output of one block: nothing for a block that changes nothing, and what it comes to by hand."""
+    model = build("llama")
+    tokens = TOKENS[:3].long()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    costs = costs_of(model, tokens)
+    assert min(costs) > 0 and costs == costs_of(model, tokens) and costs != costs_of(model, tokens, seed=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    states = {}
+    handle = model.model.layers[1].register_forward_hook(lambda module, args, out: states.update(x=args[0], y=out))
     with torch.no_grad():
-        expected = dense(tokens).logits.flatten(0, 1).log_softmax(-1)
-    for index in range(2):
-        blocks = blocks_of(dense)
-        costs = measure_costs(
-            blocks,
-            tokens,
-            lambda at, bpw: probe(at, bpw).model.layers[at],
-            2.0,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            progress=False,
-        )
-        kls = []
-        for share in PROBES:
-            with torch.no_grad():
-                got = probe(index, 2.0 * share)(tokens).logits.flatten(0, 1).log_softmax(-1)
-            kls.append(float((expected.exp() * (expected - got)).sum(-1).mean()))
-        assert costs[index].level == pytest.approx(math.sqrt(kls[0] * kls[1]), rel=1e-3)
+        expected = model(tokens).logits.log_softmax(-1)
+    handle.remove()
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(states["y"].shape, generator=generator)  # the first block's
+    error = torch.nn.functional.normalize(torch.randn(states["y"].shape, generator=generator), dim=-1)
+    size = (states["y"] - states["x"]).norm(dim=-1, keepdim=True) * NOISE**0.5
+    with torch.no_grad():
+        got = model.lm_head(model.model.norm(states["y"] + size * error)).log_softmax(-1)
+    assert costs[1] == pytest.approx(float((expected.exp() * (expected - got)).sum(-1).mean()), rel=1e-3)
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.model.layers[0].get_submodule(name).weight.zero_()
+    assert costs_of(model, tokens)[0] == pytest.approx(0, abs=1e-7)
 
 
 def test_latents_settle_before_the_whole_model_is_trained():
