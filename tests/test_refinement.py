@@ -259,12 +259,13 @@ def test_without_memory_the_distillation_is_left_out(monkeypatch, caplog):
 def test_bits_go_where_they_save_most():
     """Costs that are exponential in the bits: at the best shares one more bit saves the same everywhere."""
     costs, sizes = [0.6, 0.5, 0.5], [100, 100, 200]
-    bits = shares(costs, sizes, asked=1.0)
+    bits = shares(costs, sizes, 1.0, [9.0] * 3)
     assert sum(b * n for b, n in zip(bits, sizes, strict=True)) == pytest.approx(400)
     saved = [c * math.exp(-SLOPE * (b - 1)) / n for c, b, n in zip(costs, bits, sizes, strict=True)]
     assert bits[0] > bits[1] and saved == pytest.approx([saved[0]] * 3)
-    assert shares([1e9, 1e-9], [1, 1], 1.0) == pytest.approx([1.4, 0.6])  # the limit of the poorer
-    assert shares([0.0, 0.0], [2, 2], 0.5) == pytest.approx([0.5, 0.5], rel=1e-3)
+    assert shares([1e9, 1e-9], [1, 1], 1.0, [9.0] * 2) == pytest.approx([1.4, 0.6])  # the limit of the poorer
+    assert shares([1e9, 1e-9], [1, 1], 1.0, [1.25, 9.0]) == pytest.approx([1.25, 0.75])  # of the richer's rank
+    assert shares([0.0, 0.0], [2, 2], 0.5, [9.0] * 2) == pytest.approx([0.5, 0.5], rel=1e-3)
 
 
 def test_bits_are_shared_by_the_costs_and_recorded(tmp_path):

@@ -7,7 +7,8 @@ error falls with bits is not measured but taken from the theory of rate and dist
     cost(bits) = level * exp(-2 ln 2 * (bits - asked))
 
 and the bits are shared out so that one more costs the same everywhere: the Lagrangian of the sum of the costs. Blocks keep within
-LEAST and MOST of what was asked, because costs of single blocks say little of a model all of whose blocks are quantized.
+LEAST and MOST of what was asked, because costs of single blocks say little of a model all of whose blocks are quantized, and
+below the bits at which a layer's rank is full.
 
 On SmolLM2-135M the levels put the blocks into nearly the order of what each costs once it is quantized and tuned, for a forward of
 the dense model each. Putting in blocks that are factored but not tuned, at two numbers of bits, costs seven times as much and does
@@ -41,19 +42,22 @@ LEVELS = 60  # halvings in the search for the multiplier
 SMALLEST = 1e-9  # nats per token
 
 
-def shares(costs: Sequence[float], sizes: Sequence[int], asked: float) -> list[float]:
+def shares(costs: Sequence[float], sizes: Sequence[int], asked: float, most: Sequence[float]) -> list[float]:
     """Bits per weight of every block, `asked` on the average over `sizes` weights, at the least sum of the costs.
 
     Where no limit holds, the derivative of a block's cost by its bits is the same for every weight: SLOPE * cost / size.
 
     Args:
         costs: of the blocks at the bits asked, in nats per token.
+        most: bits that each block can use; MOST holds besides.
     """
+
+    limits = [min(MOST * asked, max(asked, each)) for each in most]
 
     def at(multiplier: float) -> list[float]:
         return [
-            min(max(asked + math.log(max(cost, SMALLEST) / (size * multiplier)) / SLOPE, LEAST * asked), MOST * asked)
-            for cost, size in zip(costs, sizes, strict=True)
+            min(max(asked + math.log(max(cost, SMALLEST) / (size * multiplier)) / SLOPE, LEAST * asked), limit)
+            for cost, size, limit in zip(costs, sizes, limits, strict=True)
         ]
 
     low, high = -80.0, 80.0  # logarithm of the multiplier: the larger, the fewer bits
@@ -113,6 +117,12 @@ def measure_costs(
     return costs
 
 
+def _usable(plan: Plan, prefix: str) -> float:
+    """Bits per weight that some layer under `prefix` can use: there its rank is the smaller of its sides."""
+    sides = [(w.out_features, w.in_features) for w in plan.weights if w.module.startswith(prefix)]
+    return min((1 + min(pair) / max(pair) for pair in sides), default=math.inf)
+
+
 def allocate(model: nn.Module, config: LittleBitConfig, blocks: BlockList, costs: Sequence[float]) -> LittleBitConfig:
     """A copy of `config` whose module_config gives every block its bits, all together what `config` gives them.
 
@@ -121,7 +131,7 @@ def allocate(model: nn.Module, config: LittleBitConfig, blocks: BlockList, costs
     assert config.bpw is not None
     plan = plan_model(model, config)
     sizes = [sum(w.numel for w in plan.weights if w.module.startswith(f"{name}.")) for name in blocks.names]
-    wanted = shares(costs, sizes, config.bpw)
+    wanted = shares(costs, sizes, config.bpw, [_usable(plan, f"{name}.") for name in blocks.names])
 
     def scaled(factor: float) -> tuple[LittleBitConfig, Plan]:
         found = copy.deepcopy(config)
