@@ -271,7 +271,7 @@ def test_bits_go_where_they_save_most():
 def test_bits_are_shared_by_the_costs_and_recorded(tmp_path):
     dense = build("llama")
     recipe = Recipe(epochs=0.1, distillation=None, allocation_rows=4)
-    asked = config(bpw=2.0, init="admm", steps=5)
+    asked = config(bpw=1.2, init="admm", steps=5)
     model = refine(copy.deepcopy(dense), asked, TOKENS, recipe=recipe, folder=tmp_path, progress=False)
     plain, found = plan_model(dense, asked), plan_model(dense, model.config.quantization_config)
     assert 0.97 < found.bits / plain.bits <= 1
