@@ -100,7 +100,54 @@ def test_a_model_trains_as_with_torchs(family, calls):
         found = loss_and_gradient(model, tokens)
     assert calls["causal_attention"] == 2  # one for each layer
     torch.testing.assert_close(found[0], expected[0], rtol=2e-3, atol=0)
-    assert (found[1] - expected[1]).norm() < 0.03 * expected[1].norm()
+    assert (found[1] - expected[1]).norm() < 0.05 * expected[1].norm()
+
+
+@pytest.fixture(autouse=True)
+def instructions(monkeypatch):
+    """As on a CPU that has those for bfloat16."""
+    monkeypatch.setattr(doors, "compute_dtype", lambda device: torch.bfloat16)
+
+
+def test_a_cpu_without_bfloat16_keeps_torchs(monkeypatch):
+    monkeypatch.setattr(doors, "compute_dtype", lambda device: torch.float32)
+    model = build("llama")
+    with cpu_attention(model):
+        assert attention_implementation(model.config) == "sdpa"
+
+
+def test_what_all_keys_share_costs_no_precision():
+    """Scores are rounded to 8 bits, so that an offset of all of them must not be in them."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 200, 64, generator=generator) for _ in range(3))
+    offset = torch.zeros(64)
+    offset[3] = 50.0
+    query[..., 3] += 8
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    query, key, value = (each.bfloat16() for each in (query, key + offset, value))
+    found = causal_attention(query, key, value, 0.125).float()
+    # The offset's own rounding to bfloat16 stays: 50 + x keeps a quarter of x's unit.
+    rounded = F.scaled_dot_product_attention(*(each.float() for each in (query, key, value)), is_causal=True).transpose(
+        1, 2
+    )
+    assert (found - rounded).norm() < 0.02 * expected.norm()
+    last = last_attention(query[:, :, -1:], key, value, 0.125).float()
+    assert (last - rounded[:, -1:]).norm() < 0.02 * rounded[:, -1:].norm()
+
+
+def test_so_many_probabilities_that_they_are_not_kept_go_to_torchs(calls, monkeypatch):
+    monkeypatch.setattr(doors, "LARGEST", 2 * 4 * 20 * 20 - 1)
+    model = long_model().bfloat16()
+    with torch.no_grad(), cpu_attention(model):
+        model(input_ids=torch.randint(3, 128, (2, 20)))
+        assert sum(calls.values()) == 0
+        model(input_ids=torch.randint(3, 128, (2, 19)))
+        assert sum(calls.values()) == 2
+
+
+def close(found, expected):
+    """Logits in bfloat16 that differ by rounding only."""
+    return (found.float() - expected.float()).norm() < 0.05 * expected.float().norm()
 
 
 def test_what_is_not_plain_goes_to_torchs(calls):
@@ -125,7 +172,7 @@ def test_a_window_that_is_shorter_than_the_row_is_kept(calls):
     with torch.no_grad():
         expected = model(input_ids=tokens).logits
         with cpu_attention(model):
-            torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=0.05, atol=0.05)
+            assert close(model(input_ids=tokens).logits, expected)
     assert calls["causal_attention"] == 1
 
 
@@ -140,7 +187,7 @@ def test_a_cache_is_read_as_by_torchs(calls):
             for at in range(12, 20):
                 out = model(input_ids=tokens[:, at : at + 1], past_key_values=out.past_key_values)
                 states.append(out.logits)
-    torch.testing.assert_close(torch.cat(states, 1), expected, rtol=0.05, atol=0.05)
+    assert close(torch.cat(states, 1), expected)
     assert calls == {"causal_attention": 2, "last_attention": 16}
 
 
@@ -151,7 +198,7 @@ def test_several_new_tokens_behind_a_cache_go_to_torchs(calls):
         expected = model(input_ids=tokens).logits[:, 12:]
         past = model(input_ids=tokens[:, :12], use_cache=True).past_key_values
         found = model(input_ids=tokens[:, 12:], past_key_values=past).logits
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    assert close(found, expected)
     assert calls == {"causal_attention": 4, "last_attention": 0}
 
 
@@ -162,6 +209,10 @@ def test_the_model_has_its_own_attention_afterwards(tmp_path):
         model.save_pretrained(tmp_path)
         raise KeyError
     assert attention_implementation(model.config) == "sdpa"
+    with cpu_attention(model):
+        model.set_attn_implementation("eager")
+    assert attention_implementation(model.config) == "eager"
+    model.set_attn_implementation("sdpa")
     assert "littlebit_causal" not in (tmp_path / "config.json").read_text()
     model.set_attn_implementation("eager")
     with cpu_attention(model):

@@ -388,3 +388,14 @@ def test_large_matrices_are_multiplied_in_full_fp32_however_they_are_laid_out():
     assert not admm_module._layout(target[:8, :8])(target).is_mkldnn
     found, exact = admm_module._product(layout(target), layout(other)), target.double() @ other.double().T
     assert not found.is_mkldnn and (found - exact).norm() < 2e-6 * exact.norm()
+
+
+def test_a_layout_changes_no_factorization(monkeypatch):
+    target = torch.randn(520, 520, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for large in (admm_module.LARGE, 2**40):
+        monkeypatch.setattr(admm_module, "LARGE", large)
+        u, v, out, rank, inner = admm_module.admm_factors(target, 60, steps=10)
+        product = (u.sign() * out[:, None] * rank) @ (v.sign() * inner[:, None]).T
+        errors.append(float((target - product).norm() / target.norm()))
+    assert errors[0] == pytest.approx(errors[1], rel=2e-3) and errors[0] < 0.95

@@ -284,6 +284,21 @@ def test_bits_are_shared_by_the_costs_and_recorded(tmp_path):
     assert (costs[0] > costs[1]) == (bits[0] > bits[1]) and costs[0] != costs[1]
 
 
+def test_a_block_that_stays_dense_has_no_share(tmp_path):
+    recipe = Recipe(epochs=0.1, distillation=None, allocation_rows=4)
+    asked = config(bpw=1.2, modules_to_not_convert=["model.layers.0.*"])
+    model = refine(build("llama"), asked, TOKENS, recipe=recipe, folder=tmp_path, progress=False)
+    assert list(model.config.quantization_config.module_config) == ["model.layers.1.*"]
+
+
+def test_costs_that_are_no_numbers_are_refused():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="next tokens NaN or Inf"):
+        costs_of(model, TOKENS[:3])
+
+
 def costs_of(model, tokens, seed=0):
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "progress": False}
     return measure_costs(blocks_of(model), tokens, seed=seed, **options)

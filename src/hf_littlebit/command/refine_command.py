@@ -45,7 +45,7 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
         "--tokens",
         metavar="N",
         type=int,
-        help=f"of text, at most (default: {TOKENS:,}, self: {WRITTEN_TOKENS:,})",
+        help=f"of text, at most, what the model writes included (default: {TOKENS:,}, self alone: {WRITTEN_TOKENS:,})",
     )
     data.add_argument("--epochs", metavar="X", type=float, help="passes over the text for every block")
     data.add_argument(
@@ -136,9 +136,10 @@ def _sizes(args: argparse.Namespace, source: Any) -> tuple[int, int]:
         raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")
     default = WRITTEN_TOKENS if args.data == ["self"] else TOKENS
     tokens = default if args.tokens is None else args.tokens
-    if tokens // length < FEWEST:
+    fewest = 2 * FEWEST if _is_mixed(args) else FEWEST
+    if tokens // length < fewest:
         raise ValueError(
-            f"--tokens is {tokens}; at least {FEWEST} blocks of {length} are needed (--length makes them shorter)"
+            f"--tokens is {tokens}; at least {fewest} blocks of {length} are needed (--length makes them shorter)"
         )
     return length, tokens // length
 
@@ -191,12 +192,13 @@ def _written(args: argparse.Namespace, model: Any, tokenizer: Any, length: int, 
 
 
 def _mixed(given: Any, written: Any) -> Any:
-    """TokenBlocks of both in turns, so that any part of them is half and half."""
+    """TokenBlocks of both, shuffled: rows that are chosen from among them at equal distances are of both kinds as well."""
     import torch
 
     from ..train.data import TokenBlocks
 
-    return TokenBlocks(torch.stack([given.tokens, written.tokens], dim=1).flatten(0, 1))
+    both = torch.cat([given.tokens, written.tokens])
+    return TokenBlocks(both[torch.randperm(len(both), generator=torch.Generator().manual_seed(0))])
 
 
 def remove_work(out: str) -> None:

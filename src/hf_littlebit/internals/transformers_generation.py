@@ -6,6 +6,7 @@ As in transformers.py, every function is one door, with its reason, and tests/te
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ PREPARE_CACHE = "_prepare_cache_for_generation"
 # goes through the model's own call, as everything else does.
 PREFILL = "_prefill"
 
+# A class whose module compares the name of its attention with others.
+_COMPARED = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)")
+
 # All that a layer of a static cache remembers.
 _STATIC_LAYER = {
     *("keys", "values", "cumulative_length", "is_initialized", "max_cache_len", "device", "dtype"),
@@ -59,11 +63,14 @@ def attention_implementation(config: PretrainedConfig) -> str | None:
 
 
 def takes_attention(model: PreTrainedModel) -> bool:
-    """Whether `model` asks AttentionInterface for its attention, and has no parts with configs, and choices, of their own.
+    """Whether `model` asks AttentionInterface for its attention, whatever its name, and has no parts with choices of their own.
 
-    Public way: set_attn_implementation warns where it does not, and gives all parts the same.
+    Public way: set_attn_implementation warns where a class does not ask, and gives all parts the same. Some classes ask, but do
+    something else for names that they do not know (DeepSeek-V3.2 leaves its selection of keys out).
     """
-    return not model.config.sub_configs and model._can_set_attn_implementation()
+    if model.config.sub_configs or not model._can_set_attn_implementation():
+        return False
+    return not _COMPARED.search(inspect.getsource(inspect.getmodule(type(model)) or type(model)))
 
 
 def compiles_whole(model: PreTrainedModel) -> bool:

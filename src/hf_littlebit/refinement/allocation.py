@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..config import LittleBitConfig
+from ..placement import input_device
 from ..plan import Plan, plan_model
 from .blocks import BlockList, Calls
 
@@ -76,10 +77,14 @@ def measure_costs(
 
     Args:
         dtype: to compute in. seed: of the errors.
+
+    Raises:
+        ValueError: where the model's next tokens are no numbers.
     """
     calls = [Calls(blocks, index, tokens, device) for index in range(len(blocks))]
     rows = slice(0, len(tokens))
     generator = torch.Generator().manual_seed(seed)
+    home = input_device(blocks.model)
 
     def run(first: int, hidden: Tensor) -> Tensor:
         """What the dense blocks from `first` on make of `hidden`."""
@@ -92,7 +97,11 @@ def measure_costs(
         total = 0.0
         for row in range(len(tokens)):
             at = slice(row, row + 1)
-            p, q = (blocks.logits(tokens[at].long(), each[at]).float().log_softmax(-1) for each in (expected, found))
+            # Norm and head stay where they are; only blocks were moved to `device`.
+            p, q = (
+                blocks.logits(tokens[at].long(), each[at].to(home)).float().log_softmax(-1)
+                for each in (expected, found)
+            )
             total += float(F.kl_div(q, p, reduction="sum", log_target=True))
         return total / tokens.numel()
 
@@ -113,6 +122,8 @@ def measure_costs(
             error = F.normalize(torch.randn(out.shape, generator=generator), dim=-1).to(device)
             found = run(index + 1, (out.float() + size * error).to(out.dtype))
             costs.append(divergence(found, expected))
+            if not math.isfinite(costs[-1]):
+                raise ValueError(f"an error of {blocks.names[index]}'s output makes the model's next tokens NaN or Inf")
             hidden = out
     return costs
 
@@ -130,14 +141,17 @@ def allocate(model: nn.Module, config: LittleBitConfig, blocks: BlockList, costs
     """
     assert config.bpw is not None
     plan = plan_model(model, config)
-    sizes = [sum(w.numel for w in plan.weights if w.module.startswith(f"{name}.")) for name in blocks.names]
-    wanted = shares(costs, sizes, config.bpw, [_usable(plan, f"{name}.") for name in blocks.names])
+    sizes = {name: sum(w.numel for w in plan.weights if w.module.startswith(f"{name}.")) for name in blocks.names}
+    names = [name for name in blocks.names if sizes[name]]  # others stay dense
+    levels = [cost for name, cost in zip(blocks.names, costs, strict=True) if sizes[name]]
+    usable = [_usable(plan, f"{name}.") for name in names]
+    wanted = shares(levels, [sizes[name] for name in names], config.bpw, usable)
 
     def scaled(factor: float) -> tuple[LittleBitConfig, Plan]:
         found = copy.deepcopy(config)
         own = {
             f"{name}.*": {"bpw": round(bits * factor, 5), "kv_factor": plan.kv_factor}
-            for name, bits in zip(blocks.names, wanted, strict=True)
+            for name, bits in zip(names, wanted, strict=True)
         }
         found.module_config = {**own, **(config.module_config or {})}
         return found, plan_model(model, found)
