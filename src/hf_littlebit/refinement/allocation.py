@@ -10,9 +10,8 @@ and the bits are shared out so that one more costs the same everywhere: the Lagr
 LEAST and MOST of what was asked, because costs of single blocks say little of a model all of whose blocks are quantized, and
 below the bits at which a layer's rank is full.
 
-On SmolLM2-135M the levels put the blocks into nearly the order of what each costs once it is quantized and tuned, for a forward of
-the dense model each. Putting in blocks that are factored but not tuned, at two numbers of bits, costs seven times as much and does
-not show how costs fall with bits: such blocks are so far off that more bits change little (docs/refinement.md).
+On SmolLM2-135M the levels put the blocks into much the order of what each costs once it is quantized and tuned, for half a forward
+of the dense model each. Blocks that are factored but not tuned are too far off for that (docs/refinement.md).
 
 Sources: public ablations of NanoQuant (arXiv 2602.06694) on Gemma-3-1B, for measuring one unit at a time by the KL on the whole
 vocabulary and for the limits; Shannon's bound for a Gaussian source, for the slope.
