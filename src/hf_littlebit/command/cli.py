@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .arguments import build_parser, quantization_config
+from .memory import keep_freed_memory
 from .out_folder import check_empty
 from .refine_command import check_refine_options, check_refine_out, quantize_on_text, remove_work
 from .terminal import guarded, short
@@ -28,7 +29,10 @@ __all__ = ["build_parser", "main"]
 def main(argv: Sequence[str] | None = None, prog: str = "littlebit") -> int:
     """Run the command line `argv` (default: the program's own) and return its exit code."""
     with guarded():
-        return _run(build_parser(prog).parse_args(argv))
+        args = build_parser(prog).parse_args(argv)
+        if argv is None and args.command in ("quantize", "train"):  # else the process is another program's
+            keep_freed_memory()
+        return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
