@@ -1,8 +1,8 @@
 """How this program's process gets its memory from the system.
 
 glibc gives large blocks back at once, so that every tensor of a training step is new memory, whose pages the system clears one
-by one: a sixth of a step of SmolLM2-135M on a CPU (docs/refinement.md). A program that trains may keep them; a library must not, since
-it is the whole process's memory.
+by one: a sixth of a step of SmolLM2-135M on a CPU (docs/refinement.md). A program that trains may keep them; a library must
+not, since it is the whole process's memory.
 """
 
 from __future__ import annotations
