@@ -91,6 +91,28 @@ def test_text_that_is_given_and_written(stories, text, tmp_path, monkeypatch):
         assert 0 < part.sum() < len(part)
 
 
+@pytest.mark.parametrize("more", [[], ["--no-allocate"]])
+def test_bits_are_shared_out_unless_that_is_left_out(more, stories, text, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        "quantize",
+        stories,
+        "--bpw",
+        "1",
+        "--steps",
+        "10",
+        "--data",
+        text,
+        "--out",
+        str(out),
+        "--no-check",
+        *more,
+    ]
+    assert main([*command, "--length", "32", "--tokens", "320", "--epochs", "0.2", "--distill-epochs", "0"]) == 0
+    assert bool(load(str(out)).config.quantization_config.module_config) == (not more)
+    assert 0.97 < size_report(str(out)).bpw <= 1.01
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -91,7 +91,7 @@ def test_relative_error_counts_every_token_alike():
 def test_tuning_brings_every_block_nearer(family, tmp_path):
     dense = build(family)
     asked = config(bpw=1.5, init="admm", steps=20)
-    recipe = Recipe(epochs=4, distillation=None)
+    recipe = Recipe(epochs=4, distillation=None, allocation_rows=0)
     model = refine(copy.deepcopy(dense), asked, TOKENS, recipe=recipe, folder=tmp_path, progress=False)
     figures = json.loads((tmp_path / "done.json").read_text())
     assert [block["steps"] for block in figures] == [72, 72]
@@ -289,6 +289,15 @@ def test_a_block_that_stays_dense_has_no_share(tmp_path):
     asked = config(bpw=1.2, modules_to_not_convert=["model.layers.0.*"])
     model = refine(build("llama"), asked, TOKENS, recipe=recipe, folder=tmp_path, progress=False)
     assert list(model.config.quantization_config.module_config) == ["model.layers.1.*"]
+
+
+@pytest.mark.parametrize("options", [{"bpw": 2.5}, {"bpw": 1.2, "ranks": {"*.up_proj": [24]}}])
+def test_bits_that_cannot_be_shared_are_not(options, tmp_path):
+    """More than the layers can use, and ranks that were asked for."""
+    recipe = Recipe(epochs=0.1, distillation=None)
+    model = refine(build("llama"), config(**options), TOKENS, recipe=recipe, folder=tmp_path, progress=False)
+    assert not model.config.quantization_config.module_config
+    assert not (tmp_path / "allocation.json").exists()
 
 
 def test_costs_that_are_no_numbers_are_refused():

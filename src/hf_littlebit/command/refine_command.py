@@ -23,7 +23,6 @@ WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which tak
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
 WRITTEN = 64  # blocks that a model writes at a time
-ALLOCATION_ROWS = 8
 OPTIONS = ("column", "length", "tokens", "epochs", "distill_epochs", "allocate", "resume")  # that need --data
 
 
@@ -53,9 +52,8 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--allocate",
-        action="store_true",
-        default=None,
-        help="share the bits out among the blocks by what the errors of each cost (default: all the same)",
+        action=argparse.BooleanOptionalAction,
+        help="share the bits out among the blocks by what an error of each costs (the default), or give all the same",
     )
     data.add_argument(
         "--resume", action="store_true", default=None, help="go on with what a kill left in DIR/refinement"
@@ -154,8 +152,8 @@ def _recipe(args: argparse.Namespace) -> Any:
     if args.distill_epochs is not None and recipe.distillation is not None:
         schedule = replace(recipe.distillation, epochs=args.distill_epochs) if args.distill_epochs else None
         recipe = replace(recipe, distillation=schedule)
-    if args.allocate:
-        recipe = replace(recipe, allocation_rows=ALLOCATION_ROWS)
+    if args.allocate is False:
+        recipe = replace(recipe, allocation_rows=0)
     return recipe
 
 

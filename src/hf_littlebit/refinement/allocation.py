@@ -33,7 +33,7 @@ from ..placement import input_device
 from ..plan import Plan, plan_model
 from .blocks import BlockList, Calls
 
-__all__ = ["allocate", "measure_costs", "shares"]
+__all__ = ["allocate", "can_share", "measure_costs", "shares"]
 
 LEAST, MOST = 0.6, 1.5  # of the bits asked, for one block
 NOISE = 0.1  # of a block's squared change; tuned blocks of 0.55 bits have 0.1 to 0.2 where they begin
@@ -130,7 +130,13 @@ def measure_costs(
 def _usable(plan: Plan, prefix: str) -> float:
     """Bits per weight that some layer under `prefix` can use: there its rank is the smaller of its sides."""
     sides = [(w.out_features, w.in_features) for w in plan.weights if w.module.startswith(prefix)]
-    return min((1 + min(pair) / max(pair) for pair in sides), default=math.inf)
+    return min((1 + min(pair) / max(pair) for pair in sides), default=0.0)
+
+
+def can_share(config: LittleBitConfig, plan: Plan, blocks: BlockList) -> bool:
+    """Whether bits can be shared out: some blocks can use more than are asked, and their number is asked and not their ranks."""
+    usable = [_usable(plan, f"{name}.") for name in blocks.names]
+    return len(usable) > 1 and config.bpw is not None and not config.ranks and max(usable) > config.bpw
 
 
 def allocate(model: nn.Module, config: LittleBitConfig, blocks: BlockList, costs: Sequence[float]) -> LittleBitConfig:

@@ -33,7 +33,7 @@ class Recipe:
     batch: int = 1
     rates: Rates = field(default_factory=lambda: Rates(latents=1e-3, scales=2e-3, rest=1e-3))
     importance_rows: int = 16
-    allocation_rows: int = 0
+    allocation_rows: int = 8
     distillation: Schedule | None = field(default_factory=Schedule)
 
 

@@ -44,7 +44,7 @@ from ..train.cpu_attention import cpu_attention
 from ..train.resume import OPTIONS, fingerprint, keep_options, model_fingerprint
 from ..train.topk import TopKTeacher
 from ..weight_plan import WeightPlan
-from .allocation import allocate, measure_costs
+from .allocation import allocate, can_share, measure_costs
 from .blocks import Calls, find_blocks
 from .distillation import Schedule, affordable, distil, teacher_of, time_needed
 from .experts import ExpertCounts, warn_of_unseen
@@ -150,7 +150,7 @@ class _Refinement:
         self.journal = Journal(folder)
         keep_options(folder, self._made_of(), resumed=os.path.isfile(self.journal.path(OPTIONS)))
         self.blocks.check(self.rows[:1].long())
-        if self.recipe.allocation_rows:
+        if self.recipe.allocation_rows and can_share(self.config, self.plan, self.blocks):
             self._allocate()
         for message in (*self.plan.warnings(), *self.tables.warnings()):
             logger.warning("%s", message)
