@@ -36,7 +36,7 @@ CALIBRATION = 32  # examples
 class LittleBitTrainer(Trainer):
     """A Trainer with a LittleBitCallback of its own, a learning rate each for latents and scales, no weight decay on them,
     and a packed model as a starting point. Its loss and its log are methods of its own; it changes neither the model's forward
-    nor anything of transformers.
+    nor anything of transformers. While it trains on a CPU with bf16 instructions, attention is that of cpu_attention.py.
 
     Args:
         config, teacher: as for LittleBitCallback, which may be given among `callbacks` instead.
