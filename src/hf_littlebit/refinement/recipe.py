@@ -12,7 +12,7 @@ from torch import Tensor
 from .distillation import Schedule
 from .tuning import Rates
 
-__all__ = ["Recipe", "as_tokens", "block_rows", "check_vocabulary"]
+__all__ = ["Recipe", "as_tokens", "block_rows", "check_vocabulary", "spread_rows"]
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,18 @@ def check_vocabulary(tokens: Tensor, size: int) -> None:
         )
 
 
+def spread_rows(rows: Tensor, count: int) -> Tensor:
+    """`count` of `rows` [rows, length], at equal distances, or all where there are no more."""
+    count = min(count, len(rows))
+    return rows[torch.arange(count) * len(rows) // count]
+
+
 def block_rows(tokens: Tensor, recipe: Recipe) -> Tensor:
     """The rows that blocks are tuned on: some from all over `tokens` [rows, length], cut into equal pieces where they are long.
 
     A step of one short row costs half of one twice as long, and attention within it a quarter; and steps are what tuning needs.
     """
     length = tokens.shape[1]
-    count = min(len(tokens), max(2, recipe.block_tokens // length))
-    rows = tokens[torch.arange(count) * len(tokens) // count]
+    rows = spread_rows(tokens, max(2, recipe.block_tokens // length))
     pieces = next(count for count in range(1, length + 1) if length % count == 0 and length // count <= recipe.length)
     return rows.reshape(len(rows) * pieces, length // pieces)

@@ -50,7 +50,7 @@ from .distillation import Schedule, affordable, distil, teacher_of, time_needed
 from .experts import ExpertCounts, warn_of_unseen
 from .factoring import block_importance, factor_block, restore_block
 from .journal import Journal, Watch
-from .recipe import Recipe, as_tokens, block_rows, check_vocabulary
+from .recipe import Recipe, as_tokens, block_rows, check_vocabulary, spread_rows
 from .streams import Stream
 from .tuning import tune_block
 
@@ -185,10 +185,9 @@ class _Refinement:
         """Give every block the bits that its errors are worth (allocation.py), or those that an earlier run has found."""
         found = self.journal.read_allocation()
         if found is None:
-            count = min(self.recipe.allocation_rows, len(self.rows))
             costs = measure_costs(
                 self.blocks,
-                self.rows[torch.arange(count) * len(self.rows) // count],
+                spread_rows(self.rows, self.recipe.allocation_rows),
                 device=self.device,
                 dtype=self.compute,
                 seed=self.config.seed,
