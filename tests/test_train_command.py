@@ -94,13 +94,91 @@ def test_a_training_goes_on_with_the_loss_that_it_began_with(tmp_path, monkeypat
     assert found == [("relative", HIDDEN_WEIGHT)] * 2 + [("mean_square", 10 / 2048)]
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, stories):
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    words = ["quantize", stories, "--bpw", "2", "--init", "dual_svid", "--weights-only", "--base-model", "me/dense"]
+    assert main([*words, "--out", str(folder)]) == 0
+    return str(folder)
+
+
+def test_a_packed_model_is_trained_on(tmp_path, capsys, stories, packed, text):
+    short = ["--length", 16, "--cpu", "--steps", 6, "--batch-size", 2, "--seed", 3, "--save-steps", 3]
+    words = [packed, "--teacher", stories, "--data", text, *short, "--out", tmp_path / "out"]
+    assert run(*words) == 0
+    report = json.loads((tmp_path / "out" / "training.json").read_text())
+    found = report["perplexity"]
+    assert list(found) == ["teacher", "before training", "packed"]
+    assert found["teacher"] < found["packed"] < found["before training"]
+    assert all("kd_loss" in entry for entry in report["history"] if "loss" in entry)
+    before, after = load(packed), load(str(tmp_path / "out"))
+    assert after.config.quantization_config.to_dict() == before.config.quantization_config.to_dict()
+    assert (
+        after.dtype == before.dtype
+        and size_report(packed).total_bytes == size_report(str(tmp_path / "out")).total_bytes
+    )
+    # A kill between the last checkpoint and the end costs nothing, and another teacher is another training.
+    whole = after.state_dict()
+    for name in ("training.json", "model.safetensors", "config.json"):
+        (tmp_path / "out" / name).unlink()
+    other = load(stories)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    assert run(*words, "--resume", "--teacher", tmp_path / "other") == 2
+    assert "started with the teacher" in capsys.readouterr().err
+    assert run(*words, "--resume") == 0
+    again = load(str(tmp_path / "out")).state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_text_that_is_given_and_written(tmp_path, stories, packed, text, monkeypatch):
+    seen = []
+
+    def fit(model, arguments, *, train_dataset, eval_dataset, **options):
+        seen.append((train_dataset.tokens, eval_dataset.tokens))
+        raise ValueError("this is all")
+
+    monkeypatch.setattr("hf_littlebit.train.trainer.LittleBitTrainer", fit)
+    for data in ([text], [text, "self"]):
+        words = [packed, "--teacher", stories, "--length", 32, "--cpu", "--data", *data, "--out", tmp_path / "out"]
+        assert run(*words, "--blocks", 40) == 2
+    (alone, held_out), (mixed, same) = seen
+    assert len(alone) == 36 and len(mixed) == 36
+    rows = {tuple(row) for row in torch.cat([alone, held_out]).tolist()}
+    assert sum(tuple(row) in rows for row in mixed.tolist()) == 18 and all(tuple(row) in rows for row in same.tolist())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name the dense model with --teacher (it was made of me/dense)"),
+        (["--bpw", "2", "--teacher", "self"], "leave out --bpw"),
+        (["--init", "admm"], "--bpw is missing"),
+        (["--no-teacher", "--data", "self"], "would write poor text"),
+        (["--teacher", "./nothing"], "./nothing does not exist"),
+    ],
+)
+def test_refusals_of_a_packed_model(tmp_path, capsys, packed, text, words, message):
+    assert run(packed, "--data", text, "--out", tmp_path / "out", "--cpu", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_model_needs_its_bits(tmp_path, capsys, stories, text):
+    assert run(stories, "--data", text, "--out", tmp_path / "out") == 2
+    assert "--bpw is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--steps", "0"], "--steps is 0"),
         (["--lr", "2"], "--lr is 2"),
         (["--length", "4096"], "--length is 4096"),
-        (["--data", "self", "more.txt"], "stands alone"),
+        (["--data", "self", "self"], "names self twice"),
+        (["--teacher", "dense", "--no-teacher"], "exclude each other"),
         (["--resume"], "no complete checkpoint to resume"),
         (["--init", "best"], "init is 'best'"),
         (["--format", "latent"], "train packs its result"),

@@ -74,10 +74,10 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
 
     train = add(
         "train",
-        "train the bits of a dense model by distillation, and pack it",
+        "train the bits of a dense or quantized model by distillation, and pack it",
         "train org/model --bpw 0.3 --data corpus.txt --steps 1000 --out packed",
     )
-    _add_method(train, required=True, steps="--init-steps")
+    _add_method(train, required=False, steps="--init-steps")
     train_command.add_options(train)
 
     pack = add(
@@ -231,7 +231,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def quantization_config(args: argparse.Namespace) -> Any:
-    """The LittleBitConfig that the options of `quantize`, `info`, `bench` or `tune` say, or None if there are none.
+    """The LittleBitConfig that the options of a command say, or None if there are none.
 
     Raises:
         ValueError: for options without --bpw, and for values that LittleBitConfig refuses.
@@ -258,6 +258,8 @@ def quantization_config(args: argparse.Namespace) -> Any:
     if args.command == "quantize":
         options.update(svd_device=args.device, workers=args.workers)
     given = {name: value for name, value in options.items() if value is not None}
+    if args.command == "train" and set(given) == {"seed"}:
+        return None  # which is the training's, too
     if given and args.bpw is None:
         raise ValueError("--bpw is missing; say how many bits per weight to keep, e.g. --bpw 0.55")
     return LittleBitConfig(**given) if given else None

@@ -13,11 +13,11 @@ from typing import Any
 
 from ..load.replacement import LEFT_OVER
 from .out_folder import check_empty, check_folder
+from .text import DATA_HELP, Text, check_names, text_length
 
 __all__ = ["add_refine_options", "check_refine_options", "check_refine_out", "quantize_on_text", "remove_work"]
 
 WORK = "refinement"  # folder within --out
-LENGTH = 512  # the longest block of text by default
 TOKENS = 262_144  # of text by default
 WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which takes as long as using it
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
@@ -33,8 +33,7 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
         "--data",
         metavar="TEXT",
         nargs="+",
-        help="text files, folders, Hub datasets (org/name[:config][@split]), `self`: the model writes the text; or both: it "
-        "writes as much as is given, so that it unlearns less of what your text is not about",
+        help=DATA_HELP,
     )
     data.add_argument("--column", metavar="NAME", help="of datasets and JSON lines (default: text)")
     data.add_argument(
@@ -73,8 +72,7 @@ def check_refine_options(args: argparse.Namespace) -> None:
                 f"--{given[0].replace('_', '-')} is for refinement on text; add --data TEXT, or leave it out"
             )
         return
-    if args.data.count("self") > 1:
-        raise ValueError("--data names self twice; once is enough: the model writes as much text as is given")
+    check_names(args.data)
     if args.format not in (None, "packed"):
         raise ValueError(f"--format is {args.format!r}, but refinement ends with a packed model; use littlebit train")
     for name, least in (("epochs", 0), ("distill_epochs", 0)):
@@ -107,39 +105,42 @@ def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokeniz
     from ..refinement.refinement import refine
     from ..report.guard import Check, block_loss
 
-    length, rows = _sizes(args, source)
+    length = text_length(args.length, source.config)
+    work = os.path.join(args.out, WORK)
+    text = Text(args.data, args.column or "text", length, args.seed or 0, work, WRITTEN)
+    rows = _rows(args, text)
     recipe = _recipe(args)
     model = model_class(source.config).from_pretrained(args.model, dtype=args.dtype)
-    blocks = _text(args, model, tokenizer, length, rows)
+    blocks = text.first(model, tokenizer, rows)
+    if len(blocks) < FEWEST:
+        raise ValueError(
+            f"the text has {len(blocks)} block(s) of {length} tokens; at least {FEWEST} are needed: give more text or less "
+            "--length"
+        )
     check = None
     if not args.no_check:
         blocks, held_out = blocks.split(max(1, min(CHECK_ROWS, len(blocks) // 10)))
         dense = block_loss(model, held_out.tokens)
-    if _is_mixed(args):
-        blocks = _mixed(blocks, _written(args, model, tokenizer, length, len(blocks)))
-    model = refine(model, config, blocks, recipe=recipe, folder=os.path.join(args.out, WORK), device=args.device)
+    blocks = text.whole(model, tokenizer, blocks)
+    model = refine(model, config, blocks, recipe=recipe, folder=work, device=args.device)
     if not args.no_check:
         vocabulary = model.get_input_embeddings().num_embeddings
-        what = "text that the dense model wrote" if args.data == ["self"] else "the end of the text, which was held out"
+        what = "text that the dense model wrote" if text.written else "the end of the text, which was held out"
         count = len(held_out) * (length - 1)
         check = Check(dense, block_loss(model, held_out.tokens), count, vocabulary, what)
     return model, check
 
 
-def _sizes(args: argparse.Namespace, source: Any) -> tuple[int, int]:
-    """Tokens per block of text, and the most blocks."""
-    context = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    length = min(context, LENGTH) if args.length is None else args.length
-    if not 2 <= length <= context:
-        raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")
-    default = WRITTEN_TOKENS if args.data == ["self"] else TOKENS
+def _rows(args: argparse.Namespace, text: Text) -> int:
+    """The most blocks of text."""
+    default = WRITTEN_TOKENS if text.written else TOKENS
     tokens = default if args.tokens is None else args.tokens
-    fewest = 2 * FEWEST if _is_mixed(args) else FEWEST
-    if tokens // length < fewest:
+    fewest = 2 * FEWEST if text.mixed else FEWEST
+    if tokens // text.length < fewest:
         raise ValueError(
-            f"--tokens is {tokens}; at least {fewest} blocks of {length} are needed (--length makes them shorter)"
+            f"--tokens is {tokens}; at least {fewest} blocks of {text.length} are needed (--length makes them shorter)"
         )
-    return length, tokens // length
+    return tokens // text.length
 
 
 def _recipe(args: argparse.Namespace) -> Any:
@@ -155,48 +156,6 @@ def _recipe(args: argparse.Namespace) -> Any:
     if args.allocate is False:
         recipe = replace(recipe, allocation_rows=0)
     return recipe
-
-
-def _text(args: argparse.Namespace, model: Any, tokenizer: Any, length: int, rows: int) -> Any:
-    """The TokenBlocks that --data stands for."""
-    from ..train.data import read_texts, text_blocks
-
-    if args.data == ["self"]:
-        blocks = _written(args, model, tokenizer, length, rows)
-    else:
-        column, names = args.column or "text", [name for name in args.data if name != "self"]
-        blocks = text_blocks(
-            read_texts(names, column), tokenizer, length, column, rows // 2 if _is_mixed(args) else rows
-        )
-    if len(blocks) < FEWEST:
-        raise ValueError(
-            f"the text has {len(blocks)} block(s) of {length} tokens; at least {FEWEST} are needed: give more text or less "
-            "--length"
-        )
-    return blocks
-
-
-def _is_mixed(args: argparse.Namespace) -> bool:
-    """Whether the model writes a part of the text."""
-    return "self" in args.data and args.data != ["self"]
-
-
-def _written(args: argparse.Namespace, model: Any, tokenizer: Any, length: int, rows: int) -> Any:
-    """TokenBlocks that the model writes, kept with the work."""
-    from ..train.data import sample_blocks
-
-    work = os.path.join(args.out, WORK)
-    return sample_blocks(model, tokenizer, rows, length, seed=args.seed or 0, batch_size=WRITTEN, cache=work)
-
-
-def _mixed(given: Any, written: Any) -> Any:
-    """TokenBlocks of both, shuffled: rows that are chosen from among them at equal distances are of both kinds as well."""
-    import torch
-
-    from ..train.data import TokenBlocks
-
-    both = torch.cat([given.tokens, written.tokens])
-    return TokenBlocks(both[torch.randperm(len(both), generator=torch.Generator().manual_seed(0))])
 
 
 def remove_work(out: str) -> None:

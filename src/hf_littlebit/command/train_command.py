@@ -1,4 +1,7 @@
-"""`littlebit train`: a dense model and some text in, a trained and packed model out, with a plot of how it went.
+"""`littlebit train`: a model and some text in, a trained and packed model out, with a plot of how it went.
+
+The model is a dense one, which is its own teacher, or one that is quantized already (refined, say, or trained on other
+text), beside which the dense one is named as the teacher.
 
 Under `accelerate launch` or `torchrun` every process runs all of it, with a share of each batch; the first one alone writes
 files and the report, and makes the text that the others then read.
@@ -7,23 +10,22 @@ files and the report, and makes the text that the others then read.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 from contextlib import nullcontext
 from typing import Any
 
 from .out_folder import check_folder
+from .text import DATA_HELP, Text, check_names, text_length
+from .training_report import REPORT, perplexity, write_report
 
 __all__ = ["add_options", "run_train"]
 
 HELD_OUT = 64  # blocks for evaluation where no --eval is given, but at most a tenth of the data
 EVALUATIONS = 5  # during training
 CHECKPOINTS = "checkpoints"  # folder within --out
-CONTEXT = 512  # the longest block by default
+WRITTEN = 1000  # blocks where the model writes all of the text
 SAVED = 500  # the most steps between checkpoints by default
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-REPORT = "training.json"  # the last file that is written
 SAME = (
     "steps",
     "batch-size",
@@ -40,7 +42,14 @@ WAIT = 24 * 3600  # seconds that processes wait for each other: for the first to
 
 def add_options(train: argparse.ArgumentParser) -> None:
     """The options of `train` besides those of the method."""
-    train.add_argument("model", metavar="MODEL", help="folder or Hub id of a dense model; it is the teacher too")
+    train.add_argument(
+        "model", metavar="MODEL", help="folder or Hub id of a dense model, or of a quantized one to train on"
+    )
+    train.add_argument(
+        "--teacher",
+        metavar="DENSE",
+        help="folder or Hub id of the model to imitate (default: a dense MODEL; a quantized one has none)",
+    )
     train.add_argument("--out", metavar="DIR", required=True, help="folder for the packed model, plot and checkpoints")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR/checkpoints")
     data = train.add_argument_group("the data")
@@ -49,13 +58,13 @@ def add_options(train: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         nargs="+",
         required=True,
-        help="text files, folders, Hub datasets (org/name[:config][@split]), or `self`: the teacher writes the text",
+        help=DATA_HELP,
     )
     data.add_argument("--eval", metavar="TEXT", nargs="+", help="held-out text (default: the last blocks of the data)")
     data.add_argument("--column", metavar="NAME", default="text", help="of datasets and JSON lines (default: text)")
     data.add_argument("--length", metavar="N", type=int, help="tokens per block (default: the context, at most 512)")
     data.add_argument(
-        "--blocks", metavar="N", type=int, help="read or write so many blocks (default: all; self: 1,000)"
+        "--blocks", metavar="N", type=int, help="read or write so many blocks (default: all; self alone: 1,000)"
     )
     how = train.add_argument_group("the training")
     how.add_argument("--steps", metavar="N", type=int, default=300, help="optimizer steps (default: 300)")
@@ -75,7 +84,7 @@ def add_options(train: argparse.ArgumentParser) -> None:
 
 
 def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
-    """`littlebit train`; `config` is the LittleBitConfig of the options, `tokenizer` the model's."""
+    """`littlebit train`; `config` is the LittleBitConfig of the options or None, `tokenizer` the model's."""
     import torch
     from transformers import TrainingArguments, set_seed
 
@@ -86,24 +95,24 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     from ..load.tables import plan_tables
     from ..report.size import size_report
     from ..train.callback import LittleBitCallback
-    from ..train.data import read_texts, sample_blocks, text_blocks
+    from ..train.data import read_texts, text_blocks
     from ..train.distill import HIDDEN_WEIGHT
-    from ..train.resume import fingerprint, keep_options, kept_options
+    from ..train.resume import fingerprint, keep_options, kept_options, model_fingerprint
     from ..train.trainer import LEARNING_RATE, LittleBitTrainer
 
     checkpoint = _check(args)
     source = find_source(args.model)
-    if source.quantization is not None:
-        raise ValueError(f"{args.model} is quantized already; start from the dense model, which is the teacher too")
-    context = getattr(source.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
-    length = min(context, CONTEXT) if args.length is None else args.length
-    if not 2 <= length <= context:
-        raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")
+    method = _method(args, config, source)
+    length = text_length(args.length, source.config)
     seed = args.seed or 0
     set_seed(seed)
     # Before TrainingArguments, which have engines take apart whatever is loaded after them.
     model = model_class(source.config).from_pretrained(args.model, dtype="float32")
-    plan_tables(model, config)  # refused before there is any work
+    teacher = None
+    if args.teacher is not None:
+        teacher = model_class(find_source(args.teacher).config).from_pretrained(args.teacher, dtype="float32").eval()
+    if config is not None:
+        plan_tables(model, config)  # refused before there is any work
     checkpoints = os.path.join(args.out, CHECKPOINTS)
     every = max(1, args.steps // EVALUATIONS)
     arguments = TrainingArguments(
@@ -130,28 +139,37 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     main = arguments.process_index == 0
     # The others have no folder of their own to write to, and write nothing.
     with replacement(args.out) if main else nullcontext(args.out) as folder:
-        model.to(arguments.device)
+        for each in (model, teacher):
+            if each is not None:
+                each.to(arguments.device)
+        writer = model if teacher is None else teacher
+        text = Text(args.data, args.column, length, seed, checkpoints)
         with arguments.main_process_first(desc="the text"):
-            if args.data == ["self"]:
-                blocks = sample_blocks(model, tokenizer, args.blocks or 1000, length, seed=seed, cache=checkpoints)
-            else:
-                blocks = text_blocks(read_texts(args.data, args.column), tokenizer, length, args.column, args.blocks)
+            blocks = text.first(writer, tokenizer, args.blocks or (WRITTEN if text.written else None))
             if args.eval:
                 held_out = text_blocks(read_texts(args.eval, args.column), tokenizer, length, args.column, HELD_OUT)
             else:
                 blocks, held_out = blocks.split(max(1, min(HELD_OUT, len(blocks) // 10)))
+            blocks = text.whole(writer, tokenizer, blocks)
         # Only whole batches: where processes share them, Trainer weighs those of another size wrongly.
         whole = (size for size in range(args.batch_size, 0, -1) if len(held_out) % size == 0)
         arguments.per_device_eval_batch_size = next(whole)
         made_of = {f"--{name}": getattr(args, name.replace("-", "_")) for name in SAME}
-        made_of |= {"the method": config.to_dict(), "--length": length, "the text": fingerprint(blocks.tokens)}
+        made_of |= {"the method": method.to_dict(), "--length": length}
+        made_of |= {"the text": fingerprint(blocks.tokens), "the model": model_fingerprint(model).hex()}
+        made_of["the teacher"] = None if teacher is None else model_fingerprint(teacher).hex()
         minimised: dict[str, Any] = {"hidden_error": "relative", "hidden_weight": HIDDEN_WEIGHT}
         if args.resume and LOSS not in kept_options(checkpoints):
             minimised = FORMER_LOSS
         keep_options(checkpoints, made_of | {LOSS: minimised}, args.resume, arguments.process_index == 0)
-        dense = _evaluate(model, arguments, held_out)
+        losses = {}
+        if config is not None:
+            losses["dense"] = _evaluate(model, arguments, held_out)
+        if teacher is not None:
+            losses["teacher"] = _evaluate(teacher, arguments, held_out)
         dtype = resolve_dtype(source.config.dtype) if args.dtype == "auto" else getattr(torch, args.dtype)
-        callback = LittleBitCallback(config, None if args.no_teacher else "self", dtype=dtype, **minimised)
+        imitated = None if args.no_teacher else teacher or "self"
+        callback = LittleBitCallback(config, imitated, dtype=dtype, **minimised)
         trainer = LittleBitTrainer(model, arguments, callbacks=[callback], train_dataset=blocks, eval_dataset=held_out)
         with refused_writes(checkpoints):
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -162,20 +180,22 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         trainer.save_model(folder)
         if not main:
             return 0
+        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+        losses["before training"] = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+        losses["packed"] = packed
         size = size_report(folder)
         report = {
             "model": args.model if not os.path.isdir(args.model) else os.path.basename(os.path.realpath(args.model)),
             "bpw": size.bpw,
             "steps": args.steps,
             "tokens_per_step": args.batch_size * args.accumulate * length * arguments.world_size,
-            "perplexity": {"dense": perplexity(dense), "packed": perplexity(packed)},
-            "history": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+            "perplexity": {name: perplexity(loss) for name, loss in losses.items()},
+            "history": history,
         }
-        _write(folder, report)
+        write_report(folder, report)
     print(size.table())
-    first = next(entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry)
     print(f"\nperplexity on {len(held_out)} held-out blocks of {length} tokens")
-    for name, loss in (("dense", dense), ("before training", first), ("packed", packed)):
+    for name, loss in losses.items():
         print(f"  {name:<16}{perplexity(loss):.4g}")
     print(f"saved to {args.out}")
     return 0
@@ -194,8 +214,9 @@ def _check(args: argparse.Namespace) -> str | None:
         raise ValueError(
             f"--format is {args.format!r}, but train packs its result; the checkpoints in --out are latent"
         )
-    if "self" in args.data and len(args.data) > 1:
-        raise ValueError("--data self stands alone: the teacher writes all of the text")
+    check_names(args.data)
+    if args.teacher is not None and args.no_teacher:
+        raise ValueError("--teacher and --no-teacher exclude each other; leave one out")
     from ..train.resume import last_checkpoint
 
     out = args.out
@@ -210,6 +231,36 @@ def _check(args: argparse.Namespace) -> str | None:
     if args.resume and not found:
         raise ValueError(f"{kept} holds no complete checkpoint to resume from; leave out --resume")
     return found
+
+
+def _method(args: argparse.Namespace, config: Any, source: Any) -> Any:
+    """The LittleBitConfig of what is trained: `config`, as the options have it for a dense model, or that of a quantized one.
+
+    Raises:
+        ValueError: for options that do not fit the model that the training starts from.
+    """
+    method = source.quantization
+    if method is None:
+        if config is None:
+            raise ValueError("--bpw is missing; say how many bits per weight to keep, e.g. --bpw 0.55")
+        return config
+    if config is not None:
+        raise ValueError(
+            f"{args.model} is quantized already, at {method.bpw:g} bits; leave out --bpw and the rest of the method to train "
+            "it on, or start from the dense model"
+        )
+    if args.teacher is None and not args.no_teacher:
+        known = f" (it was made of {method.base_model})" if method.base_model else ""
+        raise ValueError(
+            f"{args.model} is quantized already, so it cannot be the teacher; name the dense model with --teacher{known}, or "
+            "learn from the text alone with --no-teacher"
+        )
+    if args.teacher is None and "self" in args.data:
+        raise ValueError(
+            f"--data self: {args.model} is quantized already, and would write poor text; give other --data, or name the dense "
+            "model with --teacher"
+        )
+    return method
 
 
 def _evaluate(model: Any, arguments: Any, blocks: Any) -> float:
@@ -232,37 +283,3 @@ def _evaluate(model: Any, arguments: Any, blocks: Any) -> float:
     if dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss); infinity where that is no number any more."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _write(out: str, report: dict[str, Any]) -> None:
-    """training.json, and training.png where matplotlib is installed."""
-    with open(os.path.join(out, REPORT), "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=1)
-    try:
-        import matplotlib
-    except ImportError:
-        print("note: no plot is drawn, because matplotlib is not installed: pip install 'hf-littlebit[plot]'")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    history = report["history"]
-    steps = [(entry["step"], entry.get("kd_loss", entry["loss"])) for entry in history if "loss" in entry]
-    evaluated = [(entry["step"], perplexity(entry["eval_loss"])) for entry in history if "eval_loss" in entry]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    left.plot(*zip(*steps, strict=True), color="#3b7dd8")
-    left.set(xlabel="step", ylabel="loss in training, nats per token", yscale="log")
-    right.plot(*zip(*evaluated, strict=True), marker="o", color="#d1495b", label="trained")
-    right.axhline(report["perplexity"]["dense"], linestyle="--", color="black", linewidth=1, label="dense, 16 bits")
-    right.set(xlabel="step", ylabel="perplexity, held-out text", yscale="log")
-    right.legend()
-    for axis in (left, right):
-        axis.grid(alpha=0.3, which="both")
-    figure.suptitle(f"{report['model']} at {report['bpw']:.3g} bits per weight")
-    figure.savefig(os.path.join(out, "training.png"), dpi=130)
-    plt.close(figure)

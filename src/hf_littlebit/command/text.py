@@ -1,0 +1,104 @@
+"""The text that --data names: what is read, what a model writes, or as much of each.
+
+`self` among the names stands for the model. Alone it writes all of the text; beside others it writes as much as they give, so that
+the quantized model unlearns less of what the given text is not about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..train.data import TokenBlocks
+
+__all__ = ["DATA_HELP", "Text", "check_names", "text_length"]
+
+LENGTH = 512  # tokens of the longest block by default
+
+DATA_HELP = (
+    "text files, folders, Hub datasets (org/name[:config][@split]), `self`: the model writes the text; or both: it writes as "
+    "much as is given, so that less is unlearnt of what your text is not about"
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What --data and its companions say.
+
+    Attributes:
+        names: of files, folders and datasets, and `self`.
+        column: of datasets and JSON lines. length: tokens per block.
+        writes: blocks that a model writes at a time, which decides what it writes. seed: of that. cache: folder that keeps it.
+    """
+
+    names: Sequence[str]
+    column: str
+    length: int
+    seed: int
+    cache: str
+    writes: int = 16
+
+    @property
+    def written(self) -> bool:
+        """Whether the model writes all of it."""
+        return list(self.names) == ["self"]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the model writes a half."""
+        return "self" in self.names and not self.written
+
+    def first(self, model: Any, tokenizer: Any, rows: int | None) -> TokenBlocks:
+        """What is read; what `model` writes if that is all. `rows` blocks at most, of what is to come with the other half."""
+        from ..train.data import read_texts, text_blocks
+
+        if self.written:
+            assert rows is not None
+            return self._sample(model, tokenizer, rows)
+        names = [name for name in self.names if name != "self"]
+        most = rows // 2 if self.mixed and rows is not None else rows
+        return text_blocks(read_texts(names, self.column), tokenizer, self.length, self.column, most)
+
+    def whole(self, model: Any, tokenizer: Any, given: TokenBlocks) -> TokenBlocks:
+        """`given`, and where `model` writes a half of the text, as many blocks of it, shuffled: rows that are chosen from among
+        them at equal distances are of both kinds as well."""
+        if not self.mixed:
+            return given
+        import torch
+
+        from ..train.data import TokenBlocks
+
+        both = torch.cat([given.tokens, self._sample(model, tokenizer, len(given)).tokens])
+        return TokenBlocks(both[torch.randperm(len(both), generator=torch.Generator().manual_seed(0))])
+
+    def _sample(self, model: Any, tokenizer: Any, rows: int) -> TokenBlocks:
+        from ..train.data import sample_blocks
+
+        return sample_blocks(
+            model, tokenizer, rows, self.length, seed=self.seed, batch_size=self.writes, cache=self.cache
+        )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse impossible names of --data before anything is loaded.
+
+    Raises:
+        ValueError: if `self` is named twice.
+    """
+    if list(names).count("self") > 1:
+        raise ValueError("--data names self twice; once is enough: the model writes as much text as is given")
+
+
+def text_length(asked: int | None, config: Any) -> int:
+    """Tokens per block: as `asked` by --length, or the context of the model with this `config`, at most LENGTH.
+
+    Raises:
+        ValueError: if it is no length for this model.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    length = min(context, LENGTH) if asked is None else asked
+    if not 2 <= length <= context:
+        raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")
+    return int(length)
