@@ -14,7 +14,7 @@ from hf_littlebit import Recipe, TopKTeacher, refine
 from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.plan import plan_model
 from hf_littlebit.refinement import distillation, refinement, tuning
-from hf_littlebit.refinement.allocation import NOISE, SLOPE, measure_costs, shares
+from hf_littlebit.refinement.allocation import NOISE, SLOPE, can_share, measure_costs, shares
 from hf_littlebit.refinement.blocks import BlockList, Calls, find_blocks
 from hf_littlebit.refinement.distillation import Schedule, settle_latents
 from hf_littlebit.refinement.recipe import as_tokens, block_rows
@@ -291,13 +291,22 @@ def test_a_block_that_stays_dense_has_no_share(tmp_path):
     assert list(model.config.quantization_config.module_config) == ["model.layers.1.*"]
 
 
-@pytest.mark.parametrize("options", [{"bpw": 2.5}, {"bpw": 1.2, "ranks": {"*.up_proj": [24]}}])
+@pytest.mark.parametrize("options", [{"bpw": 3.2}, {"bpw": 1.2, "ranks": {"*.up_proj": [24]}}])
 def test_bits_that_cannot_be_shared_are_not(options, tmp_path):
     """More than the layers can use, and ranks that were asked for."""
     recipe = Recipe(epochs=0.1, distillation=None)
     model = refine(build("llama"), config(**options), TOKENS, recipe=recipe, folder=tmp_path, progress=False)
     assert not model.config.quantization_config.module_config
     assert not (tmp_path / "allocation.json").exists()
+
+
+@pytest.mark.parametrize(("residual", "full"), [(False, 1.5), (True, 3.0)])
+def test_full_ranks_of_all_paths_can_be_used(residual, full):
+    """Of layers of 32 x 64, one path's signs at full rank are 1.5 bits per weight."""
+    model = build("llama")
+    for bpw, can in ((0.9 * full, True), (1.1 * full, False)):
+        asked = config(bpw=bpw, residual=residual)
+        assert can_share(asked, plan_model(model, asked), blocks_of(model)) is can
 
 
 def test_costs_that_are_no_numbers_are_refused():

@@ -128,9 +128,10 @@ def measure_costs(
 
 
 def _usable(plan: Plan, prefix: str) -> float:
-    """Bits per weight that some layer under `prefix` can use: there its rank is the smaller of its sides."""
-    sides = [(w.out_features, w.in_features) for w in plan.weights if w.module.startswith(prefix)]
-    return min((1 + min(pair) / max(pair) for pair in sides), default=0.0)
+    """Bits per weight of the signs of the first layer under `prefix` that has its full rank, in as many paths as are planned."""
+    inside = [weight for weight in plan.weights if weight.module.startswith(prefix)]
+    sides = [(len(weight.ranks), weight.out_features, weight.in_features) for weight in inside]
+    return min((paths * (1 + min(pair) / max(pair)) for paths, *pair in sides), default=0.0)
 
 
 def can_share(config: LittleBitConfig, plan: Plan, blocks: BlockList) -> bool:
