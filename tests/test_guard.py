@@ -10,6 +10,8 @@ from test_card import stub_hub
 
 from hf_littlebit.command import text_free
 from hf_littlebit.command.cli import main
+from hf_littlebit.refinement.blocks import BlockList, NoChain
+from hf_littlebit.refinement.journal import Journal
 from hf_littlebit.report import upload
 from hf_littlebit.report.card import evaluation_of, model_card, write_card
 from hf_littlebit.report.evaluate import perplexity
@@ -67,15 +69,58 @@ def test_quantize_says_that_a_model_is_not_usable(stories, tmp_path, capfd, monk
     assert UNUSABLE in pushed and said[0].split()[3] in pushed and "me/small" in pushed
 
 
-def test_quantize_fits_a_model_to_its_own_text(stories, tmp_path, capfd):
+def short(monkeypatch, **more):
+    monkeypatch.setattr(text_free, "SHORT", {**text_free.SHORT, "tokens": 4096, **more})
+
+
+def test_quantize_refines_a_model_on_its_own_text(stories, tmp_path, capfd, monkeypatch):
     """At the same bits the default is better than the weights alone, and the line says so."""
     perplexities = []
+    short(monkeypatch)
     for options in ((), ("--weights-only",)):
         command = ["quantize", stories, "--bpw", "2.5", "--steps", "10", *options, "--out"]
         assert main([*command, str(tmp_path / f"packed{len(options)}")]) == 0
         (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("perplexity")]
         perplexities.append(float(line.split()[3].replace(",", "")))
     assert perplexities[0] < perplexities[1]
+    assert not (tmp_path / "packed0" / "refinement").exists()
+
+
+def test_a_kill_without_text_is_gone_on_from(stories, tmp_path, capfd, monkeypatch):
+    short(monkeypatch, distill_epochs=0.0)
+    command = ["quantize", stories, "--bpw", "2.5", "--steps", "10", "--out", str(tmp_path / "out")]
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "note", killed)
+    assert main(command) == 130
+    monkeypatch.undo()
+    short(monkeypatch, distill_epochs=0.0)
+    assert main(command) == 2
+    assert "add --resume" in capfd.readouterr().err
+    assert main([*command, "--resume", "--weights-only"]) == 2
+    assert "--weights-only makes none" in capfd.readouterr().err
+    assert main([*command, "--resume", "--init", "dual_svid"]) == 2
+    assert "these weights are quantized alone" in capfd.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert not (tmp_path / "out" / "refinement").exists()
+
+
+def test_weights_alone_where_blocks_are_no_chain_or_latents_are_asked_for(stories, tmp_path, capfd, monkeypatch):
+    def refused(self, tokens):
+        raise NoChain("its blocks are a tree")
+
+    short(monkeypatch)
+    monkeypatch.setattr(BlockList, "check", refused)
+    command = ["quantize", stories, "--bpw", "2.5", "--steps", "10", "--out"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    out, err = capfd.readouterr()
+    assert "note: the weights alone are quantized: its blocks are a tree" in err and "perplexity" in out
+    assert not (tmp_path / "out" / "refinement").exists()
+    assert main([*command, str(tmp_path / "latent"), "--format", "latent"]) == 0
+    assert "a tree" not in capfd.readouterr().err
+    assert load(str(tmp_path / "latent")).config.quantization_config.format == "latent"
 
 
 def test_the_check_can_be_left_out(stories, tmp_path, capfd):

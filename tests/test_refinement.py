@@ -15,7 +15,7 @@ from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.plan import plan_model
 from hf_littlebit.refinement import distillation, refinement, tuning
 from hf_littlebit.refinement.allocation import NOISE, SLOPE, can_share, measure_costs, shares
-from hf_littlebit.refinement.blocks import BlockList, Calls, find_blocks
+from hf_littlebit.refinement.blocks import BlockList, Calls, NoChain, find_blocks
 from hf_littlebit.refinement.distillation import Schedule, settle_latents
 from hf_littlebit.refinement.recipe import as_tokens, block_rows
 from hf_littlebit.refinement.tuning import Rates, relative_error, tune_block
@@ -71,10 +71,16 @@ def test_arguments_that_depend_on_tokens_are_asked_for_every_batch():
 def test_models_that_are_no_chain_are_refused():
     model = build("llama")
     model.model.layers[0].forward = lambda hidden_states, **unused: model.model.layers[1](hidden_states, **unused)
-    with pytest.raises(ValueError, match="as a chain"):
+    with pytest.raises(NoChain, match="as a chain"):
         blocks_of(model).check(TOKENS[:1])
-    with pytest.raises(ValueError, match="list of blocks"):
+    with pytest.raises(NoChain, match="list of blocks"):
         find_blocks(build("llama"), ["lm_head"])
+    other = build("llama")
+    first = other.model.layers[0]
+    first.forward = lambda states, **unused: states
+    other.model.forward = lambda input_ids, **unused: first(states=other.get_input_embeddings()(input_ids))
+    with pytest.raises(NoChain, match="not called with hidden states"):
+        blocks_of(other).check(TOKENS[:1])
 
 
 def test_relative_error_counts_every_token_alike():
@@ -110,6 +116,21 @@ def test_tuning_brings_every_block_nearer(family, tmp_path):
         )
         untuned = (start(TOKENS).logits - dense(TOKENS).logits).norm()
     assert tuned < 0.9 * untuned
+
+
+def test_one_huge_token_is_not_all_that_is_refined():
+    """A massive activation: the first token of every text has a hidden state a thousand times larger than the others."""
+    tokens = torch.randint(4, 128, (72, 24), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = 3
+    dense = build("llama")
+    dense.get_input_embeddings().weight.data[3] *= 1000
+    asked = config(bpw=2.0, init="admm", steps=10)
+    alone = latent_model(copy.deepcopy(dense), asked, progress=False)
+    refined = refine(copy.deepcopy(dense), asked, tokens[:64], recipe=BLOCKS_ALONE, progress=False)
+    with torch.no_grad():
+        wanted, *found = (model(tokens[64:]).logits[:, 1:] for model in (dense, alone, refined))
+    errors = [(each - wanted).norm() for each in found]
+    assert errors[1] < 0.85 * errors[0]
 
 
 def test_best_state_is_kept_and_bad_steps_are_not_taken():

@@ -14,7 +14,6 @@ from torch import nn
 from hf_littlebit import LittleBitConfig, latent_model, pack_model, size_report, unpack_model
 from hf_littlebit.layers.table import PackedEmbedding, PackedHead, TableWeight
 from hf_littlebit.load.tables import pack_tables, plan_tables, table_modules
-from hf_littlebit.refinement.fitting import fit_model
 from hf_littlebit.refinement.refinement import Recipe, refine
 
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
@@ -423,16 +422,11 @@ def test_families_without_tables_are_as_they_were():
     assert plan_tables(build("llama"), config()).tables == []
 
 
-@pytest.mark.parametrize("way", ["fitted", "refined"])
-def test_models_that_saw_text_have_tables_too(way, tmp_path):
-    dense = build("llama")
+def test_models_that_saw_text_have_tables_too(tmp_path):
     tokens = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(0))
     asked = LittleBitConfig(bpw=2.5, init="admm", steps=5, embedding_bits=8, head_bits=8)
-    if way == "fitted":
-        model = fit_model(dense, asked, tokens, progress=False)
-    else:
-        recipe = Recipe(block_tokens=128, length=32, epochs=1.0, importance_rows=2, distillation=None)
-        model = refine(dense, asked, tokens, recipe=recipe, progress=False)
+    recipe = Recipe(block_tokens=128, length=32, epochs=1.0, importance_rows=2, distillation=None)
+    model = refine(build("llama"), asked, tokens, recipe=recipe, progress=False)
     model.save_pretrained(tmp_path)
     names = set(load_file(tmp_path / "model.safetensors"))
     assert any(name.endswith("embed_tokens.codes") for name in names) and "model.embed_tokens.weight" not in names

@@ -17,7 +17,6 @@ from hf_littlebit import latent_model, pack_model, refine, size_report, unpack_m
 from hf_littlebit.command.cli import main
 from hf_littlebit.layers.table import PackedEmbedding, PackedHead
 from hf_littlebit.load.tables import pack_tables, table_modules
-from hf_littlebit.refinement.fitting import fit_model
 from hf_littlebit.train.callback import LittleBitCallback
 from hf_littlebit.train.resume import model_fingerprint
 from hf_littlebit.train.trainer import LittleBitTrainer
@@ -168,12 +167,11 @@ def test_what_cannot_be_packed_is_refused_before_training(tmp_path, capsys, capl
     assert text in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("quantize", [refine, fit_model])
-def test_what_cannot_be_packed_is_refused_before_any_layer_is_fitted(quantize):
+def test_what_cannot_be_packed_is_refused_before_any_layer_is_refined():
     model = build("llama_tied")
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match="one table, stored once; give embedding_bits and head_bits the same value"):
-        quantize(model, config(embedding_bits=8, head_bits=4), torch.randint(3, 128, (12, 16)), progress=False)
+        refine(model, config(embedding_bits=8, head_bits=4), torch.randint(3, 128, (12, 16)), progress=False)
     assert not hasattr(model.config, "quantization_config")
     equal_states(model, before)
 

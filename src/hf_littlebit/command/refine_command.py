@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +17,16 @@ from ..load.replacement import LEFT_OVER
 from .out_folder import check_empty, check_folder
 from .text import DATA_HELP, Text, check_names, text_length
 
-__all__ = ["add_refine_options", "check_refine_options", "check_refine_out", "quantize_on_text", "remove_work"]
+__all__ = [
+    "HEADROOM",
+    "WORKSPACE",
+    "add_refine_options",
+    "check_refine_options",
+    "check_refine_out",
+    "on_gpu",
+    "quantize_on_text",
+    "remove_work",
+]
 
 WORK = "refinement"  # folder within --out
 TOKENS = 262_144  # of text by default
@@ -23,12 +34,15 @@ WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which tak
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
 WRITTEN = 64  # blocks that a model writes at a time
-OPTIONS = ("column", "length", "tokens", "epochs", "distill_epochs", "allocate", "resume")  # that need --data
+HEADROOM, WORKSPACE = 1.25, 1.5e9  # memory of a dense model's forward: times its size, and bytes on top
+OPTIONS = ("column", "length", "tokens", "epochs", "distill_epochs", "allocate")  # that need --data
 
 
 def add_refine_options(quantize: argparse.ArgumentParser) -> None:
     """The options of `quantize` for refinement on text."""
-    data = quantize.add_argument_group("refinement on text (minutes to hours; without --data nothing is trained)")
+    data = quantize.add_argument_group(
+        "refinement on text, in an hour or so (without --data: on little that the model writes, in minutes)"
+    )
     data.add_argument(
         "--data",
         metavar="TEXT",
@@ -71,6 +85,8 @@ def check_refine_options(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{given[0].replace('_', '-')} is for refinement on text; add --data TEXT, or leave it out"
             )
+        if args.resume and args.weights_only:
+            raise ValueError("--resume goes on with a refinement, and --weights-only makes none; leave one out")
         return
     check_names(args.data)
     if args.format not in (None, "packed"):
@@ -107,21 +123,22 @@ def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokeniz
 
     length = text_length(args.length, source.config)
     work = os.path.join(args.out, WORK)
-    text = Text(args.data, args.column or "text", length, args.seed or 0, work, WRITTEN)
+    text = Text(args.data, args.column or "text", length, config.seed % 2**31, work, WRITTEN)
     rows = _rows(args, text)
     recipe = _recipe(args)
     model = model_class(source.config).from_pretrained(args.model, dtype=args.dtype)
-    blocks = text.first(model, tokenizer, rows)
-    if len(blocks) < FEWEST:
-        raise ValueError(
-            f"the text has {len(blocks)} block(s) of {length} tokens; at least {FEWEST} are needed: give more text or less "
-            "--length"
-        )
     check = None
-    if not args.no_check:
-        blocks, held_out = blocks.split(max(1, min(CHECK_ROWS, len(blocks) // 10)))
-        dense = block_loss(model, held_out.tokens)
-    blocks = text.whole(model, tokenizer, blocks)
+    with on_gpu(model, args.device):
+        blocks = text.first(model, tokenizer, rows)
+        if len(blocks) < FEWEST:
+            raise ValueError(
+                f"the text has {len(blocks)} block(s) of {length} tokens; at least {FEWEST} are needed: give more text or "
+                "less --length"
+            )
+        if not args.no_check:
+            blocks, held_out = blocks.split(max(1, min(CHECK_ROWS, len(blocks) // 10)))
+            dense = block_loss(model, held_out.tokens)
+        blocks = text.whole(model, tokenizer, blocks)
     model = refine(model, config, blocks, recipe=recipe, folder=work, device=args.device)
     if not args.no_check:
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -129,6 +146,24 @@ def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokeniz
         count = len(held_out) * (length - 1)
         check = Check(dense, block_loss(model, held_out.tokens), count, vocabulary, what)
     return model, check
+
+
+@contextmanager
+def on_gpu(model: Any, device: str | None) -> Iterator[None]:
+    """Have a dense `model` on `device`, or on the GPU that there is if None, where it fits; it comes back afterwards."""
+    import torch
+
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    size = sum(value.numel() * value.element_size() for value in model.parameters())
+    if torch.device(wanted).type != "cuda" or HEADROOM * size + WORKSPACE > torch.cuda.mem_get_info(wanted)[0]:
+        yield
+        return
+    home = model.device
+    try:
+        model.to(wanted)
+        yield
+    finally:
+        model.to(home)
 
 
 def _rows(args: argparse.Namespace, text: Text) -> int:

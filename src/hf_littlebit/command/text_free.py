@@ -1,6 +1,6 @@
 """`littlebit quantize` without text: the best start that takes minutes, and a look at what came out.
 
-    fitted          a causal model that fits into memory writes a little text, its layers are fitted to that (refinement/fitting.py)
+    refined         a causal model that fits into memory writes a little text, and is refined on that (refine_command.py)
     weights alone   any other, and with --weights-only: each weight is factorized as it is read, as by from_pretrained
 
 Either way the dense and the packed model are compared on text that the dense one wrote, before it is let go. What cannot be done
@@ -13,11 +13,14 @@ import argparse
 import sys
 from typing import Any
 
+from .refine_command import HEADROOM, WORKSPACE, on_gpu, quantize_on_text
+
 __all__ = ["add_options", "quantize_without_text"]
 
-FIT_ROWS, CHECK_ROWS, LENGTH = 16, 8, 256  # blocks of text, and tokens in each
-HEADROOM, WORKSPACE = 1.25, 1.5e9  # memory of the work: times the dense model, and bytes on top
-FITTED_INIT = "admm"  # the other initialisers are for comparison, and stay as published
+# What a minute of writing gives, and three of refining SmolLM2-135M; more of it is --data self (docs/real_model.md).
+SHORT = {"data": ["self"], "tokens": 16_384, "epochs": 1.0, "distill_epochs": 4.0}
+REFINED_INIT = "admm"  # the other initialisers are for comparison, and stay as published
+CHECK_ROWS, LENGTH = 8, 256  # blocks of text for the check of weights alone, and tokens in each
 
 
 def add_options(group: Any) -> None:
@@ -25,8 +28,8 @@ def add_options(group: Any) -> None:
     group.add_argument(
         "--weights-only",
         action="store_true",
-        help="factorize the weights alone as they are read: less memory, and much worse (default: fit the layers to a little "
-        "text that the model writes)",
+        help="factorize the weights alone as they are read: less memory, and much worse (default: refine the model on a little "
+        "text that it writes)",
     )
     group.add_argument("--no-check", action="store_true", help="do not compare the result with the dense model")
 
@@ -37,43 +40,45 @@ def quantize_without_text(args: argparse.Namespace, config: Any, source: Any, to
     Args:
         config: the LittleBitConfig of the options. source: of load/source.py, dense. tokenizer: the model's, or None.
     """
-    from ..load.meta_model import empty_model, model_class
-    from ..refinement.fitting import NotFittable, fit_model
+    from ..load.meta_model import empty_model
+    from ..refinement.blocks import NoChain
+
+    obstacle = _obstacle(empty_model(source.config), tokenizer, args.dtype)
+    alone = args.weights_only or config.init != REFINED_INIT or config.format == "latent"
+    if obstacle and not (alone and args.no_check):
+        print(f"note: the weights alone are quantized, and nothing is checked: {obstacle}", file=sys.stderr)
+    if not (obstacle or alone):
+        try:
+            return quantize_on_text(argparse.Namespace(**{**vars(args), **SHORT}), config, source, tokenizer)
+        except NoChain as error:
+            print(f"note: the weights alone are quantized: {error}", file=sys.stderr)
+    if args.resume:
+        raise ValueError("--resume goes on with a refinement, but these weights are quantized alone; leave it out")
+    return _quantize_weights(args, config, source, tokenizer, checked=not (obstacle or args.no_check))
+
+
+def _quantize_weights(
+    args: argparse.Namespace, config: Any, source: Any, tokenizer: Any, checked: bool
+) -> tuple[Any, Any]:
+    """The same for the weights alone."""
+    from ..load.meta_model import model_class
     from ..report.guard import Check, block_loss
     from ..train.data import sample_blocks
 
     load = model_class(source.config).from_pretrained
-    obstacle = _obstacle(empty_model(source.config), tokenizer, args.dtype)
-    fitted = not args.weights_only and config.init == FITTED_INIT
-    dense = check = None
-    rows = (FIT_ROWS if fitted else 0) + (0 if args.no_check else CHECK_ROWS)
-    if obstacle and rows:
-        print(f"note: the weights alone are quantized, and nothing is checked: {obstacle}", file=sys.stderr)
-    elif rows:
+    if checked:
         model = load(args.model, dtype=args.dtype)
-        if args.device and _fits_gpu(model, args.device):
-            model.to(args.device)
         context = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-        length = min(LENGTH, context)
-        tokens = sample_blocks(model, tokenizer, rows, length, seed=config.seed % 2**31, batch_size=rows).tokens
-        held_out = tokens[rows - CHECK_ROWS :]
-        if not args.no_check:
-            dense = block_loss(model, held_out)
-        if fitted:
-            try:
-                model = fit_model(model, config, tokens[:FIT_ROWS])
-            except NotFittable as error:
-                print(f"note: the weights alone are quantized: {error}", file=sys.stderr)
-                fitted = False
-        if not fitted:
-            del model  # before the other one is loaded
-    if obstacle or not (rows and fitted):
-        model = load(args.model, quantization_config=config, dtype=args.dtype)
-    if dense is not None:
-        vocabulary = model.get_input_embeddings().num_embeddings
-        count = CHECK_ROWS * (held_out.shape[1] - 1)
-        check = Check(dense, block_loss(model, held_out), count, vocabulary, "text that the dense model wrote")
-    return model, check
+        length, seed = min(LENGTH, context), config.seed % 2**31
+        with on_gpu(model, args.device):
+            tokens = sample_blocks(model, tokenizer, CHECK_ROWS, length, seed=seed, batch_size=CHECK_ROWS).tokens
+            dense = block_loss(model, tokens)
+        del model  # before the other one is loaded
+    model = load(args.model, quantization_config=config, dtype=args.dtype)
+    if not checked:
+        return model, None
+    vocabulary, count = model.get_input_embeddings().num_embeddings, CHECK_ROWS * (length - 1)
+    return model, Check(dense, block_loss(model, tokens), count, vocabulary, "text that the dense model wrote")
 
 
 def _obstacle(model: Any, tokenizer: Any, dtype: str) -> str:
@@ -94,13 +99,3 @@ def _obstacle(model: Any, tokenizer: Any, dtype: str) -> str:
     if free is not None and need > free:
         return f"that takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     return ""
-
-
-def _fits_gpu(model: Any, device: str) -> bool:
-    """Whether the work on a dense model fits on `device`, too; on the CPU it does, and elsewhere that is not known."""
-    import torch
-
-    if torch.device(device).type != "cuda":
-        return torch.device(device).type == "cpu"
-    size = sum(value.numel() * value.element_size() for value in model.parameters())
-    return HEADROOM * size + WORKSPACE < torch.cuda.mem_get_info(device)[0]

@@ -16,7 +16,7 @@ from ..layers.path import Path
 from ..layers.precision import exact_fp32
 from ..layers.sign import sign
 
-__all__ = ["fit_rank", "refit_scales", "root_importance", "squared_norm"]
+__all__ = ["refit_scales", "root_importance", "squared_norm"]
 
 IMPORTANCE_FLOOR = 1e-8  # of the largest importance: a dead input still keeps a scale
 
@@ -50,11 +50,11 @@ def refit_scales(
             scale_out = _fit_side(u, wb, bb, scale_rank, scale_out)
             a = u * scale_out[:, None]
             aa = a.T @ a
-            scale_rank = fit_rank(aa * bb, (a * wb).sum(0), scale_rank)
+            scale_rank = _fit_rank(aa * bb, (a * wb).sum(0), scale_rank)
             wa = w.T @ a
             scale_in = _fit_side(v, wa, aa, scale_rank, scale_in)
             b = v * scale_in[:, None]
-            scale_rank = fit_rank(aa * (b.T @ b), (b * wa).sum(0), scale_rank)
+            scale_rank = _fit_rank(aa * (b.T @ b), (b * wa).sum(0), scale_rank)
         after = squared_norm(w - Path(u, v, scale_out, scale_rank, scale_in).dense())
         # Written so that a NaN in `after` keeps the old scales too.
         return Path(path.u, path.v, scale_out / rows, scale_rank, scale_in / cols) if after < before else path
@@ -98,7 +98,7 @@ def _fit_side(binary: Tensor, product: Tensor, gram: Tensor, scale_rank: Tensor,
     return torch.where(denominator > 1e-30, numerator / denominator.clamp_min(1e-30), old)
 
 
-def fit_rank(normal: Tensor, moments: Tensor, old: Tensor) -> Tensor:
+def _fit_rank(normal: Tensor, moments: Tensor, old: Tensor) -> Tensor:
     """scale_rank [r] from normal scale_rank = moments; in fp64, since repeated columns make these nearly singular."""
     normal, moments = normal.double(), moments.double()
     mean = normal.diagonal().mean()

@@ -23,7 +23,6 @@ from transformers.core_model_loading import ConversionOps
 from ..config import LittleBitConfig
 from ..initialize.calibration import Importance
 from ..initialize.factorize import factorize
-from ..initialize.outputs import refit_to_outputs
 from ..internals.accelerate import offload_beside
 from ..layers.experts import LittleBitExperts
 from ..layers.linear import FactorModule
@@ -54,14 +53,12 @@ def factor_weight(
     plan: WeightPlan,
     config: LittleBitConfig,
     importance: Importance | None = None,
-    gram: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """{parameter name in the model: tensor} for one dense weight [out, in], or [experts, out, in].
 
     Args:
         weight: on any device; `config.svd_device` factorizes, if there is one.
         importance: where the weight's errors cost most (calibration.py); None counts all alike.
-        gram: second moments [in, in] of the layer's inputs, that the scales are refitted for in the end (outputs.py).
 
     Raises:
         ValueError: for a weight of another shape, of integers, or with NaN or Inf; the message names the layer.
@@ -95,8 +92,6 @@ def factor_weight(
             col_importance=None if importance is None else importance.cols,
             name=name,
         )
-        if gram is not None and config.refit_rounds != 0:
-            found = _for_outputs(matrix.to(device), found, gram.to(device))
         for path in found:
             for scale in (path.scale_out, path.scale_rank, path.scale_in):
                 check_range(scale, scale_dtype, name)
@@ -110,15 +105,6 @@ def factor_weight(
     else:
         parts = pack_parts(paths(weight, plan.name), scale_dtype)
     return {f"{plan.module}.{part_name(plan.weight, part)}": value.to(home) for part, value in parts.items()}
-
-
-def _for_outputs(matrix: Tensor, paths: list[Path], gram: Tensor) -> list[Path]:
-    """`paths` with the scales of each refitted for what the others leave of `matrix` [out, in], by the outputs' errors."""
-    paths = list(paths)
-    for index, path in enumerate(paths):
-        others = [other.dense() for at, other in enumerate(paths) if at != index]
-        paths[index] = refit_to_outputs(matrix.float() - sum(others), path, gram)
-    return paths
 
 
 def check_range(scale: Tensor, dtype: torch.dtype, name: str) -> None:

@@ -20,7 +20,11 @@ from transformers import PreTrainedModel
 
 from ..placement import input_device
 
-__all__ = ["BlockList", "Call", "Calls", "find_blocks"]
+__all__ = ["BlockList", "Call", "Calls", "NoChain", "find_blocks"]
+
+
+class NoChain(ValueError):
+    """A model that is not made of blocks which are called one after the other, so that it cannot be refined; it is as it was."""
 
 
 class Call(NamedTuple):
@@ -74,7 +78,8 @@ class BlockList:
         """Run the model on `tokens` [rows, length] once, to see that its blocks are a chain.
 
         Raises:
-            ValueError: if a block is left out, called twice or out of order, or makes hidden states of another shape.
+            NoChain: if a block is left out, called twice or out of order, makes hidden states of another shape, or is not called
+                with hidden states.
         """
         order: list[str] = []
         shapes: list[tuple[Any, ...]] = []
@@ -94,11 +99,16 @@ class BlockList:
         try:
             with torch.no_grad():
                 self._forward(tokens, self._one_logit)
+        except (LookupError, TypeError, AttributeError) as error:
+            # What `note` makes of a block that is called in another way than with hidden states, first or by that name.
+            raise NoChain(
+                f"a block of {type(self.model).__name__} is not called with hidden states ({error})"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
         if order != list(self.names) or len(set(shapes)) != 1:
-            raise ValueError(
+            raise NoChain(
                 f"{type(self.model).__name__} does not call its {len(self)} blocks as a chain (called: {len(order)}, shapes of "
                 f"hidden states: {len(set(shapes))}), so they cannot be refined one after the other; use littlebit train"
             )
@@ -226,7 +236,7 @@ def find_blocks(model: PreTrainedModel, planned: Sequence[str]) -> BlockList:
     and pictures), the one with the most planned modules is the language model's.
 
     Raises:
-        ValueError: if no list of modules holds any of them.
+        NoChain: if no list of modules holds any of them.
     """
     best: tuple[int, list[str]] = (0, [])
     outer: tuple[str, ...] = ()
@@ -240,7 +250,7 @@ def find_blocks(model: PreTrainedModel, planned: Sequence[str]) -> BlockList:
         if held > best[0]:
             best = held, [prefix + key for key in dict(module.named_children())]
     if not best[0]:
-        raise ValueError(
+        raise NoChain(
             f"{type(model).__name__} keeps none of its layers in a list of blocks, which refinement goes through one by one; "
             "use littlebit train, or quantize it without text"
         )
