@@ -17,7 +17,7 @@ from hf_littlebit.refinement import distillation, refinement, tuning
 from hf_littlebit.refinement.allocation import NOISE, SLOPE, can_share, measure_costs, shares
 from hf_littlebit.refinement.blocks import BlockList, Calls, NoChain, find_blocks
 from hf_littlebit.refinement.distillation import Schedule, settle_latents
-from hf_littlebit.refinement.recipe import as_tokens, block_rows
+from hf_littlebit.refinement.recipe import as_tokens, block_rows, distilled_rows
 from hf_littlebit.refinement.tuning import Rates, relative_error, tune_block
 
 TOKENS = torch.randint(3, 128, (20, 24), generator=torch.Generator().manual_seed(0))
@@ -268,6 +268,17 @@ def test_a_refinement_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert len(calls) == 3  # the first block was not tuned again
     for name, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_long_texts_are_read_once_and_short_ones_four_times():
+    for rows, length, kept, steps in ((100, 512, 100, 400), (768, 512, 768, 1536), (5000, 512, 1536, 1536)):
+        tokens = torch.zeros(rows, length)
+        distilled = distilled_rows(tokens, Schedule())
+        assert len(distilled) == kept and Schedule().steps(*distilled.shape) == steps
+        assert (
+            distilled_rows(tokens, Schedule(epochs=2)) is tokens and Schedule(epochs=2).steps(rows, length) == 2 * rows
+        )
+    assert Schedule(batch=2).steps(100, 512) == 200
 
 
 def test_without_memory_the_distillation_is_left_out(monkeypatch, caplog):

@@ -31,12 +31,14 @@ from ..train.resume import last_checkpoint
 from ..train.topk import TopKTeacher, save_topk
 from ..train.trainer import LittleBitTrainer
 
-__all__ = ["Schedule", "affordable", "distil", "memory_needed", "settle_latents", "teacher_of", "time_needed"]
+__all__ = ["SEEN", "Schedule", "affordable", "distil", "memory_needed", "settle_latents", "teacher_of", "time_needed"]
 
 logger = logging.getLogger("hf_littlebit")
 LIKELIEST = 64  # tokens that are kept of the teacher for every position
 ROWS = 4  # at a time for the teacher
 WORKSPACE = 2e9  # bytes for a step's activations and logits
+# Tokens of the default, over an hour of a core for SmolLM2-135M; a text that is read again teaches less (docs/refinement.md).
+SEEN, MOST_EPOCHS = 786_432, 4.0
 SAVES = 8  # checkpoints of a distillation, of which the last is kept
 
 
@@ -45,20 +47,22 @@ class Schedule:
     """How long the whole model is distilled, and at what rates.
 
     Attributes:
-        epochs: passes over the rows. batch: rows per step.
+        epochs: passes over the rows; None for those that make SEEN tokens, at most MOST_EPOCHS, and of a longer text a part from
+            all over it (recipe.distilled_rows). batch: rows per step.
         latents, scales, rest: learning rates of U and V, of the scales, and of norms and biases. 0 for the latents leaves all
             signs as they are.
     """
 
-    epochs: float = 4.0
+    epochs: float | None = None
     batch: int = 1
     latents: float = 5e-4
     scales: float = 1e-3
     rest: float = 2e-4
 
-    def steps(self, rows: int) -> int:
-        """Optimizer steps over so many rows."""
-        return max(1, math.ceil(self.epochs * rows / self.batch))
+    def steps(self, rows: int, length: int) -> int:
+        """Optimizer steps over so many rows of `length` tokens."""
+        epochs = min(MOST_EPOCHS, SEEN / (rows * length)) if self.epochs is None else self.epochs
+        return max(1, math.ceil(epochs * rows / self.batch))
 
 
 def memory_needed(model: PreTrainedModel, plan: Plan) -> float:
@@ -87,15 +91,16 @@ def affordable(schedule: Schedule | None, model: PreTrainedModel, plan: Plan, de
 
 
 def time_needed(
-    model: PreTrainedModel, plan: Plan, schedule: Schedule, tokens: int, blocks: int, tuning: float
+    model: PreTrainedModel, plan: Plan, schedule: Schedule, tokens: Tensor, blocks: int, tuning: float
 ) -> float:
-    """Seconds that a distillation over `tokens` takes, about, where a block's tuning takes `tuning` seconds per token.
+    """Seconds that a distillation takes, about, where a block's tuning takes `tuning` seconds per token.
 
     A step of the whole model is one of its `blocks` and of the head, which costs two products where a latent costs three.
     """
     head: Any = model.get_output_embeddings()
     size = 0 if head is None else head.weight.numel()
-    return schedule.epochs * tokens * tuning * blocks * (1 + 2 / 3 * size / max(1, _latents(plan)))
+    seen = schedule.steps(*tokens.shape) * schedule.batch * tokens.shape[1]
+    return seen * tuning * blocks * (1 + 2 / 3 * size / max(1, _latents(plan)))
 
 
 def teacher_of(model: PreTrainedModel, tokens: Tensor, folder: str, dtype: torch.dtype) -> TopKTeacher:
@@ -151,7 +156,7 @@ def distil(
     for parameter in latents:
         parameter.requires_grad_(True)
     settle_latents(model)
-    steps = schedule.steps(len(tokens))
+    steps = schedule.steps(*tokens.shape)
     arguments = TrainingArguments(
         folder,
         max_steps=steps,

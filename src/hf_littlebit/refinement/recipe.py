@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distillation import Schedule
+from .distillation import SEEN, Schedule
 from .tuning import Rates
 
-__all__ = ["Recipe", "as_tokens", "block_rows", "check_vocabulary", "spread_rows"]
+__all__ = ["Recipe", "as_tokens", "block_rows", "check_vocabulary", "distilled_rows", "spread_rows"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ def spread_rows(rows: Tensor, count: int) -> Tensor:
     """`count` of `rows` [rows, length], at equal distances, or all where there are no more."""
     count = min(count, len(rows))
     return rows[torch.arange(count) * len(rows) // count]
+
+
+def distilled_rows(tokens: Tensor, schedule: Schedule) -> Tensor:
+    """The rows of `tokens` [rows, length] that the whole model is distilled on: all, or by default at most SEEN tokens."""
+    return tokens if schedule.epochs is not None else spread_rows(tokens, max(1, SEEN // tokens.shape[1]))
 
 
 def block_rows(tokens: Tensor, recipe: Recipe) -> Tensor:

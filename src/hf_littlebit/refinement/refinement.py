@@ -50,7 +50,7 @@ from .distillation import Schedule, affordable, distil, teacher_of, time_needed
 from .experts import ExpertCounts, warn_of_unseen
 from .factoring import block_importance, factor_block, restore_block
 from .journal import Journal, Watch
-from .recipe import Recipe, as_tokens, block_rows, check_vocabulary, spread_rows
+from .recipe import Recipe, as_tokens, block_rows, check_vocabulary, distilled_rows, spread_rows
 from .streams import Stream
 from .tuning import tune_block
 
@@ -158,7 +158,8 @@ class _Refinement:
         self.schedule = affordable(self.recipe.distillation, self.model, self.plan, self.device)
         teacher = None
         if self.schedule is not None:
-            teacher = teacher_of(self.model, self.tokens, self.journal.path("teacher"), self.compute)
+            self.distilled = distilled_rows(self.tokens, self.schedule)
+            teacher = teacher_of(self.model, self.distilled, self.journal.path("teacher"), self.compute)
         for index in range(len(self.journal.blocks)):
             self._restore(index)
             pack_modules(self.blocks[index])
@@ -237,7 +238,7 @@ class _Refinement:
         if self.schedule is not None and figures["steps"]:
             tokens = figures["steps"] * self.batch * self.rows.shape[1]
             tuning = figures["seconds"]["tune"][0] / tokens
-            end = time_needed(self.model, self.plan, self.schedule, self.tokens.numel(), len(self.blocks), tuning)
+            end = time_needed(self.model, self.plan, self.schedule, self.distilled, len(self.blocks), tuning)
             parts.append(f"{end / 60:.0f} for the distillation of the whole model")
         bar.write(f"about {' and '.join(parts)}", file=sys.stderr)
 
@@ -328,7 +329,7 @@ class _Refinement:
         finish(self.model, LittleBitHfQuantizer(self.config))
         distil(
             self.model,
-            self.tokens,
+            self.distilled,
             teacher,
             schedule,
             self.journal.path("checkpoints"),
