@@ -73,7 +73,8 @@ def main() -> None:
     minutes = "-"
     if args.packed is None:
         start = time.perf_counter()
-        if littlebit(["quantize", str(dense), "--bpw", str(args.bpw), "--overwrite", *args.rest, "--out", str(packed)]):
+        again = "--resume" if (packed / "refinement").is_dir() else "--overwrite"  # after a run that was interrupted
+        if littlebit(["quantize", str(dense), "--bpw", str(args.bpw), again, *args.rest, "--out", str(packed)]):
             sys.exit(1)
         minutes = f"{(time.perf_counter() - start) / 60:.0f}"
     tokenizer = AutoTokenizer.from_pretrained(dense)

@@ -1,6 +1,7 @@
 """What is said of a model that was just quantized: on the command line, and in its card."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -102,9 +103,19 @@ def test_a_kill_without_text_is_gone_on_from(stories, tmp_path, capfd, monkeypat
     assert main([*command, "--resume", "--weights-only"]) == 2
     assert "--weights-only makes none" in capfd.readouterr().err
     assert main([*command, "--resume", "--init", "dual_svid"]) == 2
-    assert "these weights are quantized alone" in capfd.readouterr().err
+    assert "quantized alone; give --overwrite in its place" in capfd.readouterr().err
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
     assert main([*command, "--resume"]) == 0
     assert not (tmp_path / "out" / "refinement").exists()
+    # What was begun can be discarded, too.
+    assert main([*command[:-1], str(tmp_path / "other"), "--overwrite", "--init", "dual_svid"]) == 0
+    assert not (tmp_path / "other" / "refinement").exists()
+
+
+def test_tables_that_there_cannot_be_are_refused_before_there_is_text(stories, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert main(["quantize", stories, "--bpw", "2.5", "--embedding-bits", "8", "--out", str(out)]) == 2
+    assert "the same value" in capfd.readouterr().err and not out.exists()
 
 
 def test_weights_alone_where_blocks_are_no_chain_or_latents_are_asked_for(stories, tmp_path, capfd, monkeypatch):
@@ -148,7 +159,7 @@ def test_what_cannot_be_checked_is_said(family_dir, stories, tmp_path, capfd, mo
     monkeypatch.setattr("hf_littlebit.placement.free_memory", lambda device: 1e9)
     assert main(["quantize", stories, "--bpw", "4", "--steps", "5", "--out", str(tmp_path / "packed")]) == 0
     out, err = capfd.readouterr()
-    assert "the weights alone are quantized, and nothing is checked: that takes about 1.5 GB" in err
+    assert "the weights alone are quantized, and nothing is checked: that takes about 2.5 GB" in err
     assert "perplexity" not in out
 
 

@@ -117,7 +117,7 @@ def test_bits_are_shared_out_unless_that_is_left_out(more, stories, text, tmp_pa
     "more, message",
     [
         (["--epochs", "-1"], "--epochs is -1; it must be 0 or more"),
-        (["--epochs", "0"], "leave out --data"),
+        (["--epochs", "0"], "give --weights-only"),
         (["--tokens", "40"], "at least 4 blocks of 32"),
         (["--tokens", "224", "--data", "self", "other.txt"], "at least 8 blocks of 32"),
         (["--length", "4096"], "the model's context of 512"),

@@ -1,6 +1,7 @@
 """`littlebit train`: from a dense model and a text to a packed model, and its refusals."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_resume_and_self_written_text(tmp_path, capsys, caplog, stories):
     for option, value, was in (("--lr", 1e-3, "None"), ("--bpw", 2.5, "'bpw': 2.0"), ("--length", 12, "16")):
         assert run(*words, "--out", tmp_path / "whole", "--steps", 6, "--resume", option, value) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "this training was started with" in error and was in error, error
+        assert "this work was started with" in error and was in error, error
     assert run(*words, "--out", tmp_path / "whole", "--steps", 6, "--resume") == 0
     assert "checkpoint-6 is passed over" in caplog.text
     again = load(str(tmp_path / "whole")).state_dict()
@@ -127,7 +128,7 @@ def test_a_packed_model_is_trained_on(tmp_path, capsys, stories, packed, text):
     other.save_pretrained(tmp_path / "other")
     capsys.readouterr()
     assert run(*words, "--resume", "--teacher", tmp_path / "other") == 2
-    assert "started with the teacher" in capsys.readouterr().err
+    assert "started with another teacher" in capsys.readouterr().err
     assert run(*words, "--resume") == 0
     again = load(str(tmp_path / "out")).state_dict()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -155,12 +156,20 @@ def test_text_that_is_given_and_written(tmp_path, stories, packed, text, monkeyp
     [
         ([], "name the dense model with --teacher (it was made of me/dense)"),
         (["--bpw", "2", "--teacher", "self"], "leave out --bpw"),
-        (["--init", "admm"], "--bpw is missing"),
+        (["--init", "admm"], "leave them out to train a quantized model on"),
+        (["--teacher", "PACKED"], "is quantized; name the dense model"),
+        (["--teacher", "OTHER"], "a vocabulary of 300 tokens"),
+        (["--teacher", "DENSE", "--data", "TEXT", "self", "--blocks", "3"], "--blocks is 3; it must be at least 4"),
         (["--no-teacher", "--data", "self"], "would write poor text"),
         (["--teacher", "./nothing"], "./nothing does not exist"),
     ],
 )
-def test_refusals_of_a_packed_model(tmp_path, capsys, packed, text, words, message):
+def test_refusals_of_a_packed_model(tmp_path, capsys, stories, packed, text, words, message):
+    shutil.copytree(stories, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    known = {"PACKED": packed, "OTHER": tmp_path / "other", "DENSE": stories, "TEXT": text}
+    words = [known.get(word, word) for word in words]
     assert run(packed, "--data", text, "--out", tmp_path / "out", "--cpu", *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -258,8 +258,14 @@ def quantization_config(args: argparse.Namespace) -> Any:
     if args.command == "quantize":
         options.update(svd_device=args.device, workers=args.workers)
     given = {name: value for name, value in options.items() if value is not None}
-    if args.command == "train" and set(given) == {"seed"}:
-        return None  # which is the training's, too
+    if args.command == "train" and args.bpw is None:
+        given.pop("seed", None)  # which is the training's, too
+        if given:
+            raise ValueError(
+                f"options of the method ({', '.join(given)}) are for a dense model, which needs --bpw too; leave them out to train "
+                "a quantized model on"
+            )
+        return None
     if given and args.bpw is None:
         raise ValueError("--bpw is missing; say how many bits per weight to keep, e.g. --bpw 0.55")
     return LittleBitConfig(**given) if given else None

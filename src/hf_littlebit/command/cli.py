@@ -19,7 +19,7 @@ from typing import Any
 from .arguments import build_parser, quantization_config
 from .memory import keep_freed_memory
 from .out_folder import check_empty
-from .refine_command import check_refine_options, check_refine_out, quantize_on_text, remove_work
+from .refine_command import check_refine_options, check_refine_out, discard_work, quantize_on_text, remove_work
 from .terminal import guarded, short
 from .train_command import run_train
 
@@ -99,6 +99,7 @@ def run_quantize(args: argparse.Namespace) -> int:
         _device(args)
     tokenizer = _tokenizer(args.model, required=args.data is not None)
     quantized = quantize_without_text if args.data is None else quantize_on_text
+    discard_work(args)
     with replacement(out) as folder:
         model, check = quantized(args, config, source, tokenizer)
         model.save_pretrained(folder)

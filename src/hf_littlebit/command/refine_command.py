@@ -1,4 +1,4 @@
-"""`littlebit quantize --data`: a dense model and some text in, a refined and packed model out; goes on after a kill.
+"""`littlebit quantize` by refinement: a dense model and text in, a refined and packed model out; goes on after a kill.
 
 The work is kept in DIR/refinement until the model is saved. It is what `--resume` goes on from.
 """
@@ -23,6 +23,7 @@ __all__ = [
     "add_refine_options",
     "check_refine_options",
     "check_refine_out",
+    "discard_work",
     "on_gpu",
     "quantize_on_text",
     "remove_work",
@@ -33,8 +34,8 @@ TOKENS = 786_432  # of text by default: what the distillation sees once
 WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which takes as long as using it
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
-WRITTEN = 64  # blocks that a model writes at a time
-HEADROOM, WORKSPACE = 1.25, 1.5e9  # memory of a dense model's forward: times its size, and bytes on top
+WRITTEN, CACHE = 64, 1e9  # blocks that a model writes at a time at most, and bytes of their keys and values
+HEADROOM, WORKSPACE = 1.25, 2.5e9  # memory of a dense model that writes: times its size, and bytes on top
 OPTIONS = ("column", "length", "tokens", "epochs", "distill_epochs", "allocate")  # that need --data
 
 
@@ -99,35 +100,48 @@ def check_refine_options(args: argparse.Namespace) -> None:
         if value is not None and not least <= value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} is {value:g}; it must be {least} or more")
     if args.epochs == 0:
-        raise ValueError("--epochs is 0, which would tune nothing; leave out --data to quantize without text")
+        raise ValueError("--epochs is 0, which would tune nothing; give --weights-only in the place of --data for that")
 
 
 def check_refine_out(args: argparse.Namespace) -> None:
-    """Refuse an --out that holds other files than an unfinished refinement which --resume goes on with."""
+    """Refuse an --out that holds other files than an unfinished refinement which --resume goes on with.
+
+    Raises:
+        ValueError: saying what can be done: go on, discard it by --overwrite, or give another folder.
+    """
     work = os.path.join(args.out, WORK)
     check_folder(args.out)
-    unfinished = os.path.isdir(work) and set(os.listdir(args.out)) <= {WORK, LEFT_OVER}
-    if unfinished and not args.resume:
-        raise ValueError(f"{work} holds an unfinished refinement; add --resume to go on, or give another --out")
-    if args.resume and not os.path.isdir(work):
-        raise ValueError(f"{work} holds no unfinished refinement to resume; leave out --resume")
-    if not unfinished and not args.resume:
-        check_empty(args.out, args.overwrite, args.model, "dense model")
+    if args.resume:
+        if not os.path.isdir(work):
+            raise ValueError(f"{work} holds no unfinished refinement to resume; leave out --resume")
+        return
+    if _begun(args.out) and not args.overwrite:
+        raise ValueError(
+            f"{work} holds an unfinished refinement; add --resume to go on, --overwrite to begin anew, or give another --out"
+        )
+    others = set(os.listdir(args.out)) - {WORK, LEFT_OVER} if os.path.isdir(args.out) else set()
+    check_empty(args.out, args.overwrite or not others, args.model, "dense model")
 
 
 def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """(refined model, packed, and its Check or None) for the options of `littlebit quantize --data`.
+    """(refined model, packed, and its Check or None) for the options of `littlebit quantize`, whose `data` is given here.
 
     Its work stays in --out until `remove_work`. Arguments as of text_free.quantize_without_text.
     """
-    from ..load.meta_model import model_class
+    from ..load.meta_model import empty_model, model_class
+    from ..load.tables import plan_tables
+    from ..plan import plan_model
     from ..refinement.refinement import refine
     from ..report.guard import Check, block_loss
 
     length = text_length(args.length, source.config)
     work = os.path.join(args.out, WORK)
-    text = Text(args.data, args.column or "text", length, config.seed % 2**31, work, WRITTEN)
+    text = Text(args.data, args.column or "text", length, config.seed % 2**31, work, _written(source.config, length))
     rows = _rows(args, text)
+    empty = empty_model(source.config)
+    # Refused before there is any text.
+    plan_model(empty, config)
+    plan_tables(empty, config)
     recipe = _recipe(args)
     model = model_class(source.config).from_pretrained(args.model, dtype=args.dtype)
     check = None
@@ -169,6 +183,19 @@ def on_gpu(model: Any, device: str | None) -> Iterator[None]:
         model.to(home)
 
 
+def _written(config: Any, length: int) -> int:
+    """Blocks that the model writes at a time: those whose keys and values in 16 bits fit into CACHE, at most WRITTEN.
+
+    By the config alone, because what is written depends on it.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1
+    size = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // heads
+    keys = (getattr(text, "num_key_value_heads", None) or heads) * size
+    each = 4 * (getattr(text, "num_hidden_layers", None) or 0) * keys * length
+    return max(1, min(WRITTEN, int(CACHE / max(1, each))))
+
+
 def _rows(args: argparse.Namespace, text: Text) -> int:
     """The most blocks of text."""
     default = WRITTEN_TOKENS if text.written else TOKENS
@@ -194,6 +221,17 @@ def _recipe(args: argparse.Namespace) -> Any:
     if args.allocate is False:
         recipe = replace(recipe, allocation_rows=0)
     return recipe
+
+
+def _begun(out: str) -> bool:
+    """Whether there is work in `out` that would be lost: options are the first thing that a refinement writes."""
+    return os.path.isfile(os.path.join(out, WORK, "options.json"))
+
+
+def discard_work(args: argparse.Namespace) -> None:
+    """Delete an unfinished refinement in --out that --overwrite does away with."""
+    if args.overwrite and not args.resume and _begun(args.out):
+        remove_work(args.out)
 
 
 def remove_work(out: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..train.data import TokenBlocks
 
-__all__ = ["DATA_HELP", "Text", "check_names", "text_length"]
+__all__ = ["DATA_HELP", "Text", "check_names", "context_of", "text_length"]
 
 LENGTH = 512  # tokens of the longest block by default
 
@@ -91,13 +91,19 @@ def check_names(names: Sequence[str]) -> None:
         raise ValueError("--data names self twice; once is enough: the model writes as much text as is given")
 
 
+def context_of(config: Any) -> int:
+    """Tokens that a model with this `config` reads at once; LENGTH where it does not say, or has no limit (XLNet: -1)."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return int(context) if context > 1 else LENGTH
+
+
 def text_length(asked: int | None, config: Any) -> int:
     """Tokens per block: as `asked` by --length, or the context of the model with this `config`, at most LENGTH.
 
     Raises:
         ValueError: if it is no length for this model.
     """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    context = context_of(config)
     length = min(context, LENGTH) if asked is None else asked
     if not 2 <= length <= context:
         raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")

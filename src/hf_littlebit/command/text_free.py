@@ -13,7 +13,8 @@ import argparse
 import sys
 from typing import Any
 
-from .refine_command import HEADROOM, WORKSPACE, on_gpu, quantize_on_text
+from .refine_command import HEADROOM, WORKSPACE, on_gpu, quantize_on_text, remove_work
+from .text import context_of
 
 __all__ = ["add_options", "quantize_without_text"]
 
@@ -47,13 +48,17 @@ def quantize_without_text(args: argparse.Namespace, config: Any, source: Any, to
     alone = args.weights_only or config.init != REFINED_INIT or config.format == "latent"
     if obstacle and not (alone and args.no_check):
         print(f"note: the weights alone are quantized, and nothing is checked: {obstacle}", file=sys.stderr)
+    if args.resume and (obstacle or alone):
+        raise ValueError(
+            "--resume goes on with a refinement, but the weights of this model are quantized alone"
+            f"{': ' + obstacle if obstacle else ''}; give --overwrite in its place to discard what was begun"
+        )
     if not (obstacle or alone):
         try:
             return quantize_on_text(argparse.Namespace(**{**vars(args), **SHORT}), config, source, tokenizer)
         except NoChain as error:
             print(f"note: the weights alone are quantized: {error}", file=sys.stderr)
-    if args.resume:
-        raise ValueError("--resume goes on with a refinement, but these weights are quantized alone; leave it out")
+            remove_work(args.out)
     return _quantize_weights(args, config, source, tokenizer, checked=not (obstacle or args.no_check))
 
 
@@ -68,8 +73,7 @@ def _quantize_weights(
     load = model_class(source.config).from_pretrained
     if checked:
         model = load(args.model, dtype=args.dtype)
-        context = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-        length, seed = min(LENGTH, context), config.seed % 2**31
+        length, seed = min(LENGTH, context_of(source.config)), config.seed % 2**31
         with on_gpu(model, args.device):
             tokens = sample_blocks(model, tokenizer, CHECK_ROWS, length, seed=seed, batch_size=CHECK_ROWS).tokens
             dense = block_loss(model, tokens)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from contextlib import nullcontext
 from typing import Any
 
 from .out_folder import check_folder
-from .text import DATA_HELP, Text, check_names, text_length
+from .text import DATA_HELP, Text, check_names, context_of, text_length
 from .training_report import REPORT, perplexity, write_report
 
 __all__ = ["add_options", "run_train"]
@@ -64,7 +65,10 @@ def add_options(train: argparse.ArgumentParser) -> None:
     data.add_argument("--column", metavar="NAME", default="text", help="of datasets and JSON lines (default: text)")
     data.add_argument("--length", metavar="N", type=int, help="tokens per block (default: the context, at most 512)")
     data.add_argument(
-        "--blocks", metavar="N", type=int, help="read or write so many blocks (default: all; self alone: 1,000)"
+        "--blocks",
+        metavar="N",
+        type=int,
+        help="read or write so many blocks (default: all; self alone: 1,000, beside text: what the steps need)",
     )
     how = train.add_argument_group("the training")
     how.add_argument("--steps", metavar="N", type=int, default=300, help="optimizer steps (default: 300)")
@@ -104,13 +108,22 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     source = find_source(args.model)
     method = _method(args, config, source)
     length = text_length(args.length, source.config)
+    imitated = None if args.teacher is None else find_source(args.teacher)
+    hidden_weight = HIDDEN_WEIGHT
+    if imitated is not None:
+        _check_teacher(args, source, imitated, length)
+        if not _has_same_states(source, imitated):
+            print("note: the teacher has other hidden states, so only its next tokens are learnt", file=sys.stderr)
+            hidden_weight = 0.0
     seed = args.seed or 0
     set_seed(seed)
     # Before TrainingArguments, which have engines take apart whatever is loaded after them.
     model = model_class(source.config).from_pretrained(args.model, dtype="float32")
     teacher = None
-    if args.teacher is not None:
-        teacher = model_class(find_source(args.teacher).config).from_pretrained(args.teacher, dtype="float32").eval()
+    if imitated is not None:
+        teacher = (
+            model_class(imitated.config).from_pretrained(args.teacher, dtype="float32", variant=imitated.variant).eval()
+        )
     if config is not None:
         plan_tables(model, config)  # refused before there is any work
     checkpoints = os.path.join(args.out, CHECKPOINTS)
@@ -145,7 +158,10 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         writer = model if teacher is None else teacher
         text = Text(args.data, args.column, length, seed, checkpoints)
         with arguments.main_process_first(desc="the text"):
-            blocks = text.first(writer, tokenizer, args.blocks or (WRITTEN if text.written else None))
+            # Of both halves no more than is trained on: one of them has to be written.
+            used = args.steps * args.batch_size * args.accumulate * arguments.world_size + 2 * HELD_OUT
+            most = WRITTEN if text.written else used if text.mixed else None
+            blocks = text.first(writer, tokenizer, args.blocks or most)
             if args.eval:
                 held_out = text_blocks(read_texts(args.eval, args.column), tokenizer, length, args.column, HELD_OUT)
             else:
@@ -158,7 +174,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         made_of |= {"the method": method.to_dict(), "--length": length}
         made_of |= {"the text": fingerprint(blocks.tokens), "the model": model_fingerprint(model).hex()}
         made_of["the teacher"] = None if teacher is None else model_fingerprint(teacher).hex()
-        minimised: dict[str, Any] = {"hidden_error": "relative", "hidden_weight": HIDDEN_WEIGHT}
+        minimised: dict[str, Any] = {"hidden_error": "relative", "hidden_weight": hidden_weight}
         if args.resume and LOSS not in kept_options(checkpoints):
             minimised = FORMER_LOSS
         keep_options(checkpoints, made_of | {LOSS: minimised}, args.resume, arguments.process_index == 0)
@@ -168,8 +184,8 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
         if teacher is not None:
             losses["teacher"] = _evaluate(teacher, arguments, held_out)
         dtype = resolve_dtype(source.config.dtype) if args.dtype == "auto" else getattr(torch, args.dtype)
-        imitated = None if args.no_teacher else teacher or "self"
-        callback = LittleBitCallback(config, imitated, dtype=dtype, **minimised)
+        said = None if args.no_teacher else teacher or "self"
+        callback = LittleBitCallback(config, said, dtype=dtype, **minimised)
         trainer = LittleBitTrainer(model, arguments, callbacks=[callback], train_dataset=blocks, eval_dataset=held_out)
         with refused_writes(checkpoints):
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -206,8 +222,9 @@ def _check(args: argparse.Namespace) -> str | None:
     for option in ("steps", "batch_size", "accumulate", "save_steps"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
-    if args.blocks is not None and args.blocks < 2:
-        raise ValueError(f"--blocks is {args.blocks}; it must be at least 2")
+    fewest = 4 if "self" in args.data and len(args.data) > 1 and not args.eval else 2
+    if args.blocks is not None and args.blocks < fewest:
+        raise ValueError(f"--blocks is {args.blocks}; it must be at least {fewest}")
     if args.lr is not None and not 0 < args.lr < 1:
         raise ValueError(f"--lr is {args.lr:g}; it must be above 0 and below 1")
     if args.format not in (None, "packed"):
@@ -261,6 +278,32 @@ def _method(args: argparse.Namespace, config: Any, source: Any) -> Any:
             "model with --teacher"
         )
     return method
+
+
+def _check_teacher(args: argparse.Namespace, source: Any, teacher: Any, length: int) -> None:
+    """Refuse a model to imitate that cannot be, before anything is loaded.
+
+    Raises:
+        ValueError: for a quantized one, another vocabulary, and a context that is too short.
+    """
+    if teacher.quantization is not None:
+        raise ValueError(f"--teacher {args.teacher} is quantized; name the dense model, of which more can be learnt")
+    own, other = (each.config.get_text_config() for each in (source, teacher))
+    if own.vocab_size != other.vocab_size:
+        raise ValueError(
+            f"--teacher {args.teacher} has a vocabulary of {other.vocab_size} tokens, and {args.model} one of {own.vocab_size}; "
+            "name a model with the same"
+        )
+    if context_of(teacher.config) < length:
+        raise ValueError(
+            f"--teacher {args.teacher} reads {context_of(teacher.config)} tokens, less than --length {length}; lower that"
+        )
+
+
+def _has_same_states(source: Any, teacher: Any) -> bool:
+    """Whether hidden states of both models can be compared: as many, and as wide."""
+    own, other = (each.config.get_text_config() for each in (source, teacher))
+    return all(getattr(own, name, None) == getattr(other, name, None) for name in ("num_hidden_layers", "hidden_size"))
 
 
 def _evaluate(model: Any, arguments: Any, blocks: Any) -> float:

@@ -89,8 +89,11 @@ class BlockList:
             def note(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
                 hidden = out[0] if isinstance(out, tuple) else out
                 order.append(name)
-                shapes.append(tuple(_hidden(args, kwargs)[1].shape))
-                shapes.append(tuple(hidden.shape))
+                try:
+                    shapes.extend((tuple(_hidden(args, kwargs)[1].shape), tuple(hidden.shape)))
+                except (LookupError, AttributeError) as error:
+                    called = f"block {name} of {type(self.model).__name__} is not called with hidden states ({error})"
+                    raise NoChain(f"{called}; train it instead (littlebit train)") from error
                 self._rest[name] = tuple(None for _ in out[1:]) if isinstance(out, tuple) else ()
                 if isinstance(out, tuple):
                     self._rest[name] = (None, *self._rest[name])
@@ -110,7 +113,7 @@ class BlockList:
         if order != list(self.names) or len(set(shapes)) != 1:
             raise NoChain(
                 f"{type(self.model).__name__} does not call its {len(self)} blocks as a chain (called: {len(order)}, shapes of "
-                f"hidden states: {len(set(shapes))}), so they cannot be refined one after the other; use littlebit train"
+                f"hidden states: {len(set(shapes))}), so they cannot be refined; train it instead (littlebit train)"
             )
 
     def call(self, index: int, tokens: Tensor) -> Call:
@@ -252,6 +255,6 @@ def find_blocks(model: PreTrainedModel, planned: Sequence[str]) -> BlockList:
     if not best[0]:
         raise NoChain(
             f"{type(model).__name__} keeps none of its layers in a list of blocks, which refinement goes through one by one; "
-            "use littlebit train, or quantize it without text"
+            "train it instead (littlebit train)"
         )
     return BlockList(model, best[1])

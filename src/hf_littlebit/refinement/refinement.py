@@ -78,7 +78,8 @@ def refine(
     Args:
         config: as for from_pretrained. `steps` None means ADMM_STEPS here, because tuning evens out what a longer start gains.
         data: the text as tokens [rows, length] of an integer dtype, or a dataset whose rows have such `input_ids`, as
-            `text_blocks` and `sample_blocks` make them. All rows are used, and all have one length.
+            `text_blocks` and `sample_blocks` make them. All have one length. Blocks see `recipe.block_tokens` of it, the whole
+            model by default at most SEEN tokens (distillation.py).
         recipe: None for the default one.
         folder: where the work is kept until it is done; if it holds an unfinished refinement of the same model, text and
             options, that one goes on. A temporary folder if None. It takes 8 bytes per token and hidden unit for the

@@ -66,9 +66,13 @@ def keep_options(folder: str, options: Mapping[str, Any], resumed: bool, main: b
     first = kept_options(folder)
     for option, value in json.loads(json.dumps(dict(options))).items():
         if option in first and first[option] != value:
+            if option.startswith("the ") and isinstance(value, str | None):  # a fingerprint says nothing to a user
+                raise ValueError(
+                    f"this work was started with another {option[4:]}; give that one, or start anew in another --out"
+                )
             raise ValueError(
-                f"this training was started with {option} {first[option]!r}, and is to be resumed with {value!r}; give the "
-                "first value, or start a new training in another --out"
+                f"this work was started with {option} {first[option]!r}, and is to be resumed with {value!r}; give the "
+                "first value, or start anew in another --out"
             )
 
 
@@ -89,7 +93,9 @@ def fingerprint(tokens: Tensor) -> str:
 def model_fingerprint(model: Any) -> bytes:
     """A short name of a model: of its config and a slice of every parameter and packed table."""
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(model.config.to_json_string().encode())
+    config = json.loads(model.config.to_json_string())
+    config.pop("transformers_version", None)  # of the library that runs, and not the model's
+    digest.update(json.dumps(config, sort_keys=True).encode())
     tables = (part for table in table_modules(model).values() for part in table.table())
     for value in itertools.chain(stored_parameters(model), tables):
         digest.update(value.flatten()[:64].float().cpu().numpy().tobytes())
