@@ -11,12 +11,13 @@ from families import build, config, load
 from torch import nn
 
 from hf_littlebit import Recipe, TopKTeacher, refine
+from hf_littlebit.command.refine_command import TOKENS as TOKENS_READ
 from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.plan import plan_model
 from hf_littlebit.refinement import distillation, refinement, tuning
 from hf_littlebit.refinement.allocation import NOISE, SLOPE, can_share, measure_costs, shares
 from hf_littlebit.refinement.blocks import BlockList, Calls, NoChain, find_blocks
-from hf_littlebit.refinement.distillation import Schedule, settle_latents
+from hf_littlebit.refinement.distillation import SEEN, Schedule, settle_latents
 from hf_littlebit.refinement.recipe import as_tokens, block_rows, distilled_rows
 from hf_littlebit.refinement.tuning import Rates, relative_error, tune_block
 
@@ -279,6 +280,7 @@ def test_long_texts_are_read_once_and_short_ones_four_times():
             distilled_rows(tokens, Schedule(epochs=2)) is tokens and Schedule(epochs=2).steps(rows, length) == 2 * rows
         )
     assert Schedule(batch=2).steps(100, 512) == 200
+    assert TOKENS_READ == SEEN  # of text, and learnt: the command line says the number without importing torch
 
 
 def test_without_memory_the_distillation_is_left_out(monkeypatch, caplog):

@@ -267,7 +267,7 @@ def quantization_config(args: argparse.Namespace) -> Any:
             )
         return None
     if given and args.bpw is None:
-        raise ValueError("--bpw is missing; say how many bits per weight to keep, e.g. --bpw 0.55")
+        raise ValueError(train_command.MISSING_BPW)
     return LittleBitConfig(**given) if given else None
 
 

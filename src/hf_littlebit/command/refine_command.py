@@ -65,7 +65,7 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
         "--distill-epochs",
         metavar="X",
         type=float,
-        help="passes of the whole model at the end (default: what makes 786,432 tokens, at most 4); 0 leaves it out",
+        help=f"passes of the whole model at the end (default: what makes {TOKENS:,} tokens, at most 4); 0 leaves it out",
     )
     data.add_argument(
         "--allocate",
@@ -225,7 +225,9 @@ def _recipe(args: argparse.Namespace) -> Any:
 
 def _begun(out: str) -> bool:
     """Whether there is work in `out` that would be lost: options are the first thing that a refinement writes."""
-    return os.path.isfile(os.path.join(out, WORK, "options.json"))
+    from ..train.resume import OPTIONS
+
+    return os.path.isfile(os.path.join(out, WORK, OPTIONS))
 
 
 def discard_work(args: argparse.Namespace) -> None:

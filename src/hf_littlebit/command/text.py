@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..train.data import TokenBlocks
 
-__all__ = ["DATA_HELP", "Text", "check_names", "context_of", "text_length"]
+__all__ = ["DATA_HELP", "Text", "check_names", "context_of", "is_mixed", "text_length"]
 
 LENGTH = 512  # tokens of the longest block by default
 
@@ -48,7 +48,7 @@ class Text:
     @property
     def mixed(self) -> bool:
         """Whether the model writes a half."""
-        return "self" in self.names and not self.written
+        return is_mixed(self.names)
 
     def first(self, model: Any, tokenizer: Any, rows: int | None) -> TokenBlocks:
         """What is read; what `model` writes if that is all. `rows` blocks at most, of what is to come with the other half."""
@@ -79,6 +79,11 @@ class Text:
         return sample_blocks(
             model, tokenizer, rows, self.length, seed=self.seed, batch_size=self.writes, cache=self.cache
         )
+
+
+def is_mixed(names: Sequence[str]) -> bool:
+    """Whether `self` stands beside others among the names of --data, so that the model writes a half."""
+    return "self" in names and len(names) > 1
 
 
 def check_names(names: Sequence[str]) -> None:

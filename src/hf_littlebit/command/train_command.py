@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from .out_folder import check_folder
-from .text import DATA_HELP, Text, check_names, context_of, text_length
+from .text import DATA_HELP, Text, check_names, context_of, is_mixed, text_length
 from .training_report import REPORT, perplexity, write_report
 
 __all__ = ["add_options", "run_train"]
@@ -26,6 +26,7 @@ EVALUATIONS = 5  # during training
 CHECKPOINTS = "checkpoints"  # folder within --out
 WRITTEN = 1000  # blocks where the model writes all of the text
 SAVED = 500  # the most steps between checkpoints by default
+MISSING_BPW = "--bpw is missing; say how many bits per weight to keep, e.g. --bpw 0.55"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 SAME = (
     "steps",
@@ -222,7 +223,7 @@ def _check(args: argparse.Namespace) -> str | None:
     for option in ("steps", "batch_size", "accumulate", "save_steps"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
-    fewest = 4 if "self" in args.data and len(args.data) > 1 and not args.eval else 2
+    fewest = 4 if is_mixed(args.data) and not args.eval else 2
     if args.blocks is not None and args.blocks < fewest:
         raise ValueError(f"--blocks is {args.blocks}; it must be at least {fewest}")
     if args.lr is not None and not 0 < args.lr < 1:
@@ -259,7 +260,7 @@ def _method(args: argparse.Namespace, config: Any, source: Any) -> Any:
     method = source.quantization
     if method is None:
         if config is None:
-            raise ValueError("--bpw is missing; say how many bits per weight to keep, e.g. --bpw 0.55")
+            raise ValueError(MISSING_BPW)
         return config
     if config is not None:
         raise ValueError(

@@ -102,11 +102,6 @@ class BlockList:
         try:
             with torch.no_grad():
                 self._forward(tokens, self._one_logit)
-        except (LookupError, TypeError, AttributeError) as error:
-            # What `note` makes of a block that is called in another way than with hidden states, first or by that name.
-            raise NoChain(
-                f"a block of {type(self.model).__name__} is not called with hidden states ({error})"
-            ) from error
         finally:
             for handle in handles:
                 handle.remove()
