@@ -54,7 +54,14 @@ def main() -> None:
         refine(model, LittleBitConfig(bpw=args.bpw), tokens, recipe=recipe, folder=folder, device=args.device)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - model_bytes
         figures = json.loads((Path(folder) / "done.json").read_text())[1]
-    found = {"machine": machine(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), "threads": args.threads, "tokens": args.tokens, "bpw": args.bpw, "blocks": layers}
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = {
+        "machine": machine(device),
+        "threads": args.threads,
+        "tokens": args.tokens,
+        "bpw": args.bpw,
+        "blocks": layers,
+    }
     print(f"{'phase':<10}{'seconds':>9}{'cpu':>9}{f'  model at {FULL:,} tokens, hours':>34}")
     for what, (seconds, cpu) in figures["seconds"].items():
         grows = 1.0 if what == "factor" else FULL / args.tokens

@@ -68,20 +68,30 @@ def test_text_of_its_own_and_no_distillation(stories, tmp_path):
     assert load(str(out)).config.quantization_config.bpw == 2.0
 
 
-def test_text_that_is_given_and_written(stories, text, tmp_path, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """The tokens of every text that would have been refined on, in a command that then ends with 2."""
+    found = []
 
     def refined(model, config, blocks, **options):
-        seen.append(blocks.tokens)
+        found.append(blocks.tokens)
         raise ValueError("this is all")
 
     monkeypatch.setattr("hf_littlebit.refinement.refinement.refine", refined)
+    return found
+
+
+def test_text_that_is_given_and_written(seen, stories, text, tmp_path):
+    with open(text, encoding="utf-8") as file:
+        (part := tmp_path / "part.txt").write_text(file.read()[:2500])
     short = ["--length", "32", "--tokens", "1280"]
-    for data in ([text], [text, "self"]):
+    for data in ([text], [text, "self"], [str(part)], [str(part), "--no-own-text"]):
         words = ["quantize", stories, *METHOD, *short, "--out", str(tmp_path / "out"), "--overwrite", "--data", *data]
         assert main(words) == 2
-    alone, mixed = seen
+    alone, mixed, filled, unfilled = seen
     assert len(alone) == 36 and len(mixed) == 36  # 40 blocks, 4 held out; 20 and 2 of the text, and as many are written
+    assert 20 < len(unfilled) < 30 and len(filled) == 40 - 2  # no more than --tokens, and 2 are held out
+    assert {tuple(row) for row in unfilled.tolist()} < {tuple(row) for row in filled.tolist()}
     text_rows = {tuple(row) for row in alone.tolist()}
     given = torch.tensor([tuple(row) in text_rows for row in mixed.tolist()])
     assert given.sum() == 18
@@ -89,6 +99,16 @@ def test_text_that_is_given_and_written(stories, text, tmp_path, monkeypatch):
     chosen = torch.tensor([any(tuple(row.tolist()) == whole[:16] for whole in text_rows) for row in rows[::2]])
     for part in (chosen, chosen[:8], given[:8], given[-8:]):
         assert 0 < part.sum() < len(part)
+
+
+def test_what_writes_slowly_writes_only_if_asked(seen, stories, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hf_littlebit.command.refine_command.CACHE", 1e6)  # some rows of so small a model
+    command = ["quantize", stories, *METHOD, "--length", "512", "--tokens", "40960", "--data", text, "--no-check"]
+    for more in ([], ["--own-text"]):
+        assert main([*command, "--out", str(tmp_path / "out"), "--overwrite", *more]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("note: the text is short") == 1 and "--own-text" in printed
+    assert len(seen[1]) == 2 * len(seen[0])
 
 
 @pytest.mark.parametrize("more", [[], ["--no-allocate"]])
@@ -123,6 +143,7 @@ def test_bits_are_shared_out_unless_that_is_left_out(more, stories, text, tmp_pa
         (["--length", "4096"], "the model's context of 512"),
         (["--format", "latent"], "use littlebit train"),
         (["--data", "self", "other.txt", "self"], "names self twice"),
+        (["--no-own-text", "--data", "self", "other.txt"], "forbids the model to write"),
         (["--data", "missing.txt"], "missing.txt does not exist"),
         (["--resume"], "no unfinished refinement"),
     ],

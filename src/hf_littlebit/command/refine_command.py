@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,13 +31,14 @@ __all__ = [
 ]
 
 WORK = "refinement"  # folder within --out
-TOKENS = 786_432  # of text by default: what the distillation sees once
+TOKENS = 1_179_648  # of text by default: what the distillation sees once
 WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which takes as long as using it
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
 WRITTEN, CACHE = 64, 1e9  # blocks that a model writes at a time at most, and bytes of their keys and values
+EASY = 32  # blocks at a time from which writing takes no longer than using what was written
 HEADROOM, WORKSPACE = 1.25, 2.5e9  # memory of a dense model that writes: times its size, and bytes on top
-OPTIONS = ("column", "length", "tokens", "epochs", "distill_epochs", "allocate")  # that need --data
+OPTIONS = ("column", "length", "tokens", "own_text", "epochs", "distill_epochs", "allocate")  # that need --data
 
 
 def add_refine_options(quantize: argparse.ArgumentParser) -> None:
@@ -59,6 +61,12 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         help=f"of text, at most, what the model writes included (default: {TOKENS:,}, self alone: {WRITTEN_TOKENS:,})",
+    )
+    data.add_argument(
+        "--own-text",
+        action=argparse.BooleanOptionalAction,
+        help="have the model write as much text as is given, up to --tokens in all, so that less is unlearnt of what your text is "
+        "not about (the default where it writes fast enough, and with self)",
     )
     data.add_argument("--epochs", metavar="X", type=float, help="passes over the text for every block")
     data.add_argument(
@@ -93,6 +101,8 @@ def check_refine_options(args: argparse.Namespace) -> None:
             raise ValueError("--resume goes on with a refinement, and --weights-only makes none; leave one out")
         return
     check_names(args.data)
+    if args.own_text is False and "self" in args.data:
+        raise ValueError("--data names self and --no-own-text forbids the model to write; leave one out")
     if args.format not in (None, "packed"):
         raise ValueError(f"--format is {args.format!r}, but refinement ends with a packed model; use littlebit train")
     for name, least in (("epochs", 0), ("distill_epochs", 0)):
@@ -152,10 +162,11 @@ def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokeniz
                 f"the text has {len(blocks)} block(s) of {length} tokens; at least {FEWEST} are needed: give more text or "
                 "less --length"
             )
+        room = rows - len(blocks)
         if not args.no_check:
             blocks, held_out = blocks.split(max(1, min(CHECK_ROWS, len(blocks) // 10)))
             dense = block_loss(model, held_out.tokens)
-        blocks = text.whole(model, tokenizer, blocks)
+        blocks = text.whole(model, tokenizer, blocks, _own(args, text, len(blocks), room))
     model = refine(model, config, blocks, recipe=recipe, folder=work, device=args.device)
     if not args.no_check:
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -194,6 +205,21 @@ def _written(config: Any, length: int) -> int:
     keys = (getattr(text, "num_key_value_heads", None) or heads) * size
     each = 4 * (getattr(text, "num_hidden_layers", None) or 0) * keys * length
     return max(1, min(WRITTEN, int(CACHE / max(1, each))))
+
+
+def _own(args: argparse.Namespace, text: Text, given: int, room: int) -> int:
+    """Blocks that the model writes beside `given` ones that were read: as many, at most `room`."""
+    if text.written or args.own_text is False:
+        return 0
+    own = min(given, room)
+    if own and not (text.mixed or args.own_text or text.writes >= EASY):
+        print(
+            f"note: the text is short, and the model unlearns what it is not about; --own-text has the model write {own} blocks "
+            f"more, {text.writes} at a time, which may take long",
+            file=sys.stderr,
+        )
+        return 0
+    return own
 
 
 def _rows(args: argparse.Namespace, text: Text) -> int:

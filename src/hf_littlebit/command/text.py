@@ -1,7 +1,7 @@
 """The text that --data names: what is read, what a model writes, or as much of each.
 
 `self` among the names stands for the model. Alone it writes all of the text; beside others it writes as much as they give, so that
-the quantized model unlearns less of what the given text is not about.
+the quantized model unlearns less of what the given text is not about. Refinement has it do so for every short text by default.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ class Text:
         most = rows // 2 if self.mixed and rows is not None else rows
         return text_blocks(read_texts(names, self.column), tokenizer, self.length, self.column, most)
 
-    def whole(self, model: Any, tokenizer: Any, given: TokenBlocks) -> TokenBlocks:
-        """`given`, and where `model` writes a half of the text, as many blocks of it, shuffled: rows that are chosen from among
-        them at equal distances are of both kinds as well."""
-        if not self.mixed:
+    def whole(self, model: Any, tokenizer: Any, given: TokenBlocks, own: int) -> TokenBlocks:
+        """`given` and `own` blocks that `model` writes, shuffled: rows that are chosen from among them at equal distances are of
+        both kinds as well."""
+        if not own:
             return given
         import torch
 
         from ..train.data import TokenBlocks
 
-        both = torch.cat([given.tokens, self._sample(model, tokenizer, len(given)).tokens])
+        both = torch.cat([given.tokens, self._sample(model, tokenizer, own).tokens])
         return TokenBlocks(both[torch.randperm(len(both), generator=torch.Generator().manual_seed(0))])
 
     def _sample(self, model: Any, tokenizer: Any, rows: int) -> TokenBlocks:

@@ -167,7 +167,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
                 held_out = text_blocks(read_texts(args.eval, args.column), tokenizer, length, args.column, HELD_OUT)
             else:
                 blocks, held_out = blocks.split(max(1, min(HELD_OUT, len(blocks) // 10)))
-            blocks = text.whole(writer, tokenizer, blocks)
+            blocks = text.whole(writer, tokenizer, blocks, len(blocks) if text.mixed else 0)
         # Only whole batches: where processes share them, Trainer weighs those of another size wrongly.
         whole = (size for size in range(args.batch_size, 0, -1) if len(held_out) % size == 0)
         arguments.per_device_eval_batch_size = next(whole)
