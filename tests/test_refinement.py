@@ -272,7 +272,7 @@ def test_a_refinement_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 
 def test_long_texts_are_read_once_and_short_ones_four_times():
-    for rows, length, kept, steps in ((100, 512, 100, 400), (768, 512, 768, 1536), (5000, 512, 1536, 1536)):
+    for rows, length, kept, steps in ((100, 512, 100, 400), (768, 512, 768, 2304), (5000, 512, 2304, 2304)):
         tokens = torch.zeros(rows, length)
         distilled = distilled_rows(tokens, Schedule())
         assert len(distilled) == kept and Schedule().steps(*distilled.shape) == steps
@@ -281,6 +281,23 @@ def test_long_texts_are_read_once_and_short_ones_four_times():
         )
     assert Schedule(batch=2).steps(100, 512) == 200
     assert TOKENS_READ == SEEN  # of text, and learnt: the command line says the number without importing torch
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_embedding_and_head_move_where_there_is_room(family, monkeypatch):
+    found = {}
+    dense = build(family)
+    enough = distillation.memory_needed(dense, plan_model(dense, config(format="latent")), embeddings=False) + 1
+    for free in (1e12, enough):
+        monkeypatch.setattr(distillation, "free_memory", lambda device, free=free: free)
+        dense = build(family)
+        before = [dense.get_input_embeddings().weight.clone(), dense.get_output_embeddings().weight.clone()]
+        recipe = Recipe(epochs=0.2, distillation=Schedule(0.5))
+        model = refine(dense, config(), TOKENS, recipe=recipe, progress=False)
+        after = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        assert (after[0] is after[1]) == (family == "llama_tied")
+        found[free] = [not torch.equal(*pair) for pair in zip(before, after, strict=True)]
+    assert found == {1e12: [True, True], enough: [False, False]}
 
 
 def test_without_memory_the_distillation_is_left_out(monkeypatch, caplog):

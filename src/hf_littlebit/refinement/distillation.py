@@ -5,15 +5,16 @@ dense model's likeliest tokens with one bucket for the rest (train/topk.py), wri
 model is held or run any more. Training is that of `littlebit train`: a LittleBitTrainer, whose checkpoints resume
 after a kill, without the error of hidden states.
 
-All latents are in memory for it with their gradients and Adam's state, 16 bytes for each of their numbers, and the rest of the
-model in fp32. Where that does not fit, the model stays as its blocks were tuned.
+All that moves is in memory for it with its gradient and Adam's state, 16 bytes for each number, and the rest of the model in fp32:
+latents, scales, norms, and where there is room embedding and head. Where the latents do not fit, the model stays as its blocks
+were tuned.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ class Schedule:
     Attributes:
         epochs: passes over the rows; None for those that make SEEN tokens, at most MOST_EPOCHS, and of a longer text a part from
             all over it (recipe.distilled_rows). batch: rows per step.
-        latents, scales, rest: learning rates of U and V, of the scales, and of norms and biases. 0 for the latents leaves all
-            signs as they are.
+        latents, scales, rest: learning rates of U and V, of the scales, and of norms, biases, embedding and head. 0 for the
+            latents leaves all signs as they are.
+        embeddings: whether embedding and head move.
     """
 
     epochs: float | None = None
@@ -58,6 +60,7 @@ class Schedule:
     latents: float = 5e-4
     scales: float = 1e-3
     rest: float = 2e-4
+    embeddings: bool = True
 
     def steps(self, rows: int, length: int) -> int:
         """Optimizer steps over so many rows of `length` tokens."""
@@ -65,11 +68,19 @@ class Schedule:
         return max(1, math.ceil(epochs * rows / self.batch))
 
 
-def memory_needed(model: PreTrainedModel, plan: Plan) -> float:
+def memory_needed(model: PreTrainedModel, plan: Plan, embeddings: bool) -> float:
     """Bytes that the distillation of the dense `model`, quantized by `plan`, takes at its peak, about."""
     latents = _latents(plan)
     rest = sum(value.numel() for value in model.parameters()) - plan.numel
-    return 16.0 * latents + 4.0 * rest + WORKSPACE
+    moving = sum(weight.numel() for weight in _embeddings(model)) if embeddings else 0
+    return 16.0 * latents + 4.0 * rest + 12.0 * moving + WORKSPACE
+
+
+def _embeddings(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights of embedding and head, once where they are tied."""
+    found: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [table.weight for table in found if isinstance(table, nn.Embedding | nn.Linear)]
+    return list({id(weight): weight for weight in weights}.values())
 
 
 def _latents(plan: Plan) -> int:
@@ -77,10 +88,13 @@ def _latents(plan: Plan) -> int:
 
 
 def affordable(schedule: Schedule | None, model: PreTrainedModel, plan: Plan, device: torch.device) -> Schedule | None:
-    """`schedule`, or None with a warning where `device` has too little memory for it."""
-    need, free = memory_needed(model, plan), free_memory(device)
-    if schedule is None or free is None or need <= free:
+    """`schedule`, without embeddings where `device` has too little memory for these, or None with a warning where for all."""
+    free = free_memory(device)
+    if schedule is None or free is None or memory_needed(model, plan, schedule.embeddings) <= free:
         return schedule
+    need = memory_needed(model, plan, embeddings=False)
+    if need <= free:
+        return replace(schedule, embeddings=False)
     logger.warning(
         "the distillation at the end is left out: it takes about %.1f GB of memory, and %.1f GB are free; the blocks are "
         "refined all the same.",
@@ -95,12 +109,13 @@ def time_needed(
 ) -> float:
     """Seconds that a distillation takes, about, where a block's tuning takes `tuning` seconds per token.
 
-    A step of the whole model is one of its `blocks` and of the head, which costs two products where a latent costs three.
+    A step of the whole model is one of its `blocks` and of the head, which costs three products as a latent does, or two at rest.
     """
     head: Any = model.get_output_embeddings()
     size = 0 if head is None else head.weight.numel()
+    share = 1 if schedule.embeddings else 2 / 3
     seen = schedule.steps(*tokens.shape) * schedule.batch * tokens.shape[1]
-    return seen * tuning * blocks * (1 + 2 / 3 * size / max(1, _latents(plan)))
+    return seen * tuning * blocks * (1 + share * size / max(1, _latents(plan)))
 
 
 def teacher_of(model: PreTrainedModel, tokens: Tensor, folder: str, dtype: torch.dtype) -> TopKTeacher:
@@ -150,8 +165,10 @@ def distil(
         dtype: of what stays dense, once packed. bf16: compute in it.
     """
     for parameter in model.parameters():
-        # Embeddings and head are the dense model's, and so are routers: the text is too short to move them.
+        # Routers are the dense model's: the text is too short to move them.
         parameter.requires_grad_(parameter.ndim == 1 and parameter.is_floating_point())
+    for parameter in _embeddings(model) if schedule.embeddings else ():
+        parameter.requires_grad_(True)
     latents = [value for module in factor_modules(model).values() for value in module.parameters(recurse=False)]
     for parameter in latents:
         parameter.requires_grad_(True)
