@@ -5,7 +5,7 @@ import torch
 from families import load
 from transformers import AutoTokenizer
 
-from hf_littlebit.train.data import TokenBlocks, read_texts, sample_blocks, text_blocks
+from hf_littlebit.train.data import TokenBlocks, _sample, read_texts, sample_blocks, text_blocks
 
 
 @pytest.fixture(scope="module")
@@ -115,26 +115,29 @@ def test_the_cache_is_of_this_teacher(tmp_path, stories, tokenizer, monkeypatch)
         sample_blocks(teacher, tokenizer, 2, 6, cache=tmp_path, progress=False)
     with pytest.raises(ValueError, match="rows 0"):
         sample_blocks(teacher, tokenizer, 0, 6)
-    for prompts in (torch.ones(2, dtype=torch.long), torch.ones(3, 2), torch.ones(2, 6), torch.ones(2, 0)):
-        with pytest.raises(ValueError, match="must be \\[2, 1 to 5\\]"):
-            sample_blocks(teacher, tokenizer, 2, 6, prompts=prompts)
+
+
+def test_what_was_written_before_a_kill_is_kept(tmp_path, stories, tokenizer, monkeypatch):
+    teacher, options = load(stories), {"batch_size": 2, "progress": False}
+    whole = sample_blocks(teacher, tokenizer, 5, 8, **options).tokens
+    sampled = []
+
+    def third_fails(*args):
+        if len(sampled) == 2:
+            raise KeyboardInterrupt
+        sampled.append(args)
+        return _sample(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_littlebit.train.data._sample", third_fails)
+        with pytest.raises(KeyboardInterrupt):
+            sample_blocks(teacher, tokenizer, 5, 8, cache=tmp_path, **options)
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr("hf_littlebit.train.data._sample", lambda *args: sampled.append(args) or _sample(*args))
+    assert torch.equal(sample_blocks(teacher, tokenizer, 5, 8, cache=tmp_path, **options).tokens, whole)
+    assert len(sampled) == 3 and len(list(tmp_path.iterdir())) == 1  # the parts have gone
 
 
 def test_the_temperature_changes_the_text(stories, tokenizer):
     cold = sample_blocks(load(stories), tokenizer, 4, 16, temperature=1e-4, progress=False).tokens
     assert len({tuple(row) for row in cold.tolist()}) == 1  # the likeliest text, in every row
-
-
-def test_prompts_are_continued(tmp_path, stories, tokenizer):
-    teacher = load(stories)
-    texts = ["Once upon a time, there was a", "Lily went to the big blue sea"]
-    given = torch.tensor([ids[:5] for ids in tokenizer(texts)["input_ids"]])
-    options = {"batch_size": 1, "cache": tmp_path, "progress": False}
-    found = sample_blocks(teacher, tokenizer, 2, 24, prompts=given.to(torch.int32), **options).tokens
-    assert torch.equal(found[:, :5], given.to(torch.int32))
-    # The tokens behind the prompt follow from it: cold, they are those of a model that reads all of it at every step.
-    cold = sample_blocks(teacher, tokenizer, 2, 12, prompts=given, temperature=1e-4, progress=False).tokens.long()
-    with torch.no_grad():
-        assert torch.equal(teacher(input_ids=cold[:, :-1]).logits[:, 4:].argmax(-1), cold[:, 5:])
-    other = sample_blocks(teacher, tokenizer, 2, 24, prompts=given.flip(0), **options).tokens
-    assert torch.equal(other[:, :5].long(), given.flip(0)) and len(list(tmp_path.iterdir())) == 2

@@ -81,7 +81,7 @@ def seen(monkeypatch):
     return found
 
 
-def test_text_that_is_given_and_written(seen, stories, text, tmp_path):
+def test_text_that_is_given_and_written(seen, stories, text, tmp_path, monkeypatch):
     with open(text, encoding="utf-8") as file:
         (part := tmp_path / "part.txt").write_text(file.read()[:2500])
     short = ["--length", "32", "--tokens", "1280"]
@@ -92,6 +92,10 @@ def test_text_that_is_given_and_written(seen, stories, text, tmp_path):
     assert len(alone) == 36 and len(mixed) == 36  # 40 blocks, 4 held out; 20 and 2 of the text, and as many are written
     assert 20 < len(unfilled) < 30 and len(filled) == 40 - 2  # no more than --tokens, and 2 are held out
     assert {tuple(row) for row in unfilled.tolist()} < {tuple(row) for row in filled.tolist()}
+    # No more is written than the recipe uses.
+    monkeypatch.setattr("hf_littlebit.command.refine_command.TOKENS", 30 * 32)
+    assert main(words[:-1]) == 2
+    assert len(seen.pop()) == 30 - 2
     text_rows = {tuple(row) for row in alone.tolist()}
     given = torch.tensor([tuple(row) in text_rows for row in mixed.tolist()])
     assert given.sum() == 18
@@ -107,7 +111,7 @@ def test_what_writes_slowly_writes_only_if_asked(seen, stories, text, tmp_path, 
     for more in ([], ["--own-text"]):
         assert main([*command, "--out", str(tmp_path / "out"), "--overwrite", *more]) == 2
     printed = capsys.readouterr().err
-    assert printed.count("note: the text is short") == 1 and "--own-text" in printed
+    assert printed.count("note: the text has ") == 1 and "with --own-text" in printed
     assert len(seen[1]) == 2 * len(seen[0])
 
 

@@ -157,11 +157,10 @@ def test_best_state_is_kept_and_bad_steps_are_not_taken():
     assert all(torch.equal(value, start[name]) for name, value in block.state_dict().items())
 
 
-def test_routers_and_embeddings_stay(tmp_path):
+def test_routers_stay_and_embeddings_if_asked(tmp_path):
     dense = build("qwen3_moe")
-    model = refine(
-        copy.deepcopy(dense), config(), TOKENS, recipe=Recipe(epochs=1, distillation=Schedule(0.5)), progress=False
-    )
+    recipe = Recipe(epochs=1, distillation=Schedule(0.5, embeddings=False))
+    model = refine(copy.deepcopy(dense), config(), TOKENS, recipe=recipe, progress=False)
     kept = {name: value for name, value in dense.state_dict().items() if "gate.weight" in name or "embed" in name}
     assert len(kept) == 3
     for name, value in kept.items():
@@ -284,7 +283,7 @@ def test_long_texts_are_read_once_and_short_ones_four_times():
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
-def test_embedding_and_head_move_where_there_is_room(family, monkeypatch):
+def test_embedding_and_head_move_where_there_is_room(family, monkeypatch, caplog):
     found = {}
     dense = build(family)
     enough = distillation.memory_needed(dense, plan_model(dense, config(format="latent")), embeddings=False) + 1
@@ -292,12 +291,41 @@ def test_embedding_and_head_move_where_there_is_room(family, monkeypatch):
         monkeypatch.setattr(distillation, "free_memory", lambda device, free=free: free)
         dense = build(family)
         before = [dense.get_input_embeddings().weight.clone(), dense.get_output_embeddings().weight.clone()]
-        recipe = Recipe(epochs=0.2, distillation=Schedule(0.5))
+        recipe = Recipe(epochs=0.2, distillation=Schedule(0.5), allocation_rows=0)
         model = refine(dense, config(), TOKENS, recipe=recipe, progress=False)
         after = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
         assert (after[0] is after[1]) == (family == "llama_tied")
         found[free] = [not torch.equal(*pair) for pair in zip(before, after, strict=True)]
     assert found == {1e12: [True, True], enough: [False, False]}
+    assert "embedding and head stay as they are" in caplog.text and "left out" not in caplog.text
+
+
+def test_what_moves_is_decided_once(tmp_path, monkeypatch):
+    recipe = Recipe(epochs=0.2, distillation=Schedule(1), allocation_rows=0)
+    dense = build("llama")
+    enough = distillation.memory_needed(dense, plan_model(dense, config(format="latent")), embeddings=False) + 1
+    before = dense.get_input_embeddings().weight.clone()
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "free_memory", lambda device: enough)
+        patch.setattr(refinement, "distil", killed)
+        with pytest.raises(KeyboardInterrupt):
+            refine(dense, config(), TOKENS, recipe=recipe, folder=tmp_path, progress=False)
+    model = refine(build("llama"), config(), TOKENS, recipe=recipe, folder=tmp_path, progress=False)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+def test_embeddings_that_moved_are_packed(tmp_path):
+    recipe = Recipe(epochs=0.2, distillation=Schedule(0.5))
+    options = config(embedding_bits=8, head_bits=8)
+    model = refine(build("llama"), options, TOKENS, recipe=recipe, progress=False)
+    assert "bits=8" in repr(model.get_input_embeddings()) and "bits=8" in repr(model.get_output_embeddings())
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(TOKENS[:2]).logits, model(TOKENS[:2]).logits)
 
 
 def test_without_memory_the_distillation_is_left_out(monkeypatch, caplog):

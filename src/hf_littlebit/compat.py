@@ -103,9 +103,7 @@ def next_logits(model: Any, tokens: Tensor, past: dict[str, Any]) -> tuple[Tenso
     """
     from transformers import Cache
 
-    known = inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}  # of a long prompt the others take memory
-    out = model(input_ids=tokens[:, -1:] if past else tokens, use_cache=True, **last, **past)
+    out = model(input_ids=tokens[:, -1:] if past else tokens, use_cache=True, **past)
     # The keys in a tuple: a transformers that knows both names warns when the output itself is asked for the old one.
     returned = [name for name in CACHE_NAMES if name in tuple(out.keys())]
     state = out[returned[0]] if returned else None
@@ -117,7 +115,7 @@ def next_logits(model: Any, tokens: Tensor, past: dict[str, Any]) -> tuple[Tenso
                 f"would not follow from its own past: {_installed_and_tested()}"
             )
     # A model that is not part of transformers may accept one name and, through transformers' output class, return the other.
-    accepted = [name for name in CACHE_NAMES if name in known]
+    accepted = [name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters]
     return out.logits[:, -1], {} if state is None else {(accepted or returned)[0]: state}
 
 

@@ -36,7 +36,9 @@ WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which tak
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
 WRITTEN, CACHE = 64, 1e9  # blocks that a model writes at a time at most, and bytes of their keys and values
-EASY = 16  # blocks at a time from which writing takes less than what is done with it
+SHARED = (
+    16  # blocks at a time from which the model writes unasked: they share the reading of its weights, one token each
+)
 HEADROOM, WORKSPACE = 1.25, 2.5e9  # memory of a dense model that writes: times its size, and bytes on top
 OPTIONS = ("column", "length", "tokens", "own_text", "epochs", "distill_epochs", "allocate")  # that need --data
 
@@ -65,8 +67,8 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--own-text",
         action=argparse.BooleanOptionalAction,
-        help="have the model write as much text as is given, up to --tokens in all, so that less is unlearnt of what your text is "
-        "not about (the default where it writes fast enough, and with self)",
+        help="have the model write as much text as is given, so that less is unlearnt of what your text is not about; the same as "
+        f"self. The default beside less than {TOKENS:,} tokens, up to these, where it writes at least {SHARED} blocks at a time",
     )
     data.add_argument("--epochs", metavar="X", type=float, help="passes over the text for every block")
     data.add_argument(
@@ -94,8 +96,9 @@ def check_refine_options(args: argparse.Namespace) -> None:
     if args.data is None:
         given = [name for name in OPTIONS if getattr(args, name) is not None]
         if given:
+            no = "no-" if getattr(args, given[0]) is False else ""
             raise ValueError(
-                f"--{given[0].replace('_', '-')} is for refinement on text; add --data TEXT, or leave it out"
+                f"--{no}{given[0].replace('_', '-')} is for refinement on text; add --data TEXT, or leave it out"
             )
         if args.resume and args.weights_only:
             raise ValueError("--resume goes on with a refinement, and --weights-only makes none; leave one out")
@@ -141,19 +144,24 @@ def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokeniz
     from ..load.meta_model import empty_model, model_class
     from ..load.tables import plan_tables
     from ..plan import plan_model
-    from ..refinement.refinement import refine
+    from ..refinement.distillation import affordable
+    from ..refinement.refinement import refine, refuse_unfit
     from ..report.guard import Check, block_loss
 
     length = text_length(args.length, source.config)
     work = os.path.join(args.out, WORK)
-    text = Text(args.data, args.column or "text", length, config.seed % 2**31, work, _written(source.config, length))
+    names = [*args.data, "self"] if args.own_text and "self" not in args.data else args.data
+    text = Text(names, args.column or "text", length, config.seed % 2**31, work, _written(source.config, length))
     rows = _rows(args, text)
     empty = empty_model(source.config)
     # Refused before there is any text.
-    plan_model(empty, config)
+    plan = plan_model(empty, config)
     plan_tables(empty, config)
     recipe = _recipe(args)
     model = model_class(source.config).from_pretrained(args.model, dtype=args.dtype)
+    refuse_unfit(model, config, length)
+    distilled = affordable(recipe.distillation, empty, plan, _device(args.device), warn=False)
+    used = TOKENS if distilled else recipe.block_tokens  # of all text; no more is written
     check = None
     with on_gpu(model, args.device):
         blocks = text.first(model, tokenizer, rows)
@@ -162,7 +170,7 @@ def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokeniz
                 f"the text has {len(blocks)} block(s) of {length} tokens; at least {FEWEST} are needed: give more text or "
                 "less --length"
             )
-        room = rows - len(blocks)
+        room = max(0, min(rows, used // length) - len(blocks))
         if not args.no_check:
             blocks, held_out = blocks.split(max(1, min(CHECK_ROWS, len(blocks) // 10)))
             dense = block_loss(model, held_out.tokens)
@@ -181,9 +189,9 @@ def on_gpu(model: Any, device: str | None) -> Iterator[None]:
     """Have a dense `model` on `device`, or on the GPU that there is if None, where it fits; it comes back afterwards."""
     import torch
 
-    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = _device(device)
     size = sum(value.numel() * value.element_size() for value in model.parameters())
-    if torch.device(wanted).type != "cuda" or HEADROOM * size + WORKSPACE > torch.cuda.mem_get_info(wanted)[0]:
+    if wanted.type != "cuda" or HEADROOM * size + WORKSPACE > torch.cuda.mem_get_info(wanted)[0]:
         yield
         return
     home = model.device
@@ -192,6 +200,13 @@ def on_gpu(model: Any, device: str | None) -> Iterator[None]:
         yield
     finally:
         model.to(home)
+
+
+def _device(name: str | None) -> Any:
+    """The torch.device that --device names, by default the GPU that there is, else the CPU."""
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _written(config: Any, length: int) -> int:
@@ -208,14 +223,16 @@ def _written(config: Any, length: int) -> int:
 
 
 def _own(args: argparse.Namespace, text: Text, given: int, room: int) -> int:
-    """Blocks that the model writes beside `given` ones that were read: as many, at most `room`."""
+    """Blocks that the model writes beside `given` ones that were read: as many, and unless it was asked to at most `room`."""
     if text.written or args.own_text is False:
         return 0
+    if text.mixed:
+        return given
     own = min(given, room)
-    if own and not (text.mixed or args.own_text or text.writes >= EASY):
+    if own and text.writes < SHARED:
         print(
-            f"note: the text is short, and the model unlearns what it is not about; --own-text has the model write {own} blocks "
-            f"more, {text.writes} at a time, which may take long",
+            f"note: the text has {given} blocks, and what it is not about is unlearnt; with --own-text the model writes as many, "
+            f"{text.writes} at a time, which may take long",
             file=sys.stderr,
         )
         return 0

@@ -73,10 +73,11 @@ def memory_needed(model: PreTrainedModel, plan: Plan, embeddings: bool) -> float
     latents = _latents(plan)
     rest = sum(value.numel() for value in model.parameters()) - plan.numel
     moving = sum(weight.numel() for weight in _embeddings(model)) if embeddings else 0
-    return 16.0 * latents + 4.0 * rest + 12.0 * moving + WORKSPACE
+    # Of embedding and head, beside Adam's state, the gradients of either, and a copy in bf16 with its own.
+    return 16.0 * latents + 4.0 * rest + 20.0 * moving + WORKSPACE
 
 
-def _embeddings(model: PreTrainedModel) -> list[nn.Parameter]:
+def _embeddings(model: PreTrainedModel) -> list[Tensor]:
     """The weights of embedding and head, once where they are tied."""
     found: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = [table.weight for table in found if isinstance(table, nn.Embedding | nn.Linear)]
@@ -87,21 +88,23 @@ def _latents(plan: Plan) -> int:
     return sum(weight.count * sum(weight.ranks) * (weight.out_features + weight.in_features) for weight in plan.weights)
 
 
-def affordable(schedule: Schedule | None, model: PreTrainedModel, plan: Plan, device: torch.device) -> Schedule | None:
-    """`schedule`, without embeddings where `device` has too little memory for these, or None with a warning where for all."""
+def affordable(
+    schedule: Schedule | None, model: PreTrainedModel, plan: Plan, device: torch.device, warn: bool = True
+) -> Schedule | None:
+    """`schedule`, without embeddings where `device` has too little memory for these, or None where for all; with a warning."""
     free = free_memory(device)
     if schedule is None or free is None or memory_needed(model, plan, schedule.embeddings) <= free:
         return schedule
-    need = memory_needed(model, plan, embeddings=False)
-    if need <= free:
-        return replace(schedule, embeddings=False)
-    logger.warning(
-        "the distillation at the end is left out: it takes about %.1f GB of memory, and %.1f GB are free; the blocks are "
-        "refined all the same.",
-        need / 1e9,
-        free / 1e9,
+    fits = memory_needed(model, plan, embeddings=False) <= free
+    text = (
+        "embedding and head stay as they are in the distillation at the end: with them it takes"
+        if fits
+        else "the distillation at the end is left out, and the blocks are refined all the same: it takes"
     )
-    return None
+    if warn:
+        need = memory_needed(model, plan, schedule.embeddings and fits)
+        logger.warning("%s about %.1f GB of memory, and %.1f GB are free", text, need / 1e9, free / 1e9)
+    return replace(schedule, embeddings=False) if fits else None
 
 
 def time_needed(
@@ -167,8 +170,8 @@ def distil(
     for parameter in model.parameters():
         # Routers are the dense model's: the text is too short to move them.
         parameter.requires_grad_(parameter.ndim == 1 and parameter.is_floating_point())
-    for parameter in _embeddings(model) if schedule.embeddings else ():
-        parameter.requires_grad_(True)
+    for weight in _embeddings(model) if schedule.embeddings else ():
+        weight.requires_grad_(True)
     latents = [value for module in factor_modules(model).values() for value in module.parameters(recurse=False)]
     for parameter in latents:
         parameter.requires_grad_(True)

@@ -2,6 +2,7 @@
 
     options.json                what the refinement is made of; another one is not mixed into it
     allocation.json             the bits of every block, where they were measured
+    embeddings.json             whether embedding and head move at the end, as memory was when it began
     block-3.safetensors         the latents, scales and norms of a block that is done
     done.json                   how many blocks are done, and their figures
     dense-4.f32, student-4.f32  the two streams of hidden states in front of the next block (streams.py)
@@ -16,15 +17,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["Journal", "Watch"]
+__all__ = ["ALLOCATION", "EMBEDDINGS", "Journal", "Watch"]
 
 DONE = "done.json"
-ALLOCATION = "allocation.json"
+ALLOCATION, EMBEDDINGS = "allocation.json", "embeddings.json"
 
 
 class Journal:
@@ -58,16 +60,13 @@ class Journal:
         self.blocks.append(figures)
         self._write(DONE, self.blocks)
 
-    def save_allocation(self, module_config: dict[str, Any]) -> None:
-        """Keep the options that give every block its bits."""
-        self._write(ALLOCATION, module_config)
-
-    def read_allocation(self) -> dict[str, Any] | None:
-        """What `save_allocation` kept; None if nothing was measured yet."""
-        if not os.path.isfile(self.path(ALLOCATION)):
-            return None
-        with open(self.path(ALLOCATION), encoding="utf-8") as stream:
-            found: dict[str, Any] = json.load(stream)
+    def keep(self, name: str, find: Callable[[], Any]) -> Any:
+        """What `find` gives, as JSON in the file `name`, or what an earlier run found: the work must go on as it was begun."""
+        if os.path.isfile(self.path(name)):
+            with open(self.path(name), encoding="utf-8") as stream:
+                return json.load(stream)
+        found = find()
+        self._write(name, found)
         return found
 
     def _write(self, name: str, value: Any) -> None:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
@@ -49,12 +49,12 @@ from .blocks import Calls, find_blocks
 from .distillation import Schedule, affordable, distil, teacher_of, time_needed
 from .experts import ExpertCounts, warn_of_unseen
 from .factoring import block_importance, factor_block, restore_block
-from .journal import Journal, Watch
+from .journal import ALLOCATION, EMBEDDINGS, Journal, Watch
 from .recipe import Recipe, as_tokens, block_rows, check_vocabulary, distilled_rows, spread_rows
 from .streams import Stream
 from .tuning import tune_block
 
-__all__ = ["refine"]
+__all__ = ["refine", "refuse_unfit"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 logger = logging.getLogger("hf_littlebit")
@@ -102,6 +102,16 @@ def refine(
         else:
             work.run(os.fspath(folder))
     return model
+
+
+def refuse_unfit(model: PreTrainedModel, config: LittleBitConfig, length: int) -> None:
+    """Refuse a dense model that `refine` would, before there is text in rows of `length` tokens.
+
+    Raises:
+        ValueError: as `refine`.
+    """
+    work = _Refinement(model, config, torch.zeros(2, length, dtype=torch.int32), Recipe(), model.device, False)
+    work.blocks.check(work.rows[:1].long())
 
 
 class _Refinement:
@@ -156,10 +166,12 @@ class _Refinement:
         for message in (*self.plan.warnings(), *self.tables.warnings()):
             logger.warning("%s", message)
         record(self.config, self.plan, self.model)
-        self.schedule = affordable(self.recipe.distillation, self.model, self.plan, self.device)
-        teacher = None
-        if self.schedule is not None:
-            self.distilled = distilled_rows(self.tokens, self.schedule)
+        schedule = affordable(self.recipe.distillation, self.model, self.plan, self.device)
+        self.schedule, teacher = schedule, None
+        if schedule is not None:
+            moved = self.journal.keep(EMBEDDINGS, lambda: schedule.embeddings)
+            self.schedule = replace(schedule, embeddings=moved)
+            self.distilled = distilled_rows(self.tokens, schedule)
             teacher = teacher_of(self.model, self.distilled, self.journal.path("teacher"), self.compute)
         for index in range(len(self.journal.blocks)):
             self._restore(index)
@@ -185,19 +197,14 @@ class _Refinement:
 
     def _allocate(self) -> None:
         """Give every block the bits that its errors are worth (allocation.py), or those that an earlier run has found."""
-        found = self.journal.read_allocation()
-        if found is None:
-            costs = measure_costs(
-                self.blocks,
-                spread_rows(self.rows, self.recipe.allocation_rows),
-                device=self.device,
-                dtype=self.compute,
-                seed=self.config.seed,
-                progress=self.progress,
-            )
-            found = allocate(self.model, self.config, self.blocks, costs).module_config or {}
-            self.journal.save_allocation(found)
-        self.config.module_config = found
+
+        def measured() -> dict[str, Any]:
+            rows = spread_rows(self.rows, self.recipe.allocation_rows)
+            how: dict[str, Any] = {"device": self.device, "dtype": self.compute, "seed": self.config.seed}
+            costs = measure_costs(self.blocks, rows, **how, progress=self.progress)
+            return allocate(self.model, self.config, self.blocks, costs).module_config or {}
+
+        self.config.module_config = self.journal.keep(ALLOCATION, measured)
         self.plan = plan_model(self.model, self.config)
 
     # -- blocks ---------------------------------------------------------------------------------------------------------------

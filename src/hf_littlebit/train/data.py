@@ -189,38 +189,32 @@ def sample_blocks(
     batch_size: int = 16,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
-    prompts: Tensor | None = None,
 ) -> TokenBlocks:
     """Text that `teacher` writes: `rows` blocks of `length` tokens, sampled from its own distribution.
 
-    Each starts with the start token, or where there is none with a random one, or continues a prompt. An end-of-text token
-    does not end a block: the teacher goes on with another document, as in packed text.
+    Each starts with the start token, or where there is none with a random one. An end-of-text token does not end a block:
+    the teacher goes on with another document, as in packed text.
 
     Args:
         seed: of the samples; the same seed, batch size, device and teacher give the same text.
         temperature: of the sampling; 1 is the teacher's own distribution.
-        cache: folder that keeps the result under a name made of all of this, and is looked into first.
-        prompts: [rows, at least 1 and less than length] tokens of any integer dtype that the blocks begin with.
+        cache: folder that keeps the result under a name made of all of this, and is looked into first; it keeps what is
+            written so far as well.
 
     Raises:
-        ValueError: for impossible numbers, and prompts of another shape.
+        ValueError: for impossible numbers.
     """
     if rows < 1 or length < 2 or batch_size < 1 or not temperature > 0:
         raise ValueError(
             f"rows {rows}, length {length}, batch_size {batch_size}, temperature {temperature}: at least 1 row of 2 tokens, "
             "1 row at a time, and a temperature above 0 are needed"
         )
-    if prompts is not None and (prompts.ndim != 2 or len(prompts) != rows or not 1 <= prompts.shape[1] < length):
-        raise ValueError(
-            f"prompts is {list(prompts.shape)}; it must be [{rows}, 1 to {length - 1}], tokens of every row"
-        )
     file = None
     if cache is not None:
-        key = _fingerprint(teacher, tokenizer, prompts, rows, length, seed, temperature, batch_size)
-        file = os.path.join(os.fspath(cache), f"self-{key}.safetensors")
-        if os.path.isfile(file):
-            with safe_open(file, framework="pt") as stored:
-                return TokenBlocks(stored.get_tensor("tokens"))
+        key = _fingerprint(teacher, tokenizer, rows, length, seed, temperature, batch_size)
+        file = os.path.join(os.fspath(cache), f"self-{key}")
+        if (whole := _kept(file)) is not None:
+            return TokenBlocks(whole)
     training = teacher.training
     teacher.eval()
     device = input_device(teacher)
@@ -233,22 +227,40 @@ def sample_blocks(
         ):
             for at in range(0, rows, batch_size):
                 size = min(batch_size, rows - at)
-                generator = torch.Generator(device).manual_seed(seed * 2**20 + at)
-                begun = (
-                    _first(teacher, tokenizer, size, generator)
-                    if prompts is None
-                    else prompts[at : at + size].to(device, torch.long)
-                )
-                tokens[at : at + size] = _sample(teacher, begun, length, temperature, generator)
+                part = None if file is None else f"{file}-{at}"
+                some = None if part is None else _kept(part)
+                if some is None:
+                    generator = torch.Generator(device).manual_seed(seed * 2**20 + at)
+                    begun = _first(teacher, tokenizer, size, generator)
+                    some = _sample(teacher, begun, length, temperature, generator)
+                    if part is not None and size < rows:
+                        _keep(part, some)
+                tokens[at : at + size] = some
                 bar.update(size)
     finally:
         teacher.train(training)
     if file is not None:
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        # Renamed when complete, so that an interrupted run leaves no half of a file.
-        save_file({"tokens": tokens}, file + ".part")
-        os.replace(file + ".part", file)
+        _keep(file, tokens)
+        for at in range(0, rows, batch_size):
+            if os.path.isfile(part := f"{file}-{at}.safetensors"):
+                os.remove(part)
     return TokenBlocks(tokens)
+
+
+def _kept(name: str) -> Tensor | None:
+    """The tokens that `_keep` wrote; None if it did not."""
+    if not os.path.isfile(f"{name}.safetensors"):
+        return None
+    with safe_open(f"{name}.safetensors", framework="pt") as stored:
+        found: Tensor = stored.get_tensor("tokens")
+    return found
+
+
+def _keep(name: str, tokens: Tensor) -> None:
+    """Write tokens to `name`.safetensors, which is renamed when complete: an interrupted run leaves no half of a file."""
+    os.makedirs(os.path.dirname(name), exist_ok=True)
+    save_file({"tokens": tokens}, f"{name}.part")
+    os.replace(f"{name}.part", f"{name}.safetensors")
 
 
 def _first(
@@ -266,7 +278,7 @@ def _first(
 def _sample(
     teacher: PreTrainedModel, tokens: Tensor, length: int, temperature: float, generator: torch.Generator
 ) -> Tensor:
-    """Continue `tokens` [rows, 1 or more] to [rows, length], one token at a time with the teacher's cache."""
+    """Continue `tokens` [rows, 1] to [rows, length], one token at a time with the teacher's cache."""
     past: dict[str, Any] = {}
     while tokens.shape[1] < length:
         logits, past = next_logits(teacher, tokens, past)
@@ -275,13 +287,9 @@ def _sample(
     return tokens.to("cpu", torch.int32)
 
 
-def _fingerprint(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor | None, *numbers: float
-) -> str:
+def _fingerprint(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *numbers: float) -> str:
     """A short name of what the text of `sample_blocks` depends on: the teacher, of the tokenizer its size and the tokens that
-    separate documents, the prompts, and the `numbers` among the arguments."""
+    separate documents, and the `numbers` among the arguments."""
     digest = hashlib.blake2b(model_fingerprint(teacher), digest_size=8)
-    if prompts is not None:
-        digest.update(prompts.cpu().to(torch.int64).numpy().tobytes())
     digest.update(repr((len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, *numbers)).encode())
     return digest.hexdigest()
