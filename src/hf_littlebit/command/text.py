@@ -1,7 +1,7 @@
 """The text that --data names: what is read, what a model writes, or as much of each.
 
 `self` among the names stands for the model. Alone it writes all of the text; beside others it writes as much as they give, so that
-the quantized model unlearns less of what the given text is not about. Refinement has it do so for every short text by default.
+the quantized model unlearns less of what the given text is not about. Refinement has it do so unasked where that is cheap.
 """
 
 from __future__ import annotations

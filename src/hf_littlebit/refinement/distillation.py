@@ -38,7 +38,7 @@ logger = logging.getLogger("hf_littlebit")
 LIKELIEST = 64  # tokens that are kept of the teacher for every position
 ROWS = 4  # at a time for the teacher
 WORKSPACE = 2e9  # bytes for a step's activations and logits
-# Tokens of the default, an hour of a core for SmolLM2-135M; a text that is read again teaches less (docs/refinement.md).
+# Tokens of the default; a text that is read again teaches less (docs/refinement.md, which has the time for SmolLM2-135M).
 SEEN, MOST_EPOCHS = 1_179_648, 4.0
 SAVES = 8  # checkpoints of a distillation, of which the last is kept
 
