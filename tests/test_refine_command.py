@@ -105,6 +105,19 @@ def test_text_that_is_given_and_written(seen, stories, text, tmp_path, monkeypat
         assert 0 < part.sum() < len(part)
 
 
+def test_so_little_text_moves_no_embedding(stories, tmp_path, monkeypatch):
+    recipes = []
+
+    def refined(model, config, blocks, recipe, **options):
+        recipes.append(recipe)
+        raise ValueError("this is all")
+
+    monkeypatch.setattr("hf_littlebit.refinement.refinement.refine", refined)
+    command = ["quantize", stories, "--bpw", "2", "--out", str(tmp_path / "out")]
+    assert main(command) == main([*command, "--overwrite", "--data", "self", "--distill-epochs", "1"]) == 2
+    assert [recipe.distillation.embeddings for recipe in recipes] == [False, True]
+
+
 def test_what_writes_slowly_writes_only_if_asked(seen, stories, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hf_littlebit.command.refine_command.CACHE", 1e6)  # some rows of so small a model
     command = ["quantize", stories, *METHOD, "--length", "512", "--tokens", "40960", "--data", text, "--no-check"]

@@ -259,8 +259,9 @@ def _recipe(args: argparse.Namespace) -> Any:
     if args.epochs is not None:
         recipe = replace(recipe, epochs=args.epochs)
     if args.distill_epochs is not None and recipe.distillation is not None:
-        schedule = replace(recipe.distillation, epochs=args.distill_epochs) if args.distill_epochs else None
-        recipe = replace(recipe, distillation=schedule)
+        moved = getattr(args, "embeddings", True)  # no option, but what is done without text says so
+        schedule = replace(recipe.distillation, epochs=args.distill_epochs, embeddings=moved)
+        recipe = replace(recipe, distillation=schedule if args.distill_epochs else None)
     if args.allocate is False:
         recipe = replace(recipe, allocation_rows=0)
     return recipe
