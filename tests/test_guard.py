@@ -16,12 +16,18 @@ from hf_littlebit.refinement.journal import Journal
 from hf_littlebit.report import upload
 from hf_littlebit.report.card import evaluation_of, model_card, write_card
 from hf_littlebit.report.evaluate import perplexity
-from hf_littlebit.report.guard import MARGIN, UNUSABLE, Check, block_loss
+from hf_littlebit.report.guard import MARGIN, OWN_MARGIN, UNUSABLE, Check, block_loss
 from hf_littlebit.report.upload import push_folder
 
 
 def check(dense, packed, vocabulary=1000):
-    return Check(dense, packed, 2040, vocabulary, "text that the dense model wrote")
+    return Check(dense, packed, 2040, vocabulary, "some text")
+
+
+def test_text_that_the_model_wrote_flatters():
+    near, far = 3.0 + OWN_MARGIN - 0.01, 3.0 + OWN_MARGIN + 0.01
+    assert Check(3.0, near, 2040, 1000, "its own", own=True).usable
+    assert not Check(3.0, far, 2040, 1000, "its own", own=True).usable and check(3.0, far).usable
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokeniz
         vocabulary = model.get_input_embeddings().num_embeddings
         what = "text that the dense model wrote" if text.written else "the end of the text, which was held out"
         count = len(held_out) * (length - 1)
-        check = Check(dense, block_loss(model, held_out.tokens), count, vocabulary, what)
+        check = Check(dense, block_loss(model, held_out.tokens), count, vocabulary, what, text.written)
     return model, check
 
 
