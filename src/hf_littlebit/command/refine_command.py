@@ -36,9 +36,8 @@ WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which tak
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
 WRITTEN, CACHE = 64, 1e9  # blocks that a model writes at a time at most, and bytes of their keys and values
-SHARED = (
-    16  # blocks at a time from which the model writes unasked: they share the reading of its weights, one token each
-)
+# Blocks at a time from which the model writes unasked: they share the reading of its weights, one token each.
+SHARED = 16
 HEADROOM, WORKSPACE = 1.25, 2.5e9  # memory of a dense model that writes: times its size, and bytes on top
 OPTIONS = ("column", "length", "tokens", "own_text", "epochs", "distill_epochs", "allocate")  # that need --data
 
