@@ -5,7 +5,7 @@ import torch
 from families import load
 from transformers import AutoTokenizer
 
-from hf_littlebit.train.data import TokenBlocks, _sample, read_texts, sample_blocks, text_blocks
+from hf_littlebit.train.data import TokenBlocks, _draw, _sample, read_texts, sample_blocks, text_blocks
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +141,22 @@ def test_what_was_written_before_a_kill_is_kept(tmp_path, stories, tokenizer, mo
 def test_the_temperature_changes_the_text(stories, tokenizer):
     cold = sample_blocks(load(stories), tokenizer, 4, 16, temperature=1e-4, progress=False).tokens
     assert len({tuple(row) for row in cold.tolist()}) == 1  # the likeliest text, in every row
+
+
+def test_tokens_are_drawn_as_likely_as_they_are():
+    chances = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.25, 0.0, 0.125, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = _draw(chances.expand(80_000, -1), generator)
+    assert drawn.shape == (80_000, 1) and drawn.dtype is torch.int64
+    found = drawn.flatten().bincount(minlength=8) / 80_000
+    assert torch.equal(found == 0, chances == 0)
+    # Five standard deviations of the likeliest one's count.
+    assert (found - chances).abs().max() < 5 * (0.25 / 80_000) ** 0.5
+
+
+def test_a_row_of_its_own_is_drawn_from(monkeypatch):
+    """Rows are independent, and the ends of the numbers that are drawn stay within the vocabulary."""
+    chances = torch.eye(5)[[4, 0, 2]] * 3  # sums of another size than 1 are meant as they are
+    for number in (0.0, 0.5, 1 - 2**-24):
+        monkeypatch.setattr(torch, "rand", lambda *size, generator, number=number: torch.full(size, number))
+        assert _draw(chances, torch.Generator()).tolist() == [[4], [0], [2]]

@@ -283,8 +283,22 @@ def _sample(
     while tokens.shape[1] < length:
         logits, past = next_logits(teacher, tokens, past)
         probabilities = (logits.float() / temperature).softmax(-1)
-        tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+        tokens = torch.cat([tokens, _draw(probabilities, generator)], dim=1)
     return tokens.to("cpu", torch.int32)
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """A token for each row of `probabilities` [rows, vocabulary]: [rows, 1], int64.
+
+    On a CPU from one random number a row. torch.multinomial draws one for every token of the vocabulary, which takes a quarter of
+    the time of a small model; elsewhere it is as fast, and a sum over many in parallel need not come out the same again.
+    """
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1, generator=generator)
+    below = probabilities.cumsum(-1)
+    at = torch.rand(len(below), 1, generator=generator) * below[:, -1:]
+    # The first token whose sum is above it, which one of probability 0 never is.
+    return torch.searchsorted(below, at, right=True).clamp_max_(below.shape[-1] - 1)
 
 
 def _fingerprint(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *numbers: float) -> str:
