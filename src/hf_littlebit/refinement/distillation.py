@@ -32,7 +32,7 @@ from ..train.resume import last_checkpoint
 from ..train.topk import TopKTeacher, save_topk
 from ..train.trainer import LittleBitTrainer
 
-__all__ = ["SEEN", "Schedule", "affordable", "distil", "memory_needed", "settle_latents", "teacher_of", "time_needed"]
+__all__ = ["SEEN", "Schedule", "affordable", "distil", "memory_needed", "settle_latents", "teacher_of"]
 
 logger = logging.getLogger("hf_littlebit")
 LIKELIEST = 64  # tokens that are kept of the teacher for every position
@@ -105,20 +105,6 @@ def affordable(
         need = memory_needed(model, plan, schedule.embeddings and fits)
         logger.warning("%s about %.1f GB of memory, and %.1f GB are free", text, need / 1e9, free / 1e9)
     return replace(schedule, embeddings=False) if fits else None
-
-
-def time_needed(
-    model: PreTrainedModel, plan: Plan, schedule: Schedule, tokens: Tensor, blocks: int, tuning: float
-) -> float:
-    """Seconds that a distillation takes, about, where a block's tuning takes `tuning` seconds per token.
-
-    A step of the whole model is one of its `blocks` and of the head, which costs three products as a latent does, or two at rest.
-    """
-    head: Any = model.get_output_embeddings()
-    size = 0 if head is None else head.weight.numel()
-    share = 1 if schedule.embeddings else 2 / 3
-    seen = schedule.steps(*tokens.shape) * schedule.batch * tokens.shape[1]
-    return seen * tuning * blocks * (1 + share * size / max(1, _latents(plan)))
 
 
 def teacher_of(model: PreTrainedModel, tokens: Tensor, folder: str, dtype: torch.dtype) -> TopKTeacher:

@@ -46,9 +46,10 @@ from ..train.topk import TopKTeacher
 from ..weight_plan import WeightPlan
 from .allocation import allocate, can_share, measure_costs
 from .blocks import Calls, find_blocks
-from .distillation import Schedule, affordable, distil, teacher_of, time_needed
+from .distillation import Schedule, affordable, distil, teacher_of
 from .experts import ExpertCounts, warn_of_unseen
 from .factoring import block_importance, factor_block, restore_block
+from .forecast import blocks_left, distillation, work_of
 from .journal import ALLOCATION, EMBEDDINGS, Journal, Watch
 from .recipe import Recipe, as_tokens, block_rows, check_vocabulary, distilled_rows, spread_rows
 from .streams import Stream
@@ -232,21 +233,19 @@ class _Refinement:
                 dense, student = following
                 bar.update()
                 if index == done:
-                    self._foretell(bar, figures)
+                    self._foretell(bar, index, figures)
                 bar.set_postfix(error=f"{figures['after']:.3f}", flipped=f"{figures['flipped']:.1%}")
 
-    def _foretell(self, bar: Any, figures: dict[str, Any]) -> None:
-        """Say how long it will take, from what one block took."""
+    def _foretell(self, bar: Any, index: int, figures: dict[str, Any]) -> None:
+        """Say how long it will take, from what block `index` took."""
         if not self.progress:
             return
-        left = sum(seconds for seconds, _ in figures["seconds"].values()) * (
-            len(self.blocks) - len(self.journal.blocks)
-        )
-        parts = [f"{left / 60:.0f} minutes for the other blocks"]
+        work = [work_of(self._weights(number)) for number in range(len(self.blocks))]
+        seconds = {phase: each for phase, (each, _) in figures["seconds"].items()}
+        parts = [f"{blocks_left(work, index, sum(seconds.values())) / 60:.0f} minutes for the other blocks"]
         if self.schedule is not None and figures["steps"]:
-            tokens = figures["steps"] * self.batch * self.rows.shape[1]
-            tuning = figures["seconds"]["tune"][0] / tokens
-            end = time_needed(self.model, self.plan, self.schedule, self.distilled, len(self.blocks), tuning)
+            per_token = seconds["tune"] / (figures["steps"] * self.batch * self.rows.shape[1])
+            end = distillation(work, index, per_token, self.model, self.schedule, *self.distilled.shape)
             parts.append(f"{end / 60:.0f} for the distillation of the whole model")
         bar.write(f"about {' and '.join(parts)}", file=sys.stderr)
 
