@@ -1,5 +1,7 @@
 """Training text: packing, sources, and what a teacher writes."""
 
+import copy
+
 import pytest
 import torch
 from families import load
@@ -90,7 +92,7 @@ def test_a_dataset_of_the_hub_library(tmp_path, tokenizer):
 def test_the_teacher_writes_its_own_text(tmp_path, stories, tokenizer):
     teacher = load(stories).train()
     first = sample_blocks(teacher, tokenizer, 5, 24, batch_size=2, cache=tmp_path, progress=False)
-    assert first.tokens.shape == (5, 24) and set(first.tokens[:, 0].tolist()) == {tokenizer.bos_token_id}
+    assert first.tokens.shape == (5, 24) and first.tokens[:, 0].tolist() == [1, 2, 0, 1, 2]  # start, end, unknown
     assert teacher.training and len({tuple(row) for row in first.tokens.tolist()}) == 5
     # Its own text is far likelier to it than other tokens are.
     tokens = first.tokens.long()
@@ -140,7 +142,8 @@ def test_what_was_written_before_a_kill_is_kept(tmp_path, stories, tokenizer, mo
 
 def test_the_temperature_changes_the_text(stories, tokenizer):
     cold = sample_blocks(load(stories), tokenizer, 4, 16, temperature=1e-4, progress=False).tokens
-    assert len({tuple(row) for row in cold.tolist()}) == 1  # the likeliest text, in every row
+    # The likeliest text behind each first token.
+    assert len({tuple(row) for row in cold.tolist()}) == 3 == len(set(cold[:, 0].tolist()))
 
 
 def test_tokens_are_drawn_as_likely_as_they_are():
@@ -160,3 +163,18 @@ def test_a_row_of_its_own_is_drawn_from(monkeypatch):
     for number in (0.0, 0.5, 1 - 2**-24):
         monkeypatch.setattr(torch, "rand", lambda *size, generator, number=number: torch.full(size, number))
         assert _draw(chances, torch.Generator()).tolist() == [[4], [0], [2]]
+
+
+def test_blocks_start_with_every_token_that_text_may_follow(stories, tokenizer):
+    """A chat model's start token is that of a turn; what stood between documents may be its padding."""
+    teacher = load(stories)
+    chat = copy.copy(tokenizer)
+    for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("pad_token", "<s>"), ("unk_token", "<unk>")):
+        setattr(chat, name, token)
+    assert sample_blocks(teacher, chat, 5, 4, progress=False).tokens[:, 0].tolist() == [1, 2, 0, 1, 2]
+    chat.unk_token = chat.eos_token = None
+    assert sample_blocks(teacher, chat, 3, 4, progress=False).tokens[:, 0].tolist() == [1, 1, 1]
+    chat.add_special_tokens({"pad_token": "<new>"})  # which the teacher has no embedding of
+    assert sample_blocks(teacher, chat, 3, 4, progress=False).tokens[:, 0].tolist() == [1, 1, 1]
+    chat.bos_token = chat.pad_token = None
+    assert len(set(sample_blocks(teacher, chat, 8, 4, progress=False).tokens[:, 0].tolist())) > 4

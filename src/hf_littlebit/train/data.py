@@ -192,8 +192,8 @@ def sample_blocks(
 ) -> TokenBlocks:
     """Text that `teacher` writes: `rows` blocks of `length` tokens, sampled from its own distribution.
 
-    Each starts with the start token, or where there is none with a random one. An end-of-text token does not end a block:
-    the teacher goes on with another document, as in packed text.
+    They start with the tokenizer's special tokens in turn (start, end of text, padding, unknown), or where there is none with a
+    random one. An end-of-text token does not end a block: the teacher goes on with another document, as in packed text.
 
     Args:
         seed: of the samples; the same seed, batch size, device and teacher give the same text.
@@ -231,7 +231,7 @@ def sample_blocks(
                 some = None if part is None else _kept(part)
                 if some is None:
                     generator = torch.Generator(device).manual_seed(seed * 2**20 + at)
-                    begun = _first(teacher, tokenizer, size, generator)
+                    begun = _first(teacher, tokenizer, range(at, at + size), generator)
                     some = _sample(teacher, begun, length, temperature, generator)
                     if part is not None and size < rows:
                         _keep(part, some)
@@ -264,15 +264,30 @@ def _keep(name: str, tokens: Tensor) -> None:
 
 
 def _first(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int, generator: torch.Generator
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: range, generator: torch.Generator
 ) -> Tensor:
-    """The first token of `size` blocks [size, 1]: the one that starts a document, or a random one where there is none."""
-    start = _separator(tokenizer)
-    if start is None:
-        embeddings: Any = teacher.get_input_embeddings()
-        known = min(len(tokenizer), embeddings.num_embeddings)
-        return torch.randint(known, (size, 1), generator=generator, device=generator.device)
-    return torch.full((size, 1), start, device=generator.device)
+    """The first tokens of blocks number `rows` [rows, 1]: in turn all of `_starts`, or random ones where there are none."""
+    starts, known = _starts(teacher, tokenizer), _known(teacher, tokenizer)
+    if not starts:
+        return torch.randint(known, (len(rows), 1), generator=generator, device=generator.device)
+    return torch.tensor([[starts[row % len(starts)]] for row in rows], device=generator.device)
+
+
+def _starts(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a text may follow: start and end of text, padding, and "unknown", as far as there are such.
+
+    Which of them stood between documents when the teacher was trained, no tokenizer says: a chat model's start and end are often
+    those of a turn, and the former end of text has become its padding or "unknown".
+    """
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    known = _known(teacher, tokenizer)
+    return [token for token in dict.fromkeys(named) if isinstance(token, int) and token < known]
+
+
+def _known(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens both know."""
+    embeddings: Any = teacher.get_input_embeddings()
+    return int(min(len(tokenizer), embeddings.num_embeddings))
 
 
 def _sample(
@@ -303,7 +318,7 @@ def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 def _fingerprint(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *numbers: float) -> str:
     """A short name of what the text of `sample_blocks` depends on: the teacher, of the tokenizer its size and the tokens that
-    separate documents, and the `numbers` among the arguments."""
+    blocks start with, and the `numbers` among the arguments."""
     digest = hashlib.blake2b(model_fingerprint(teacher), digest_size=8)
-    digest.update(repr((len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, *numbers)).encode())
+    digest.update(repr((len(tokenizer), _starts(teacher, tokenizer), *numbers)).encode())
     return digest.hexdigest()
