@@ -135,10 +135,13 @@ def check_refine_out(args: argparse.Namespace) -> None:
     check_empty(args.out, args.overwrite or not others, args.model, "dense model")
 
 
-def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokenizer: Any) -> tuple[Any, Any]:
+def quantize_on_text(
+    args: argparse.Namespace, config: Any, source: Any, tokenizer: Any, embeddings: bool = True
+) -> tuple[Any, Any]:
     """(refined model, packed, and its Check or None) for the options of `littlebit quantize`, whose `data` is given here.
 
-    Its work stays in --out until `remove_work`. Arguments as of text_free.quantize_without_text.
+    Its work stays in --out until `remove_work`. Arguments as of text_free.quantize_without_text; `embeddings` says whether the
+    distillation moves embedding and head, if there is room.
     """
     from ..load.meta_model import empty_model, model_class
     from ..load.tables import plan_tables
@@ -156,7 +159,7 @@ def quantize_on_text(args: argparse.Namespace, config: Any, source: Any, tokeniz
     # Refused before there is any text.
     plan = plan_model(empty, config)
     plan_tables(empty, config)
-    recipe = _recipe(args)
+    recipe = _recipe(args, embeddings)
     model = model_class(source.config).from_pretrained(args.model, dtype=args.dtype)
     refuse_unfit(model, config, length)
     distilled = affordable(recipe.distillation, empty, plan, _device(args.device), warn=False)
@@ -250,17 +253,15 @@ def _rows(args: argparse.Namespace, text: Text) -> int:
     return tokens // text.length
 
 
-def _recipe(args: argparse.Namespace) -> Any:
-    """The default Recipe, with what the options say."""
+def _recipe(args: argparse.Namespace, embeddings: bool) -> Any:
+    """The default Recipe, with what the options say, and whether the distillation moves `embeddings`."""
+    from ..refinement.distillation import Schedule
     from ..refinement.recipe import Recipe
 
-    recipe = Recipe()
+    schedule = None if args.distill_epochs == 0 else Schedule(epochs=args.distill_epochs, embeddings=embeddings)
+    recipe = Recipe(distillation=schedule)
     if args.epochs is not None:
         recipe = replace(recipe, epochs=args.epochs)
-    if args.distill_epochs is not None and recipe.distillation is not None:
-        moved = getattr(args, "embeddings", True)  # no option, but what is done without text says so
-        schedule = replace(recipe.distillation, epochs=args.distill_epochs, embeddings=moved)
-        recipe = replace(recipe, distillation=schedule if args.distill_epochs else None)
     if args.allocate is False:
         recipe = replace(recipe, allocation_rows=0)
     return recipe

@@ -18,9 +18,8 @@ from .text import context_of
 
 __all__ = ["add_options", "quantize_without_text"]
 
-# What a minute of writing gives, and three of refining SmolLM2-135M; more of it is --data self (docs/real_model.md). So few tokens
-# do not teach an embedding: moved, it cost 0.1 nats.
-SHORT = {"data": ["self"], "tokens": 16_384, "epochs": 1.0, "distill_epochs": 4.0, "embeddings": False}
+# What a minute of writing gives, and three of refining SmolLM2-135M; more of it is --data self (docs/real_model.md).
+SHORT = {"data": ["self"], "tokens": 16_384, "epochs": 1.0, "distill_epochs": 4.0}
 REFINED_INIT = "admm"  # the other initialisers are for comparison, and stay as published
 CHECK_ROWS, LENGTH = 8, 256  # blocks of text for the check of weights alone, and tokens in each
 
@@ -56,7 +55,9 @@ def quantize_without_text(args: argparse.Namespace, config: Any, source: Any, to
         )
     if not (obstacle or alone):
         try:
-            return quantize_on_text(argparse.Namespace(**{**vars(args), **SHORT}), config, source, tokenizer)
+            short = argparse.Namespace(**{**vars(args), **SHORT})
+            # So few tokens do not teach an embedding: moved, it cost 0.1 nats.
+            return quantize_on_text(short, config, source, tokenizer, embeddings=False)
         except NoChain as error:
             print(f"note: the weights alone are quantized: {error}", file=sys.stderr)
             remove_work(args.out)
