@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from families import load
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_littlebit.train.data import TokenBlocks, _draw, _sample, read_texts, sample_blocks, text_blocks
 
@@ -92,7 +92,7 @@ def test_a_dataset_of_the_hub_library(tmp_path, tokenizer):
 def test_the_teacher_writes_its_own_text(tmp_path, stories, tokenizer):
     teacher = load(stories).train()
     first = sample_blocks(teacher, tokenizer, 5, 24, batch_size=2, cache=tmp_path, progress=False)
-    assert first.tokens.shape == (5, 24) and first.tokens[:, 0].tolist() == [1, 2, 0, 1, 2]  # start, end, unknown
+    assert first.tokens.shape == (5, 24) and set(first.tokens[:, 0].tolist()) == {tokenizer.bos_token_id}
     assert teacher.training and len({tuple(row) for row in first.tokens.tolist()}) == 5
     # Its own text is far likelier to it than other tokens are.
     tokens = first.tokens.long()
@@ -142,8 +142,7 @@ def test_what_was_written_before_a_kill_is_kept(tmp_path, stories, tokenizer, mo
 
 def test_the_temperature_changes_the_text(stories, tokenizer):
     cold = sample_blocks(load(stories), tokenizer, 4, 16, temperature=1e-4, progress=False).tokens
-    # The likeliest text behind each first token.
-    assert len({tuple(row) for row in cold.tolist()}) == 3 == len(set(cold[:, 0].tolist()))
+    assert len({tuple(row) for row in cold.tolist()}) == 1  # the likeliest text, in every row
 
 
 def test_tokens_are_drawn_as_likely_as_they_are():
@@ -167,14 +166,15 @@ def test_a_row_of_its_own_is_drawn_from(monkeypatch):
 
 def test_blocks_start_with_every_token_that_text_may_follow(stories, tokenizer):
     """A chat model's start token is that of a turn; what stood between documents may be its padding."""
+
+    def starts(rows, **named):
+        """First tokens of so many blocks, for a tokenizer that puts nothing in front and has these special tokens."""
+        chat = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), **named)
+        chat.backend_tokenizer.post_processor = None
+        return sample_blocks(teacher, chat, rows, 4, batch_size=2, progress=False).tokens[:, 0].tolist()
+
     teacher = load(stories)
-    chat = copy.copy(tokenizer)
-    for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("pad_token", "<s>"), ("unk_token", "<unk>")):
-        setattr(chat, name, token)
-    assert sample_blocks(teacher, chat, 5, 4, progress=False).tokens[:, 0].tolist() == [1, 2, 0, 1, 2]
-    chat.unk_token = chat.eos_token = None
-    assert sample_blocks(teacher, chat, 3, 4, progress=False).tokens[:, 0].tolist() == [1, 1, 1]
-    chat.add_special_tokens({"pad_token": "<new>"})  # which the teacher has no embedding of
-    assert sample_blocks(teacher, chat, 3, 4, progress=False).tokens[:, 0].tolist() == [1, 1, 1]
-    chat.bos_token = chat.pad_token = None
-    assert len(set(sample_blocks(teacher, chat, 8, 4, progress=False).tokens[:, 0].tolist())) > 4
+    assert starts(5, bos_token="<s>", eos_token="</s>", pad_token="<s>", unk_token="<unk>") == [1, 2, 0, 1, 2]
+    assert starts(3, bos_token="<s>") == [1, 1, 1]
+    assert starts(3, bos_token="<s>", pad_token="<new>") == [1, 1, 1]  # which the teacher has no embedding of
+    assert len(set(starts(8))) > 4

@@ -192,8 +192,9 @@ def sample_blocks(
 ) -> TokenBlocks:
     """Text that `teacher` writes: `rows` blocks of `length` tokens, sampled from its own distribution.
 
-    They start with the tokenizer's special tokens in turn (start, end of text, padding, unknown), or where there is none with a
-    random one. An end-of-text token does not end a block: the teacher goes on with another document, as in packed text.
+    They start with the token that the tokenizer puts in front of every text; where it puts none, with its special tokens in turn
+    (start, end of text, padding, unknown), and where there are none with a random one. An end-of-text token does not end a block:
+    the teacher goes on with another document, as in packed text.
 
     Args:
         seed: of the samples; the same seed, batch size, device and teacher give the same text.
@@ -274,14 +275,15 @@ def _first(
 
 
 def _starts(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a text may follow: start and end of text, padding, and "unknown", as far as there are such.
+    """The tokens that a text may follow: the one that the tokenizer puts in front of all, or where it puts none its special ones.
 
-    Which of them stood between documents when the teacher was trained, no tokenizer says: a chat model's start and end are often
-    those of a turn, and the former end of text has become its padding or "unknown".
+    Which of these stood between documents when the teacher was trained, such a tokenizer does not say: a chat model's start and end
+    are often those of a turn, and the former end of text has become its padding or "unknown".
     """
+    always = tokenizer("", verbose=False)["input_ids"][:1]
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
     known = _known(teacher, tokenizer)
-    return [token for token in dict.fromkeys(named) if isinstance(token, int) and token < known]
+    return [token for token in dict.fromkeys(always or named) if isinstance(token, int) and token < known]
 
 
 def _known(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
