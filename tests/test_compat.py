@@ -6,12 +6,12 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from families import config, load
+from transformers import AutoTokenizer
 
 from hf_littlebit import compat
 from hf_littlebit.train.data import sample_blocks
@@ -48,8 +48,8 @@ class Renamed(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def start():
-    return SimpleNamespace(bos_token_id=1, eos_token_id=2)
+def start(stories):
+    return AutoTokenizer.from_pretrained(stories)
 
 
 def follows_from_its_past(model, rows):

@@ -57,7 +57,7 @@ class Schedule:
 
     epochs: float | None = None
     batch: int = 1
-    latents: float = 5e-4
+    latents: float = 2.5e-4
     scales: float = 1e-3
     rest: float = 2e-4
     embeddings: bool = True
