@@ -114,7 +114,7 @@ def test_a_packed_model_has_the_head_of_one_that_was_loaded(family_dir):
 class Words:
     """A tokenizer: a word is the number of its letters."""
 
-    bos_token_id, eos_token_id = 1, 2
+    bos_token_id, eos_token_id, pad_token_id, unk_token_id = 1, 2, None, None
 
     def __len__(self):
         return 128
