@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import load
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_littlebit.train.data import TokenBlocks, _draw, _sample, read_texts, sample_blocks, text_blocks
@@ -167,10 +168,10 @@ def test_a_row_of_its_own_is_drawn_from(monkeypatch):
 def test_blocks_start_with_every_token_that_text_may_follow(stories, tokenizer):
     """A chat model's start token is that of a turn; what stood between documents may be its padding."""
 
-    def starts(rows, **named):
+    def starts(rows, behind=None, **named):
         """First tokens of so many blocks, for a tokenizer that puts nothing in front and has these special tokens."""
         chat = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), **named)
-        chat.backend_tokenizer.post_processor = None
+        chat.backend_tokenizer.post_processor = behind
         return sample_blocks(teacher, chat, rows, 4, batch_size=2, progress=False).tokens[:, 0].tolist()
 
     teacher = load(stories)
@@ -178,3 +179,12 @@ def test_blocks_start_with_every_token_that_text_may_follow(stories, tokenizer):
     assert starts(3, bos_token="<s>") == [1, 1, 1]
     assert starts(3, bos_token="<s>", pad_token="<new>") == [1, 1, 1]  # which the teacher has no embedding of
     assert len(set(starts(8))) > 4
+    ends = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    assert starts(4, ends, bos_token="<s>", eos_token="</s>") == [1, 2, 1, 2]
+
+
+def test_a_teacher_that_overflows_writes_nothing(stories, tokenizer):
+    teacher = load(stories)
+    teacher.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite"):
+        sample_blocks(teacher, tokenizer, 2, 8, progress=False)

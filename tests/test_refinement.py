@@ -439,3 +439,9 @@ def test_latents_settle_before_the_whole_model_is_trained():
     assert layer.v.abs().min() == floor and layer.v[0, 2] == floor and layer.v[0, 3] == 1.0
     large = before.abs() > floor
     assert torch.equal(layer.v[large], before[large])
+
+
+def test_the_time_is_foretold_from_the_first_block_that_is_quantized(capfd):
+    skipped = config(modules_to_not_convert=["model.layers.0"])
+    refine(build("llama"), skipped, TOKENS, recipe=BLOCKS_ALONE, progress=True)
+    assert capfd.readouterr().err.count("about 0 minutes for the other blocks") == 1

@@ -220,7 +220,7 @@ class _Refinement:
         return [weight for weight in self.plan.weights if weight.module.startswith(prefix)]
 
     def _refine_blocks(self) -> None:
-        done = len(self.journal.blocks)
+        done, foretold = len(self.journal.blocks), False
         dense, student = self._streams(done)
         with tqdm(
             total=len(self.blocks), initial=done, desc="refining", unit="block", disable=not self.progress
@@ -232,8 +232,9 @@ class _Refinement:
                 student.remove()
                 dense, student = following
                 bar.update()
-                if index == done:
+                if not foretold and self._weights(index):
                     self._foretell(bar, index, figures)
+                    foretold = True
                 bar.set_postfix(error=f"{figures['after']:.3f}", flipped=f"{figures['flipped']:.1%}")
 
     def _foretell(self, bar: Any, index: int, figures: dict[str, Any]) -> None:

@@ -280,10 +280,12 @@ def _starts(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     Which of these stood between documents when the teacher was trained, such a tokenizer does not say: a chat model's start and end
     are often those of a turn, and the former end of text has become its padding or "unknown".
     """
-    always = tokenizer("", verbose=False)["input_ids"][:1]
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
     known = _known(teacher, tokenizer)
-    return [token for token in dict.fromkeys(always or named) if isinstance(token, int) and token < known]
+    special = [token for token in dict.fromkeys(named) if isinstance(token, int) and token < known]
+    # Some put a token behind a text, not in front.
+    heads = [tokenizer(text, verbose=False)["input_ids"][:1] for text in ("a", "b")]
+    return heads[0] if heads[0] == heads[1] and heads[0][:1] and heads[0][0] in special else special
 
 
 def _known(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -313,6 +315,10 @@ def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     if probabilities.device.type != "cpu":
         return torch.multinomial(probabilities, 1, generator=generator)
     below = probabilities.cumsum(-1)
+    if not bool(below[:, -1].isfinite().all()):
+        raise ValueError(
+            "the teacher's logits are not finite, so that it writes no text; load it in bfloat16 or float32"
+        )
     at = torch.rand(len(below), 1, generator=generator) * below[:, -1:]
     # The first token whose sum is above it, which one of probability 0 never is.
     return torch.searchsorted(below, at, right=True).clamp_max_(below.shape[-1] - 1)
