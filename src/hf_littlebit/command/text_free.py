@@ -18,7 +18,7 @@ from .text import context_of
 
 __all__ = ["add_options", "quantize_without_text"]
 
-# What a minute of writing gives, and three of refining SmolLM2-135M; more of it is --data self (docs/real_model.md).
+# What ten minutes of a core give SmolLM2-135M; more of it is --data self (docs/real_model.md).
 SHORT = {"data": ["self"], "tokens": 16_384, "epochs": 1.0, "distill_epochs": 4.0}
 REFINED_INIT = "admm"  # the other initialisers are for comparison, and stay as published
 CHECK_ROWS, LENGTH = 8, 256  # blocks of text for the check of weights alone, and tokens in each
