@@ -3,8 +3,8 @@
 torch's CPU kernel saves memory, which rows of a few hundred tokens do not need, and pays for it with time. Here queries are worked
 on CHUNK at a time against the keys up to their own, by products of matrices, and the probabilities are kept for the backward; one
 new query of every row reads the keys that its heads share once. Scores are rounded to bfloat16 before the softmax, as by
-transformers' eager attention and not by torch's; so the keys' mean over the positions, which no softmax sees, is taken off before; of
-some keys, and within the product, where there is one query.
+transformers' eager attention and not by torch's; so the keys' mean over the positions, which no softmax sees, is taken off before
+(of some keys, and within the product, where there is one query).
 Whatever else there is (a mask, dropout, a bias, long rows or many, other dtypes) goes to torch's as before.
 
 What it gains: `python examples/bench_refine.py --config DIR` with and without `--torch-attention`.
