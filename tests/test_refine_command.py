@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,11 +71,11 @@ def test_text_of_its_own_and_no_distillation(stories, tmp_path):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The tokens of every text that would have been refined on, in a command that then ends with 2."""
+    """The tokens of every text that would have been refined on, and the recipe, in a command that then ends with 2."""
     found = []
 
-    def refined(model, config, blocks, **options):
-        found.append(blocks.tokens)
+    def refined(model, config, blocks, recipe, **options):
+        found.append(SimpleNamespace(tokens=blocks.tokens, recipe=recipe))
         raise ValueError("this is all")
 
     monkeypatch.setattr("hf_littlebit.refinement.refinement.refine", refined)
@@ -88,14 +89,14 @@ def test_text_that_is_given_and_written(seen, stories, text, tmp_path, monkeypat
     for data in ([text], [text, "self"], [str(part)], [str(part), "--no-own-text"]):
         words = ["quantize", stories, *METHOD, *short, "--out", str(tmp_path / "out"), "--overwrite", "--data", *data]
         assert main(words) == 2
-    alone, mixed, filled, unfilled = seen
+    alone, mixed, filled, unfilled = (each.tokens for each in seen)
     assert len(alone) == 36 and len(mixed) == 36  # 40 blocks, 4 held out; 20 and 2 of the text, and as many are written
     assert 20 < len(unfilled) < 30 and len(filled) == 40 - 2  # no more than --tokens, and 2 are held out
     assert {tuple(row) for row in unfilled.tolist()} < {tuple(row) for row in filled.tolist()}
     # No more is written than the recipe uses.
     monkeypatch.setattr("hf_littlebit.command.refine_command.TOKENS", 30 * 32)
     assert main(words[:-1]) == 2
-    assert len(seen.pop()) == 30 - 2
+    assert len(seen.pop().tokens) == 30 - 2
     text_rows = {tuple(row) for row in alone.tolist()}
     given = torch.tensor([tuple(row) in text_rows for row in mixed.tolist()])
     assert given.sum() == 18
@@ -105,17 +106,10 @@ def test_text_that_is_given_and_written(seen, stories, text, tmp_path, monkeypat
         assert 0 < part.sum() < len(part)
 
 
-def test_so_little_text_moves_no_embedding(stories, tmp_path, monkeypatch):
-    recipes = []
-
-    def refined(model, config, blocks, recipe, **options):
-        recipes.append(recipe)
-        raise ValueError("this is all")
-
-    monkeypatch.setattr("hf_littlebit.refinement.refinement.refine", refined)
+def test_so_little_text_moves_no_embedding(seen, stories, tmp_path):
     command = ["quantize", stories, "--bpw", "2", "--out", str(tmp_path / "out")]
     assert main(command) == main([*command, "--overwrite", "--data", "self", "--distill-epochs", "1"]) == 2
-    assert [recipe.distillation.embeddings for recipe in recipes] == [False, True]
+    assert [each.recipe.distillation.embeddings for each in seen] == [False, True]
 
 
 def test_what_writes_slowly_writes_only_if_asked(seen, stories, text, tmp_path, monkeypatch, capsys):
@@ -125,7 +119,7 @@ def test_what_writes_slowly_writes_only_if_asked(seen, stories, text, tmp_path, 
         assert main([*command, "--out", str(tmp_path / "out"), "--overwrite", *more]) == 2
     printed = capsys.readouterr().err
     assert printed.count("note: the text has ") == 1 and "with --own-text" in printed
-    assert len(seen[1]) == 2 * len(seen[0])
+    assert len(seen[1].tokens) == 2 * len(seen[0].tokens)
 
 
 @pytest.mark.parametrize("more", [[], ["--no-allocate"]])

@@ -40,6 +40,11 @@ class WeightPlan:
         return self.count * self.out_features * self.in_features
 
     @property
+    def latents(self) -> int:
+        """Numbers in the latents of its factors."""
+        return self.count * sum(self.ranks) * (self.out_features + self.in_features)
+
+    @property
     def bits(self) -> int:
         """Bits that the file holds for it."""
         return self.count * bits_of(self.out_features, self.in_features, self.ranks, self.options.scale_bits)

@@ -70,7 +70,7 @@ class Schedule:
 
 def memory_needed(model: PreTrainedModel, plan: Plan, embeddings: bool) -> float:
     """Bytes that the distillation of the dense `model`, quantized by `plan`, takes at its peak, about."""
-    latents = _latents(plan)
+    latents = sum(weight.latents for weight in plan.weights)
     rest = sum(value.numel() for value in model.parameters()) - plan.numel
     moving = sum(weight.numel() for weight in _embeddings(model)) if embeddings else 0
     # Of embedding and head, beside Adam's state, the gradients of either, and a copy in bf16 with its own.
@@ -82,10 +82,6 @@ def _embeddings(model: PreTrainedModel) -> list[Tensor]:
     found: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = [table.weight for table in found if isinstance(table, nn.Embedding | nn.Linear)]
     return list({id(weight): weight for weight in weights}.values())
-
-
-def _latents(plan: Plan) -> int:
-    return sum(weight.count * sum(weight.ranks) * (weight.out_features + weight.in_features) for weight in plan.weights)
 
 
 def affordable(

@@ -21,10 +21,7 @@ __all__ = ["blocks_left", "distillation", "work_of"]
 
 def work_of(weights: Sequence[WeightPlan]) -> float:
     """The work of a pass over a text by a block with these `weights`, in latents."""
-    return sum(
-        weight.numel + weight.count * sum(weight.ranks) * (weight.out_features + weight.in_features)
-        for weight in weights
-    )
+    return sum(weight.numel + weight.latents for weight in weights)
 
 
 def blocks_left(work: Sequence[float], index: int, seconds: float) -> float:

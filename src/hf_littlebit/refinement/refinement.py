@@ -220,7 +220,8 @@ class _Refinement:
         return [weight for weight in self.plan.weights if weight.module.startswith(prefix)]
 
     def _refine_blocks(self) -> None:
-        done, foretold = len(self.journal.blocks), False
+        done = len(self.journal.blocks)
+        first = next((index for index in range(done, len(self.blocks)) if self._weights(index)), None)
         dense, student = self._streams(done)
         with tqdm(
             total=len(self.blocks), initial=done, desc="refining", unit="block", disable=not self.progress
@@ -232,9 +233,8 @@ class _Refinement:
                 student.remove()
                 dense, student = following
                 bar.update()
-                if not foretold and self._weights(index):
+                if index == first:
                     self._foretell(bar, index, figures)
-                    foretold = True
                 bar.set_postfix(error=f"{figures['after']:.3f}", flipped=f"{figures['flipped']:.1%}")
 
     def _foretell(self, bar: Any, index: int, figures: dict[str, Any]) -> None:

@@ -210,9 +210,10 @@ def sample_blocks(
             f"rows {rows}, length {length}, batch_size {batch_size}, temperature {temperature}: at least 1 row of 2 tokens, "
             "1 row at a time, and a temperature above 0 are needed"
         )
+    starts, known = _starts(teacher, tokenizer), _known(teacher, tokenizer)
     file = None
     if cache is not None:
-        key = _fingerprint(teacher, tokenizer, rows, length, seed, temperature, batch_size)
+        key = _fingerprint(teacher, len(tokenizer), starts, rows, length, seed, temperature, batch_size)
         file = os.path.join(os.fspath(cache), f"self-{key}")
         if (whole := _kept(file)) is not None:
             return TokenBlocks(whole)
@@ -232,7 +233,7 @@ def sample_blocks(
                 some = None if part is None else _kept(part)
                 if some is None:
                     generator = torch.Generator(device).manual_seed(seed * 2**20 + at)
-                    begun = _first(teacher, tokenizer, range(at, at + size), generator)
+                    begun = _first(starts, known, range(at, at + size), generator)
                     some = _sample(teacher, begun, length, temperature, generator)
                     if part is not None and size < rows:
                         _keep(part, some)
@@ -264,11 +265,8 @@ def _keep(name: str, tokens: Tensor) -> None:
     os.replace(f"{name}.part", f"{name}.safetensors")
 
 
-def _first(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: range, generator: torch.Generator
-) -> Tensor:
-    """The first tokens of blocks number `rows` [rows, 1]: in turn all of `_starts`, or random ones where there are none."""
-    starts, known = _starts(teacher, tokenizer), _known(teacher, tokenizer)
+def _first(starts: list[int], known: int, rows: range, generator: torch.Generator) -> Tensor:
+    """The first tokens of blocks number `rows` [rows, 1]: in turn all of `starts`, or without any random ones below `known`."""
     if not starts:
         return torch.randint(known, (len(rows), 1), generator=generator, device=generator.device)
     return torch.tensor([[starts[row % len(starts)]] for row in rows], device=generator.device)
@@ -284,8 +282,8 @@ def _starts(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     known = _known(teacher, tokenizer)
     special = [token for token in dict.fromkeys(named) if isinstance(token, int) and token < known]
     # Some put a token behind a text, not in front.
-    heads = [tokenizer(text, verbose=False)["input_ids"][:1] for text in ("a", "b")]
-    return heads[0] if heads[0] == heads[1] and heads[0][:1] and heads[0][0] in special else special
+    first, other = (tokenizer(text, verbose=False)["input_ids"][:1] for text in ("a", "b"))
+    return first if first and first == other and first[0] in special else special
 
 
 def _known(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -324,9 +322,9 @@ def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(below, at, right=True).clamp_max_(below.shape[-1] - 1)
 
 
-def _fingerprint(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *numbers: float) -> str:
-    """A short name of what the text of `sample_blocks` depends on: the teacher, of the tokenizer its size and the tokens that
+def _fingerprint(teacher: PreTrainedModel, tokens: int, starts: list[int], *numbers: float) -> str:
+    """A short name of what the text of `sample_blocks` depends on: the teacher, how many `tokens` the tokenizer has and which ones
     blocks start with, and the `numbers` among the arguments."""
     digest = hashlib.blake2b(model_fingerprint(teacher), digest_size=8)
-    digest.update(repr((len(tokenizer), _starts(teacher, tokenizer), *numbers)).encode())
+    digest.update(repr((tokens, starts, *numbers)).encode())
     return digest.hexdigest()
