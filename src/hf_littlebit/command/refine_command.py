@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 WORK = "refinement"  # folder within --out
-TOKENS = 1_179_648  # of text by default: what the distillation sees once
+TOKENS = 786_432  # of text by default: what the distillation sees once
 WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which takes as long as using it
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text

@@ -39,7 +39,7 @@ LIKELIEST = 64  # tokens that are kept of the teacher for every position
 ROWS = 4  # at a time for the teacher
 WORKSPACE = 2e9  # bytes for a step's activations and logits
 # Tokens of the default; a text that is read again teaches less (docs/refinement.md, which has the time for SmolLM2-135M).
-SEEN, MOST_EPOCHS = 1_179_648, 4.0
+SEEN, MOST_EPOCHS = 786_432, 4.0
 SAVES = 8  # checkpoints of a distillation, of which the last is kept
 
 
