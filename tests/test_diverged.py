@@ -160,6 +160,16 @@ def test_the_first_of_all_trained_parameters_is_named():
     assert first_nonfinite(model.requires_grad_(False), torch.device("cpu")) is None
 
 
+def test_large_numbers_are_finite():
+    model = build("llama")
+    with torch.no_grad():
+        model.get_parameter(f"{FIRST}.weight").fill_(1e30)  # of which the square is not
+    assert first_nonfinite(model, torch.device("cpu")) is None
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[1] = -torch.inf
+    assert first_nonfinite(model, torch.device("cpu")) == "model.norm.weight"
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_what_is_not_finite_is_not_packed(family):
     latent = latent_model(build(family), LittleBitConfig(bpw=3.0, init="dual_svid"), progress=False)

@@ -105,14 +105,15 @@ def first_nonfinite(model: nn.Module, device: torch.device) -> str | None:
     """
     trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     parts = [(name, local_part(value)[0]) for name, value in trained]
-    # The largest size of all, in few launches: NaN and Inf pass through every maximum.
-    size = torch.nn.utils.get_total_norm([part for _, part in parts if part.numel()], float("inf"))
-    bad = 1 - torch.isfinite(size).to(device, torch.float32)
+    # Few launches; of norms it is this one that a CPU takes as fast as it reads. It may overflow where all values are finite.
+    size = torch.nn.utils.get_total_norm([part for _, part in parts if part.numel()])
+    suspected = not bool(torch.isfinite(size))
+    found = [name for name, part in parts if suspected and not bool(torch.isfinite(part).all())]
+    bad = torch.tensor(float(bool(found)), device=device)
     if is_sharded(value for _, value in trained):
         sum_over_processes(bad)
     if not bad:
         return None
-    found = [name for name, part in parts if not bool(torch.isfinite(part).all())]
     return found[0] if found else "a parameter in another process"
 
 
