@@ -21,13 +21,17 @@ from hf_littlebit.report.upload import push_folder
 
 
 def check(dense, packed, vocabulary=1000):
-    return Check(dense, packed, 2040, vocabulary, "some text")
+    return Check(dense, packed, 2040, vocabulary)
 
 
 def test_text_that_the_model_wrote_flatters():
     near, far = 3.0 + OWN_MARGIN - 0.01, 3.0 + OWN_MARGIN + 0.01
-    assert Check(3.0, near, 2040, 1000, "its own", own=True).usable
-    assert not Check(3.0, far, 2040, 1000, "its own", own=True).usable and check(3.0, far).usable
+    assert Check(3.0, near, 2040, 1000, own=True).usable
+    assert not Check(3.0, far, 2040, 1000, own=True).usable and check(3.0, far).usable
+    assert (
+        "the dense model wrote" in Check(3.0, near, 2040, 1000, own=True).line()
+        and "held out" in check(3.0, far).line()
+    )
 
 
 @pytest.mark.parametrize(

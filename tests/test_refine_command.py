@@ -106,6 +106,27 @@ def test_text_that_is_given_and_written(seen, stories, text, tmp_path, monkeypat
         assert 0 < part.sum() < len(part)
 
 
+def test_so_much_is_written_as_is_asked(seen, stories, text, tmp_path, capsys):
+    command = [
+        "quantize",
+        stories,
+        *METHOD,
+        "--length",
+        "32",
+        "--tokens",
+        "640",
+        "--out",
+        str(tmp_path / "out"),
+        "--overwrite",
+    ]
+    for names in ([text], [text, "self"]):
+        assert main([*command, "--data", *names, "--own-tokens", "1000", "--distill-epochs", "2"]) == 2
+    assert [len(each.tokens) for each in seen] == [18 + 31, 18 + 31]  # 20 blocks of the text, 2 held out
+    assert seen[0].recipe.distillation.epochs == 2
+    assert main([*command, "--data", text, "--own-tokens", "1000"]) == 2 and len(seen) == 2
+    assert "say by --distill-epochs how many times" in capsys.readouterr().err
+
+
 def test_so_little_text_moves_no_embedding(seen, stories, tmp_path):
     command = ["quantize", stories, "--bpw", "2", "--out", str(tmp_path / "out")]
     assert main(command) == main([*command, "--overwrite", "--data", "self", "--distill-epochs", "1"]) == 2
@@ -155,6 +176,9 @@ def test_bits_are_shared_out_unless_that_is_left_out(more, stories, text, tmp_pa
         (["--format", "latent"], "use littlebit train"),
         (["--data", "self", "other.txt", "self"], "names self twice"),
         (["--no-own-text", "--data", "self", "other.txt"], "forbids the model to write"),
+        (["--own-tokens", "31", "--distill-epochs", "1"], "--own-tokens is 31; a block of text has 32"),
+        (["--own-tokens", "320", "--no-own-text"], "forbids it to write"),
+        (["--own-tokens", "320", "--data", "self"], "names no other text"),
         (["--data", "missing.txt"], "missing.txt does not exist"),
         (["--resume"], "no unfinished refinement"),
     ],

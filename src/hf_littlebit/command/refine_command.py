@@ -39,7 +39,16 @@ WRITTEN, CACHE = 64, 1e9  # blocks that a model writes at a time at most, and by
 # Blocks at a time from which the model writes unasked: they share the reading of its weights, one token each.
 SHARED = 16
 HEADROOM, WORKSPACE = 1.25, 2.5e9  # memory of a dense model that writes: times its size, and bytes on top
-OPTIONS = ("column", "length", "tokens", "own_text", "epochs", "distill_epochs", "allocate")  # that need --data
+OPTIONS = (
+    "column",
+    "length",
+    "tokens",
+    "own_text",
+    "own_tokens",
+    "epochs",
+    "distill_epochs",
+    "allocate",
+)  # that need --data
 
 
 def add_refine_options(quantize: argparse.ArgumentParser) -> None:
@@ -68,6 +77,12 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="have the model write as much text as is given, so that less is unlearnt of what your text is not about; the same as "
         f"self. The default beside less than {TOKENS:,} tokens, up to these, where it writes at least {SHARED} blocks at a time",
+    )
+    data.add_argument(
+        "--own-tokens",
+        metavar="N",
+        type=int,
+        help="have it write so many beside the text, and not as many; for a long run, with --distill-epochs, which sees them all",
     )
     data.add_argument("--epochs", metavar="X", type=float, help="passes over the text for every block")
     data.add_argument(
@@ -105,6 +120,16 @@ def check_refine_options(args: argparse.Namespace) -> None:
     check_names(args.data)
     if args.own_text is False and "self" in args.data:
         raise ValueError("--data names self and --no-own-text forbids the model to write; leave one out")
+    if args.own_tokens is not None and (args.own_text is False or list(args.data) == ["self"]):
+        other = "--no-own-text forbids it to write" if args.own_text is False else "--data names no other text"
+        raise ValueError(
+            f"--own-tokens is what the model writes beside a text that is given, and {other}; leave one out"
+        )
+    if args.own_tokens is not None and args.distill_epochs is None:
+        raise ValueError(
+            f"--own-tokens is {args.own_tokens}, but by default no more than {TOKENS:,} tokens are distilled on; say by "
+            "--distill-epochs how many times all of them are"
+        )
     if args.format not in (None, "packed"):
         raise ValueError(f"--format is {args.format!r}, but refinement ends with a packed model; use littlebit train")
     for name, least in (("epochs", 0), ("distill_epochs", 0)):
@@ -152,7 +177,7 @@ def quantize_on_text(
 
     length = text_length(args.length, source.config)
     work = os.path.join(args.out, WORK)
-    names = [*args.data, "self"] if args.own_text and "self" not in args.data else args.data
+    names = _names(args)
     text = Text(names, args.column or "text", length, config.seed % 2**31, work, _written(source.config, length))
     rows = _rows(args, text)
     empty = empty_model(source.config)
@@ -180,9 +205,8 @@ def quantize_on_text(
     model = refine(model, config, blocks, recipe=recipe, folder=work, device=args.device)
     if not args.no_check:
         vocabulary = model.get_input_embeddings().num_embeddings
-        what = "text that the dense model wrote" if text.written else "the end of the text, which was held out"
         count = len(held_out) * (length - 1)
-        check = Check(dense, block_loss(model, held_out.tokens), count, vocabulary, what, text.written)
+        check = Check(dense, block_loss(model, held_out.tokens), count, vocabulary, text.written)
     return model, check
 
 
@@ -224,10 +248,20 @@ def _written(config: Any, length: int) -> int:
     return max(1, min(WRITTEN, int(CACHE / max(1, each))))
 
 
+def _names(args: argparse.Namespace) -> list[str]:
+    """The names of --data, with self among them where the model is to write as much as is given."""
+    others = [name for name in args.data if name != "self"]
+    if args.own_tokens is not None:
+        return others
+    return [*others, "self"] if args.own_text and others else args.data
+
+
 def _own(args: argparse.Namespace, text: Text, given: int, room: int) -> int:
     """Blocks that the model writes beside `given` ones that were read: as many, and unless it was asked to at most `room`."""
     if text.written or args.own_text is False:
         return 0
+    if args.own_tokens is not None:
+        return int(args.own_tokens) // text.length
     if text.mixed:
         return given
     own = min(given, room)
@@ -245,6 +279,8 @@ def _rows(args: argparse.Namespace, text: Text) -> int:
     """The most blocks of text."""
     default = WRITTEN_TOKENS if text.written else TOKENS
     tokens = default if args.tokens is None else args.tokens
+    if args.own_tokens is not None and args.own_tokens < text.length:
+        raise ValueError(f"--own-tokens is {args.own_tokens}; a block of text has {text.length}: give at least that")
     fewest = 2 * FEWEST if text.mixed else FEWEST
     if tokens // text.length < fewest:
         raise ValueError(

@@ -84,9 +84,7 @@ def _quantize_weights(
     if not checked:
         return model, None
     vocabulary, count = model.get_input_embeddings().num_embeddings, CHECK_ROWS * (length - 1)
-    return model, Check(
-        dense, block_loss(model, tokens), count, vocabulary, "text that the dense model wrote", own=True
-    )
+    return model, Check(dense, block_loss(model, tokens), count, vocabulary, own=True)
 
 
 def _obstacle(model: Any, tokenizer: Any, dtype: str) -> str:

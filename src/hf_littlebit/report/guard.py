@@ -25,18 +25,24 @@ MARGIN = 1.5
 # away on others.
 OWN_MARGIN = 0.75
 UNUSABLE = "this model is not usable without training or refinement"
+WRITTEN, HELD_OUT = "text that the dense model wrote", "the end of the text, which was held out"
 
 
 @dataclass(frozen=True)
 class Check:
-    """Losses in nats per token of a `dense` and a `packed` model on `tokens` tokens of `text`; `vocabulary` is its size."""
+    """Losses in nats per token of a `dense` and a `packed` model on `tokens` tokens of text, which the dense model wrote (`own`) or
+    which was held out of what was given; `vocabulary` is its size."""
 
     dense: float
     packed: float
     tokens: int
     vocabulary: int
-    text: str
-    own: bool = False  # the dense model wrote it
+    own: bool = False
+
+    @property
+    def text(self) -> str:
+        """What the losses were measured on, in words."""
+        return f"{self.tokens:,} tokens of {WRITTEN if self.own else HELD_OUT}"
 
     @property
     def usable(self) -> bool:
@@ -47,7 +53,7 @@ class Check:
 
     def line(self) -> str:
         """One line for a user."""
-        figures = f"perplexity {exp(self.dense):.4g} dense, {exp(self.packed):.4g} packed on {self.tokens:,} tokens of {self.text}"
+        figures = f"perplexity {exp(self.dense):.4g} dense, {exp(self.packed):.4g} packed on {self.text}"
         if self.usable:
             return figures
         worse = "" if self.packed < math.log(self.vocabulary) else f", worse than a uniform guess ({self.vocabulary:,})"
@@ -55,9 +61,8 @@ class Check:
 
     def evaluation(self) -> dict[str, float | str]:
         """The figures as a model card's."""
-        where = f"{self.tokens:,} tokens of {self.text}"
         figures: dict[str, float | str] = {
-            f"perplexity on {where}": exp(self.packed),
+            f"perplexity on {self.text}": exp(self.packed),
             "the dense model's on the same": exp(self.dense),
         }
         if not self.usable:
@@ -66,7 +71,7 @@ class Check:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        return {**asdict(self), "usable": self.usable}
+        return {**asdict(self), "text": self.text, "usable": self.usable}
 
 
 def block_loss(model: Any, blocks: Tensor, batch_size: int = 4) -> float:
