@@ -122,7 +122,9 @@ def test_so_much_is_written_as_is_asked(seen, stories, text, tmp_path, capsys):
     for names in ([text], [text, "self"]):
         assert main([*command, "--data", *names, "--own-tokens", "1000", "--distill-epochs", "2"]) == 2
     assert [len(each.tokens) for each in seen] == [18 + 31, 18 + 31]  # 20 blocks of the text, 2 held out
-    assert seen[0].recipe.distillation.epochs == 2
+    assert seen[0].recipe.distillation.epochs == 2 and seen[0].recipe.block_tokens == Recipe().block_tokens == 65_536
+    assert main([*command, "--data", text, "--block-tokens", "640"]) == 2
+    assert seen.pop().recipe.block_tokens == 640
     assert main([*command, "--data", text, "--own-tokens", "1000"]) == 2 and len(seen) == 2
     assert "say by --distill-epochs how many times" in capsys.readouterr().err
 
@@ -176,6 +178,7 @@ def test_bits_are_shared_out_unless_that_is_left_out(more, stories, text, tmp_pa
         (["--format", "latent"], "use littlebit train"),
         (["--data", "self", "other.txt", "self"], "names self twice"),
         (["--no-own-text", "--data", "self", "other.txt"], "forbids the model to write"),
+        (["--block-tokens", "0"], "--block-tokens is 0; it must be 1 or more"),
         (["--own-tokens", "31", "--distill-epochs", "1"], "--own-tokens is 31; a block of text has 32"),
         (["--own-tokens", "320", "--no-own-text"], "forbids it to write"),
         (["--own-tokens", "320", "--data", "self"], "names no other text"),

@@ -45,6 +45,7 @@ OPTIONS = (
     "tokens",
     "own_text",
     "own_tokens",
+    "block_tokens",
     "epochs",
     "distill_epochs",
     "allocate",
@@ -84,7 +85,13 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
         type=int,
         help="have it write so many beside the text, and not as many; for a long run, with --distill-epochs, which sees them all",
     )
-    data.add_argument("--epochs", metavar="X", type=float, help="passes over the text for every block")
+    data.add_argument(
+        "--block-tokens",
+        metavar="N",
+        type=int,
+        help="of the text, how many blocks are tuned on (default: 65,536); twice as many bring the later ones a fifth nearer",
+    )
+    data.add_argument("--epochs", metavar="X", type=float, help="passes over these tokens for every block")
     data.add_argument(
         "--distill-epochs",
         metavar="X",
@@ -132,6 +139,8 @@ def check_refine_options(args: argparse.Namespace) -> None:
         )
     if args.format not in (None, "packed"):
         raise ValueError(f"--format is {args.format!r}, but refinement ends with a packed model; use littlebit train")
+    if args.block_tokens is not None and args.block_tokens < 1:
+        raise ValueError(f"--block-tokens is {args.block_tokens}; it must be 1 or more")
     for name, least in (("epochs", 0), ("distill_epochs", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < float("inf"):
@@ -298,6 +307,8 @@ def _recipe(args: argparse.Namespace, embeddings: bool) -> Any:
     recipe = Recipe(distillation=schedule)
     if args.epochs is not None:
         recipe = replace(recipe, epochs=args.epochs)
+    if args.block_tokens is not None:
+        recipe = replace(recipe, block_tokens=args.block_tokens)
     if args.allocate is False:
         recipe = replace(recipe, allocation_rows=0)
     return recipe
