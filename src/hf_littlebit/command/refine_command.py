@@ -83,7 +83,8 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
         "--own-tokens",
         metavar="N",
         type=int,
-        help="have it write so many beside the text, and not as many; for a long run, with --distill-epochs, which sees them all",
+        help="have it write so many, and not as many as are given, of which --tokens is then the limit; for a long run, with "
+        "--distill-epochs, whose passes are over all of them",
     )
     data.add_argument(
         "--block-tokens",
