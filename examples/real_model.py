@@ -55,9 +55,8 @@ def fetch(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def measure(folder: Path, tokenizer, texts: list[tuple[str, str, int]]) -> list[Perplexity]:
-    """On the first blocks of LENGTH tokens of each of `texts` (name, text, blocks), of the model in `folder`."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+def measure(model, tokenizer, texts: list[tuple[str, str, int]]) -> list[Perplexity]:
+    """Of `model`, on the first blocks of LENGTH tokens of each of `texts` (name, text, blocks)."""
     return [
         perplexity(model, tokenizer, text, length=LENGTH, max_blocks=blocks, progress=False)
         for _, text, blocks in texts
@@ -99,17 +98,17 @@ def main() -> None:
         given.write_text(text[:end], encoding="utf-8")
         texts.insert(0, (args.data.name, text[end:], KEPT_BLOCKS))
         options += ["--data", str(given)]
-    before = measure(dense, tokenizer, texts)  # a text that is too short is refused here, before an hour's work
+    # A text that is too short is refused here, before an hour's work.
+    before = measure(AutoModelForCausalLM.from_pretrained(dense), tokenizer, texts)
     times = []
     if args.packed is None:
         clock, cpu = quantize(dense, packed, args.bpw, options)
         times = [("minutes", f"{clock:.0f}"), ("CPU minutes", f"{cpu:.0f}")]
-    size = size_report(packed)
+    size, model = size_report(packed), AutoModelForCausalLM.from_pretrained(packed)
     row = [("bpw", f"{size.bpw:.4g}"), ("file MB", f"{size.file_bytes / 1e6:.1f}"), *times]
-    for (name, _, _), was, now in zip(texts, before, measure(packed, tokenizer, texts), strict=True):
+    for (name, _, _), was, now in zip(texts, before, measure(model, tokenizer, texts), strict=True):
         row.append((name, f"{now.perplexity:.4g} (dense {was.perplexity:.4g})"))
         row.append((f"{name}, excess", f"{now.loss - was.loss:.2f}"))
-    model = AutoModelForCausalLM.from_pretrained(packed)
     for prompt in PROMPTS:
         written = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=40, do_sample=False)
         print(f"\n{tokenizer.decode(written[0])}")

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from hf_littlebit import perplexity
 from hf_littlebit.command.cli import main
+from hf_littlebit.command.refine_command import BLOCK_TOKENS
 from hf_littlebit.refinement.recipe import Recipe, block_rows
 from hf_littlebit.report.size import size_report
 
@@ -122,7 +123,10 @@ def test_so_much_is_written_as_is_asked(seen, stories, text, tmp_path, capsys):
     for names in ([text], [text, "self"]):
         assert main([*command, "--data", *names, "--own-tokens", "1000", "--distill-epochs", "2"]) == 2
     assert [len(each.tokens) for each in seen] == [18 + 31, 18 + 31]  # 20 blocks of the text, 2 held out
-    assert seen[0].recipe.distillation.epochs == 2 and seen[0].recipe.block_tokens == Recipe().block_tokens == 65_536
+    assert (
+        seen[0].recipe.distillation.epochs == 2
+        and seen[0].recipe.block_tokens == Recipe().block_tokens == BLOCK_TOKENS == 65_536
+    )
     assert main([*command, "--data", text, "--block-tokens", "640"]) == 2
     assert seen.pop().recipe.block_tokens == 640
     assert main([*command, "--data", text, "--own-tokens", "1000"]) == 2 and len(seen) == 2

@@ -33,12 +33,14 @@ __all__ = [
 WORK = "refinement"  # folder within --out
 TOKENS = 786_432  # of text by default: what the distillation sees once
 WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which takes as long as using it
+BLOCK_TOKENS = 65_536  # of the text by default, which blocks are tuned on
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
 WRITTEN, CACHE = 64, 1e9  # blocks that a model writes at a time at most, and bytes of their keys and values
 # Blocks at a time from which the model writes unasked: they share the reading of its weights, one token each.
 SHARED = 16
 HEADROOM, WORKSPACE = 1.25, 2.5e9  # memory of a dense model that writes: times its size, and bytes on top
+# That need --data.
 OPTIONS = (
     "column",
     "length",
@@ -49,7 +51,7 @@ OPTIONS = (
     "epochs",
     "distill_epochs",
     "allocate",
-)  # that need --data
+)
 
 
 def add_refine_options(quantize: argparse.ArgumentParser) -> None:
@@ -90,7 +92,7 @@ def add_refine_options(quantize: argparse.ArgumentParser) -> None:
         "--block-tokens",
         metavar="N",
         type=int,
-        help="of the text, how many blocks are tuned on (default: 65,536); twice as many bring the later ones a fifth nearer",
+        help=f"of the text, which blocks are tuned on (default: {BLOCK_TOKENS:,})",
     )
     data.add_argument("--epochs", metavar="X", type=float, help="passes over these tokens for every block")
     data.add_argument(

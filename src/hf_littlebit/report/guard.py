@@ -7,7 +7,7 @@ written them. Their figures are for this comparison, and not for a table: a text
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,10 +68,6 @@ class Check:
         if not self.usable:
             figures["verdict"] = UNUSABLE
         return figures
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        return {**asdict(self), "text": self.text, "usable": self.usable}
 
 
 def block_loss(model: Any, blocks: Tensor, batch_size: int = 4) -> float:

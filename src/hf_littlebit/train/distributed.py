@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..internals import deepspeed as deepspeed_doors
+from ..layers.path import is_finite
 
 __all__ = [
     "broadcast_from_rank0",
@@ -108,7 +109,7 @@ def first_nonfinite(model: nn.Module, device: torch.device) -> str | None:
     # Few launches; of norms it is this one that a CPU takes as fast as it reads. It may overflow where all values are finite.
     size = torch.nn.utils.get_total_norm([part for _, part in parts if part.numel()])
     suspected = not bool(torch.isfinite(size))
-    found = [name for name, part in parts if suspected and not bool(torch.isfinite(part).all())]
+    found = [name for name, part in parts if suspected and not is_finite(part)]
     bad = torch.tensor(float(bool(found)), device=device)
     if is_sharded(value for _, value in trained):
         sum_over_processes(bad)
