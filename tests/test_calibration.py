@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from hf_littlebit import LittleBitConfig, calibrate
 from hf_littlebit.initialize.calibration import _log_likelihood
+from hf_littlebit.initialize.head_inputs import head_moment
 from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.train.callback import LittleBitCallback
 from hf_littlebit.train.trainer import LittleBitTrainer
@@ -53,6 +54,20 @@ def test_the_likelihoods_gradient_is_drawn_from_the_model():
     _log_likelihood(logits, None, torch.Generator().manual_seed(0)).backward()
     p = torch.tensor([0.0, 1.0, 2.0]).softmax(0)
     torch.testing.assert_close(logits.grad.square().mean(0), p - p * p, rtol=0.05, atol=0)
+
+
+def test_the_moment_of_what_a_head_reads():
+    model = build("llama").train()
+    hidden = model.eval().model(TOKENS[:8]).last_hidden_state.detach().flatten(0, 1)
+    moment = head_moment(model.train(), batches())
+    assert model.training and model.lm_head.training and not model.lm_head._forward_pre_hooks
+    torch.testing.assert_close(moment, hidden.T @ hidden / len(hidden))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head_moment(model, batches()).dtype == torch.float32
+    mask = (torch.arange(12) < 8).long().expand(4, 12)
+    masked = head_moment(model, [{"input_ids": TOKENS[:4], "attention_mask": mask, "labels": TOKENS[:4], "x": [1]}])
+    torch.testing.assert_close(masked, head_moment(model, [{"input_ids": TOKENS[:4, :8]}]))
+    assert head_moment(model, []) is None and head_moment(model.model, batches()) is None
 
 
 def test_padding_labels_and_unknown_inputs_count_nothing():

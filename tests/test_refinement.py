@@ -8,17 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 from families import build, config, load
+from hf_littlebit.kernels import quantize_table
 from torch import nn
 
 from hf_littlebit import Recipe, TopKTeacher, refine
 from hf_littlebit.command.refine_command import TOKENS as TOKENS_READ
+from hf_littlebit.initialize.head_inputs import head_moment
+from hf_littlebit.load import tables
 from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.plan import plan_model
 from hf_littlebit.refinement import distillation, refinement, tuning
 from hf_littlebit.refinement.allocation import NOISE, SLOPE, can_share, measure_costs, shares
 from hf_littlebit.refinement.blocks import BlockList, Calls, NoChain, find_blocks
 from hf_littlebit.refinement.distillation import SEEN, Schedule, settle_latents
-from hf_littlebit.refinement.recipe import as_tokens, block_rows, distilled_rows
+from hf_littlebit.refinement.recipe import as_tokens, block_rows, distilled_rows, spread_rows
 from hf_littlebit.refinement.tuning import Rates, relative_error, tune_block
 
 TOKENS = torch.randint(3, 128, (20, 24), generator=torch.Generator().manual_seed(0))
@@ -326,6 +329,25 @@ def test_embeddings_that_moved_are_packed(tmp_path):
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(load(tmp_path)(TOKENS[:2]).logits, model(TOKENS[:2]).logits)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(0.2, embeddings=False), None], ids=["distilled", "blocks alone"])
+def test_a_head_of_4_bits_is_rounded_for_the_text(monkeypatch, schedule):
+    given = []
+
+    def quantize(weight, bits, **options):
+        given.append((weight.clone(), options.pop("moment")))
+        return quantize_table(weight, bits, **options, moment=given[-1][1])
+
+    monkeypatch.setattr(tables, "quantize_table", quantize)
+    recipe = Recipe(epochs=0.2, distillation=schedule)
+    model = refine(build("llama"), config(embedding_bits=8, head_bits=4), TOKENS, recipe=recipe, progress=False)
+    (_, none), (weight, moment) = given
+    assert none is None and torch.equal(weight.float(), build("llama").lm_head.weight)
+    assert torch.equal(model.lm_head.table()[0], quantize_table(weight, 4, moment=moment).codes)
+    batches = [{"input_ids": row[None].long()} for row in spread_rows(TOKENS, 32)]
+    assert moment.dtype == torch.float32
+    assert (head_moment(model, batches) - moment).norm() < 0.05 * moment.norm()
 
 
 def test_without_memory_the_distillation_is_left_out(monkeypatch, caplog):

@@ -11,13 +11,16 @@ from safetensors.torch import load_file
 from test_train_command import run
 from test_training import Rows, Stop, arguments
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import AutoTokenizer, Trainer, TrainerCallback
 
 from hf_littlebit import latent_model, pack_model, refine, size_report, unpack_model
 from hf_littlebit.command.cli import main
+from hf_littlebit.initialize.head_inputs import head_moment
 from hf_littlebit.layers.table import PackedEmbedding, PackedHead
 from hf_littlebit.load.tables import pack_tables, table_modules
 from hf_littlebit.train.callback import LittleBitCallback
+from hf_littlebit.train.data import text_blocks
+from hf_littlebit.train.export import latent_checkpoint
 from hf_littlebit.train.resume import model_fingerprint
 from hf_littlebit.train.trainer import LittleBitTrainer
 
@@ -35,6 +38,9 @@ class Weights(TrainerCallback):
         self.embedding, self.head = (
             module.weight.detach().clone() for module in (model.get_input_embeddings(), model.lm_head)
         )
+        packed = copy.deepcopy(model)
+        packed.config.quantization_config.embedding_bits = packed.config.quantization_config.head_bits = 16
+        self.moment = head_moment(pack_model(packed), ({"input_ids": row["input_ids"][None]} for row in Rows()))
 
 
 def trainer_of(folder, model, teacher="self", callbacks=(), trainer_class=LittleBitTrainer, options=None, **training):
@@ -60,7 +66,11 @@ def test_trained_dense_and_packed_at_the_end(tmp_path, family, bits, trainer_cla
     assert (head.owner == (embedding,)) is (family == "llama_tied")
     for module, weight in ((embedding, weights.embedding), (head, weights.head)):
         assert not torch.equal(weight, started.lm_head.weight) and module.table_bits == bits
-        torch.testing.assert_close(module.dense(), unpack_table(*quantize_table(weight, bits)), rtol=0, atol=0)
+        fitted = bits == 4 and (module is head or head.owner)
+        moment = weights.moment if fitted else None
+        expected = unpack_table(*quantize_table(weight, bits, moment=moment))
+        torch.testing.assert_close(module.dense(), expected, rtol=0, atol=0)
+        assert torch.equal(expected, unpack_table(*quantize_table(weight, bits))) is not fitted
     trainer.save_model(str(tmp_path / "out"))
     again = load(str(tmp_path / "out"))
     equal_states(model, again)
@@ -112,9 +122,32 @@ def test_resumed_and_packed_from_a_checkpoint(tmp_path, family, stories):
     resumed = trainer_of(tmp_path / "cut", build(family), **options)
     resumed.train(resume_from_checkpoint=True)
     equal_states(whole.model, resumed.model)
-    words = ["pack", str(tmp_path / "whole" / "checkpoint-4"), "--out", str(tmp_path / "out"), "--tokenizer", stories]
-    assert main(words) == 0
-    equal_states(whole.model, load(str(tmp_path / "out")))
+
+
+def test_packed_from_a_checkpoint(tmp_path, stories, capsys):
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside. "
+    (tmp_path / "story.txt").write_text(text * 99)
+    words = ["--tokenizer", stories, "--out", str(tmp_path / "out"), "--overwrite"]
+    models = {}
+    for bits in (8, 4):
+        options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "options": tables(bits)}
+        trainer = trainer_of(tmp_path / str(bits), load(stories), **options)
+        trainer.train()
+        assert main(["pack", str(tmp_path / str(bits) / "checkpoint-2"), *words]) == 0
+        assert ("--data TEXT" in capsys.readouterr().err) is (bits == 4)
+        models[bits] = trainer.model, load(str(tmp_path / "out"))
+    equal_states(*models[8])
+    data = ["--data", str(tmp_path / "story.txt")]
+    assert main(["pack", str(tmp_path / "8" / "checkpoint-2"), *words, *data]) == 2
+    assert "a head of 4 bits is rounded for, and this one has 8" in capsys.readouterr().err
+    assert main(["pack", str(tmp_path / "4" / "checkpoint-2"), *words, *data]) == 0
+    fitted, plain = load(str(tmp_path / "out")), models[4][1]
+    tokens = text_blocks([text * 99], AutoTokenizer.from_pretrained(stories), 64).tokens.long()[:16]
+    latent = latent_checkpoint(str(tmp_path / "4" / "checkpoint-2"))
+    with torch.no_grad():
+        exact = latent(tokens).logits
+        errors = [(model(tokens).logits - exact).norm() for model in (fitted, plain)]
+    assert errors[0] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -91,6 +91,57 @@ def test_what_cannot_be_quantized_is_refused():
         table_fit.quantize_table(1e9 * weight, 8, scale_dtype=torch.float16)
 
 
+def inputs_of_few_directions(columns):
+    """[1000, columns], most of whose size is in a few directions, as of an output head."""
+    mixed = torch.randn(columns, columns) * torch.logspace(0, -3, columns)[:, None]
+    return torch.randn(1000, columns) @ mixed
+
+
+@pytest.mark.parametrize("bits, grouped", KINDS)
+@pytest.mark.parametrize("columns", [64, 130, 320])
+def test_products_are_nearer_with_the_moment_of_the_inputs(bits, grouped, columns):
+    torch.manual_seed(columns)
+    weight, x = torch.randn(200, columns), inputs_of_few_directions(columns)
+    kept = weight.clone()
+    plain = table_fit.quantize_table(weight, bits, grouped)
+    found = table_fit.quantize_table(weight, bits, grouped, moment=x.T @ x / len(x))
+    assert torch.equal(weight, kept)
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(found[:2], plain[:2], strict=True))
+    of_weights, of_products = (
+        [(each(table.unpack_table(*packed) - weight)).norm().item() for packed in (found, plain)]
+        for each in (lambda error: error, lambda error: x @ error.T)
+    )
+    assert of_products[0] < 0.55 * of_products[1]
+    assert of_weights[0] < 1.6 * of_weights[1]
+
+
+@pytest.mark.parametrize("largest", range(1, 9))
+def test_what_is_on_a_grid_already_is_found_again(largest):
+    """Also where no code is as large as it could be, which a moment leaves: a frozen table comes back as it was."""
+    codes = torch.randint(-largest, largest, (50, 192))
+    codes[:, ::64] = -largest
+    rows = codes * torch.randn(50, 3).bfloat16().float().repeat_interleave(64, dim=1)
+    for moment in (None, torch.eye(192) + 0.5):
+        assert torch.equal(table.unpack_table(*table_fit.quantize_table(rows, 4, moment=moment)), rows)
+
+
+@pytest.mark.parametrize("bits, grouped", KINDS)
+def test_inputs_that_are_alike_in_all_directions_change_nothing(bits, grouped):
+    weight = torch.randn(9, 130)
+    plain = table_fit.quantize_table(weight, bits, grouped)
+    found = table_fit.quantize_table(weight, bits, grouped, moment=3e5 * torch.eye(130))
+    assert torch.equal(found.codes, plain.codes) and torch.equal(found.scale, plain.scale)
+
+
+def test_moments_of_no_inputs_are_refused():
+    weight = torch.randn(4, 64)
+    with pytest.raises(ValueError, match=r"\[63, 64\], but must be \[64, 64\]"):
+        table_fit.quantize_table(weight, 4, moment=torch.eye(64)[1:])
+    for moment in (torch.zeros(64, 64), torch.full((64, 64), torch.nan)):
+        with pytest.raises(ValueError, match="not finite, or nothing but zeros"):
+            table_fit.quantize_table(weight, 4, moment=moment)
+
+
 def test_slabs_change_nothing(monkeypatch):
     weight, x = torch.randn(37, 130), torch.randn(3, 130)
     for kind in KINDS:

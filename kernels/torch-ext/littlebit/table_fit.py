@@ -3,9 +3,14 @@
 A scale is searched among fractions of the one that just reaches the largest magnitude, because clipping a rare large value
 pays for a finer grid; then it and the codes are improved in turn: given the codes q, the best scale is <w, q> / <q, q>. The
 scale is rounded to its dtype before the codes are chosen, so that its rounding costs next to nothing.
+
+What counts of a head is not the error of its weights but that of its products, and the inputs x of a head are far from alike in
+all directions. With their second moment M = mean x x^T, columns are rounded one after the other, and what rounding one of them
+does to the products is taken back as well as can be by those that are still to be rounded: column j's error e_j, divided by
+U_jj, is subtracted U_j times, where U^T U is the inverse of M (GPTQ, arXiv 2210.17323, equations 2 and 3 and section 3.3).
 """
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 
@@ -18,6 +23,10 @@ REFITS = 2
 # Fractions of the scale without clipping. 127 steps gain little from clipping; 7 or 8 gain much.
 _FRACTIONS = {8: (1.0, 0.97, 0.94, 0.9, 0.85, 0.8), 4: tuple(1.0 - 0.03 * step for step in range(16))}
 _LIMITS = {8: (-127, 127), 4: (-8, 7)}
+# Largest codes of a group that was rounded with a moment: its values are then found again as they are.
+_COARSE = {8: (), 4: (1, 2, 3, 4, 5, 6)}
+# Of the mean square of an input, added to every one's: what an embedding that is tied to the head loses stays small by it.
+DAMPING = 0.1
 
 
 def quantize_table(
@@ -25,15 +34,19 @@ def quantize_table(
     bits: int,
     grouped: Optional[bool] = None,
     scale_dtype: torch.dtype = torch.bfloat16,
+    moment: Optional[torch.Tensor] = None,
 ) -> PackedTable:
     """The table of 8 or 4 bits nearest to `weight` [rows, columns] of floats, on its device.
 
     Args:
         grouped: a scale for every 64 columns rather than for a row; by default with 4 bits only.
         scale_dtype: bf16, fp16 or fp32.
+        moment: the second moment [columns, columns] of the inputs that the table is multiplied with, if products with them are
+            to be near rather than the weights themselves.
 
     Raises:
-        ValueError: as `table_shapes`; weight has not two dimensions, or holds what is not finite, or what scale_dtype cannot hold.
+        ValueError: as `table_shapes`; weight has not two dimensions, or holds what is not finite, or what scale_dtype cannot
+            hold; moment is none of such inputs.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight is {list(weight.shape)}, but must be [rows, columns]")
@@ -43,6 +56,7 @@ def quantize_table(
     codes = torch.empty(shape, dtype=dtype, device=weight.device)
     scale = torch.empty(scale_shape, dtype=scale_dtype, device=weight.device)
     width = columns if scale_shape[1] == 1 else GROUP
+    factor = None if moment is None else _carry_factor(moment.to(weight.device), columns)
     for first in range(0, rows, max(1, SLAB // columns)):
         last = first + max(1, SLAB // columns)
         values = weight[first:last].float()
@@ -50,14 +64,64 @@ def quantize_table(
             raise ValueError(f"rows {first} to {min(last, rows) - 1} of the weight hold values that are not finite")
         if width == GROUP:
             values = torch.nn.functional.pad(values, (0, GROUP * groups_of(columns) - columns))
-        grouped_values = values.view(-1, scale_shape[1], width)
-        found = _search(grouped_values, bits, scale_dtype)
+        if factor is None:
+            grouped_values = values.view(-1, scale_shape[1], width)
+            found = _search(grouped_values, bits, scale_dtype)
+            whole = _round(grouped_values, found.float(), *_LIMITS[bits]).flatten(1)
+        else:
+            found, whole = _carry(values, factor, width, bits, scale_dtype)
         if not found.isfinite().all():
             raise ValueError(f"the weight needs scales that {scale_dtype} cannot hold; pass scale_dtype=torch.float32")
         scale[first:last] = found[..., 0]
-        whole = _round(grouped_values, found.float(), *_LIMITS[bits])
-        codes[first:last] = pack_codes(whole.flatten(1)[:, :columns], bits)
+        codes[first:last] = pack_codes(whole[:, :columns], bits)
     return PackedTable(codes, scale, columns)
+
+
+def _carry_factor(moment: torch.Tensor, columns: int) -> torch.Tensor:
+    """U, upper triangular [columns, columns] of fp32, with U^T U the inverse of the damped `moment`.
+
+    Raises:
+        ValueError: the moment has another shape, or is that of no inputs.
+    """
+    if tuple(moment.shape) != (columns, columns):
+        raise ValueError(f"moment is {list(moment.shape)}, but must be {[columns, columns]} for {columns} columns")
+    moment = moment.double()
+    size = moment.diagonal().mean()
+    if not moment.isfinite().all() or not size > 0:
+        raise ValueError(
+            "moment holds what is not finite, or nothing but zeros; leave it out, or give that of some inputs"
+        )
+    damped = moment / size + DAMPING * torch.eye(columns, dtype=moment.dtype, device=moment.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _carry(
+    values: torch.Tensor, factor: torch.Tensor, width: int, bits: int, dtype: torch.dtype
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(scales [rows, groups, 1] of dtype, whole numbers [rows, columns]) of `values` [rows, columns], errors carried on.
+
+    Args:
+        factor: of `_carry_factor`. width: columns with one scale. Scales of a group are searched when its turn comes.
+    """
+    columns, padded = factor.shape[0], values.shape[1]
+    values = values.clone()  # may be the weight's own memory
+    whole, scales = torch.zeros_like(values), []
+    for first in range(0, columns, GROUP):
+        last = min(first + GROUP, columns)
+        if first % width == 0:
+            scales.append(_search(values[:, None, first : min(first + width, padded)], bits, dtype))
+        scale = scales[-1][:, 0, 0].float()
+        block = values[:, first:last].T.contiguous()  # a column at a time is contiguous
+        errors = torch.empty_like(block)
+        for j in range(last - first):
+            at = first + j
+            rounded = _round(block[j], scale, *_LIMITS[bits])
+            whole[:, at] = rounded
+            errors[j] = (block[j] - rounded * scale) / factor[at, at]
+            block[j + 1 :].addr_(factor[at, at + 1 : last], errors[j], alpha=-1)
+        values[:, last:columns] -= errors.T @ factor[first:last, last:]
+    return torch.cat(scales, dim=1), whole
 
 
 def _search(values: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
@@ -81,6 +145,8 @@ def _search(values: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
     for start in starts:
         for fraction in _FRACTIONS[bits]:
             attempt((fraction / start) * peak)
+    for most_code in _COARSE[bits]:
+        attempt(peak / most_code)
     for _ in range(REFITS):
         whole = _round(values, best.float(), least, most)
         fitted = (values / unit * whole).sum(-1, keepdim=True) / whole.square().sum(-1, keepdim=True).clamp_min_(1.0)

@@ -94,6 +94,12 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     pack.add_argument("--overwrite", action="store_true", help="replace a model in DIR; other files stay")
     pack.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id to copy it from (default: CHECKPOINT)")
     pack.add_argument("--dtype", choices=DTYPES, default="auto", help="of what stays dense (default: as in CHECKPOINT)")
+    pack.add_argument(
+        "--data",
+        metavar="TEXT",
+        nargs="+",
+        help="text files, folders, Hub datasets: what a head of 4 bits (--head-bits 4) is rounded for",
+    )
 
     convert = add(
         "convert",

@@ -21,6 +21,7 @@ from .memory import keep_freed_memory
 from .out_folder import check_empty
 from .refine_command import check_refine_options, check_refine_out, discard_work, quantize_on_text, remove_work
 from .terminal import guarded, short
+from .text import head_text
 from .train_command import run_train
 
 __all__ = ["build_parser", "main"]
@@ -127,8 +128,8 @@ def run_pack(args: argparse.Namespace) -> int:
     with replacement(out) as folder:
         model = latent_checkpoint(args.checkpoint, args.dtype)
         if not args.tokenizer:
-            tokenizer = _tokenizer(args.checkpoint, required=False)
-        pack_model(model).save_pretrained(folder)
+            tokenizer = _tokenizer(args.checkpoint, required=args.data is not None)
+        pack_model(model, batches=head_text(args.data, model, tokenizer)).save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     print(size_report(out).table())

@@ -6,6 +6,7 @@ the quantized model unlearns less of what the given text is not about. Refinemen
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..train.data import TokenBlocks
 
-__all__ = ["DATA_HELP", "Text", "check_names", "context_of", "is_mixed", "text_length"]
+__all__ = ["DATA_HELP", "Text", "check_names", "context_of", "head_text", "is_mixed", "text_length"]
 
 LENGTH = 512  # tokens of the longest block by default
 
@@ -79,6 +80,31 @@ class Text:
         return sample_blocks(
             model, tokenizer, rows, self.length, seed=self.seed, batch_size=self.writes, cache=self.cache
         )
+
+
+def head_text(names: list[str] | None, model: Any, tokenizer: Any) -> Any:
+    """Batches of the text that --data `names`, for the head of a latent `model`, which has 4 bits once it is packed; or None.
+
+    Raises:
+        ValueError: it has more bits, so that text is of no use.
+    """
+    from torch.utils.data import default_collate
+
+    from ..initialize.head_inputs import HEAD_EXAMPLES
+    from ..train.data import read_texts, spread_batches, text_blocks
+
+    bits = model.config.quantization_config.head_bits
+    if names is None:
+        if bits == 4:
+            print(
+                "note: the head is rounded to 4 bits for its weights alone; for --data TEXT it would lose a fraction of that",
+                file=sys.stderr,
+            )
+        return None
+    if bits != 4:
+        raise ValueError(f"--data is what a head of 4 bits is rounded for, and this one has {bits}; leave it out")
+    blocks = text_blocks(read_texts(names, "text"), tokenizer, text_length(None, model.config))
+    return spread_batches(blocks, default_collate, HEAD_EXAMPLES)
 
 
 def is_mixed(names: Sequence[str]) -> bool:

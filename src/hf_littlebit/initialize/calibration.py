@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..layers.output_head import CACHED, CHUNK
 from ..placement import input_device
 
-__all__ = ["Importance", "Recorder", "calibrate"]
+__all__ = ["Importance", "Recorder", "calibrate", "model_inputs"]
 
 
 class Importance(NamedTuple):
@@ -52,11 +52,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
     Raises:
         ValueError: if there is no batch.
     """
-    known = set(inspect.signature(model.forward).parameters)
-    if not getattr(model.config, "is_encoder_decoder", False):
-        known -= {"labels"}  # whose loss would be computed for nothing; a decoder takes its inputs from them
     generator = torch.Generator().manual_seed(seed)
-    device = input_device(model)
     modes = [(module, module.training) for module in model.modules()]
     # By name: an offloaded module has other parameters after its forward.
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
@@ -70,15 +66,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
             model.get_parameter(name).requires_grad_(False)
         model.eval()
         for batch in batches:
-            inputs = {
-                key: value.to(device) if torch.is_tensor(value) else value
-                for key, value in batch.items()
-                if key in known
-            }
-            mask = inputs.get("attention_mask")
-            recorder.mask = None if mask is None or mask.ndim != 2 else mask.bool()
-            if "use_cache" in known:
-                inputs["use_cache"] = False
+            inputs, recorder.mask = model_inputs(model, batch)
             with torch.enable_grad():
                 logits = model(**inputs).logits
                 _log_likelihood(logits, recorder.mask, generator).backward()
@@ -93,6 +81,21 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
     if not count:
         raise ValueError("there is no batch to calibrate on; give at least one")
     return recorder.result()
+
+
+def model_inputs(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """(what `model` is called with for `batch`, on its device; which tokens count, bool [batch, seq], None: all of them)."""
+    known = set(inspect.signature(model.forward).parameters)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        known -= {"labels"}  # whose loss would be computed for nothing; a decoder takes its inputs from them
+    device = input_device(model)
+    inputs = {
+        key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items() if key in known
+    }
+    if "use_cache" in known:
+        inputs["use_cache"] = False
+    mask = inputs.get("attention_mask")
+    return inputs, None if mask is None or mask.ndim != 2 else mask.bool()
 
 
 def _log_likelihood(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:

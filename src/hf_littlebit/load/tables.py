@@ -11,7 +11,7 @@ A table is an embedding, a head, or whatever a model ties together: one module o
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import LittleBitConfig
+from ..initialize.head_inputs import head_moment
 from ..internals.transformers import fp32_modules, tie_again, tied_weights, untie
 from ..kernels import quantize_table, table_shapes
 from ..layers.table import TABLE_PARTS, PackedTableModule, pack_module, refusal
@@ -224,8 +225,13 @@ def _head(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
-def quantized_parts(weight: Tensor, table: TablePlan, config: LittleBitConfig) -> dict[str, Tensor]:
+def quantized_parts(
+    weight: Tensor, table: TablePlan, config: LittleBitConfig, moment: Tensor | None = None
+) -> dict[str, Tensor]:
     """{part: tensor} of a dense weight [rows, columns], on its device.
+
+    Args:
+        moment: second moment [columns, columns] of what it is multiplied with (initialize/head_inputs.py), if known.
 
     Raises:
         ValueError: naming the weight, if it has another shape or values that cannot be quantized.
@@ -243,7 +249,7 @@ def quantized_parts(weight: Tensor, table: TablePlan, config: LittleBitConfig) -
         )
     source = weight.detach().to(config.svd_device or weight.device)
     try:
-        found = quantize_table(source, table.bits, scale_dtype=table.scale_dtype)
+        found = quantize_table(source, table.bits, scale_dtype=table.scale_dtype, moment=moment)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return {"codes": found.codes.to(weight.device), "scale": found.scale.to(weight.device)}
@@ -261,10 +267,16 @@ def place(model: PreTrainedModel, table: TablePlan, parts: dict[str, Tensor] | N
         model.set_submodule(name, pack_module(model.get_submodule(name), table.bits, table.scale_dtype, owner))
 
 
-def pack_tables(model: PreTrainedModel, config: LittleBitConfig) -> None:
+def pack_tables(
+    model: PreTrainedModel, config: LittleBitConfig, batches: Iterable[Mapping[str, Any]] | None = None
+) -> None:
     """Quantize the embedding and the head of a `model` in memory in place, as `config` (of the packed format) asks.
 
     Tables that are packed already stay as they are.
+
+    Args:
+        batches: of text, as of `calibrate`. With them a head of 4 bits is rounded for what it reads of these, which only then
+            costs next to nothing; one of 8 bits loses nothing, so none are read for it.
 
     Raises:
         ValueError: as `plan_tables` and `quantized_parts`, and for tables that are packed already in other bits.
@@ -281,13 +293,21 @@ def pack_tables(model: PreTrainedModel, config: LittleBitConfig) -> None:
                 f"head_bits={config.head_bits}; set these to what is packed, or call model.dequantize() first"
             )
         return
-    for table in plan_tables(model, config).tables:
+    tables, head, moment = plan_tables(model, config).tables, _head(model), None
+    fitted = [
+        table
+        for table in tables
+        if table.bits == 4 and any(model.get_submodule(name) is head for name in table.modules)
+    ]
+    if fitted and batches is not None:
+        moment = head_moment(model, batches)
+    for table in tables:
         weight = model.get_parameter(f"{table.owner}.weight")
         if weight.is_meta:
             raise ValueError(
                 f"{table.owner} is offloaded, so it cannot be quantized in place; load the model with device_map='cpu'"
             )
-        place(model, table, quantized_parts(weight, table, config))
+        place(model, table, quantized_parts(weight, table, config, moment if table in fitted else None))
 
 
 def unpack_tables(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:

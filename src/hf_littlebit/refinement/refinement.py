@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from ..config import LittleBitConfig
 from ..initialize.calibration import Importance
+from ..initialize.head_inputs import HEAD_EXAMPLES
 from ..load.convert import cast_dense, check_in_memory, factor_modules, pack_modules, with_format
 from ..load.finite import refuse_non_finite
 from ..load.form import finish, record, refuse_float64
@@ -95,8 +96,7 @@ def refine(
     recipe = Recipe() if recipe is None else recipe
     tokens = as_tokens(data)
     work = _Refinement(model, config, tokens, recipe, device, progress)
-    # Whatever the caller has switched off.
-    with torch.enable_grad(), cpu_attention(model):
+    with torch.enable_grad(), cpu_attention(model):  # whatever the caller has switched off
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="littlebit-refine-") as temporary:
                 work.run(temporary)
@@ -183,9 +183,10 @@ class _Refinement:
             self._distil(self.schedule, teacher)
         else:
             pack_modules(self.model)
-            pack_tables(self.model, with_format(self.config, "packed"))
             cast_dense(self.model, self.dtype)
-            finish(self.model, LittleBitHfQuantizer(with_format(self.config, "packed")))
+            packed, rows = with_format(self.config, "packed"), spread_rows(self.tokens, HEAD_EXAMPLES).long()
+            pack_tables(self.model, packed, ({"input_ids": row[None]} for row in rows))
+            finish(self.model, LittleBitHfQuantizer(packed))
 
     def _made_of(self) -> dict[str, Any]:
         """What must be the same in a refinement that goes on."""

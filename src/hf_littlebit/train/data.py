@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..placement import input_device
 from .cpu_attention import cpu_attention
 from .resume import model_fingerprint
 
-__all__ = ["TokenBlocks", "read_texts", "sample_blocks", "text_blocks"]
+__all__ = ["TokenBlocks", "read_texts", "sample_blocks", "spread_batches", "text_blocks"]
 
 TEXT_FILES = (".txt", ".md", ".rst", ".py", ".json", ".jsonl")
 TOKENIZED_AT_A_TIME = 64  # documents
@@ -56,6 +56,15 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         if not 0 < held_out < len(self):
             raise ValueError(f"{held_out} of {len(self)} blocks cannot be held out; give more text or shorter blocks")
         return TokenBlocks(self.tokens[:-held_out]), TokenBlocks(self.tokens[-held_out:])
+
+
+def spread_batches(
+    rows: Any, collate: Callable[[list[Any]], Mapping[str, Any]], examples: int, size: int = 1
+) -> Iterator[dict[str, Any]]:
+    """`examples` of a listed dataset, at equal distances, collated `size` at a time: the same ones on every process."""
+    chosen = range(0, len(rows), max(1, len(rows) // examples))[:examples]
+    for at in range(0, len(chosen), size):
+        yield dict(collate([rows[index] for index in chosen[at : at + size]]))
 
 
 def text_blocks(

@@ -178,14 +178,18 @@ class TrainingSession:
             self.distillation.place(device)
             self.distillation.active = True
 
-    def end(self) -> None:
-        """Training to packed: let the teacher go, and pack the model in place, unless it is to stay latent or is sharded."""
+    def end(self, batches: Iterable[Mapping[str, Any]] | None = None) -> None:
+        """Training to packed: let the teacher go, and pack the model in place, unless it is to stay latent or is sharded.
+
+        Args:
+            batches: of text, for `pack_model`; the same on every process.
+        """
         self.ended = True
         self.teacher = self.flips = None  # their memory is wanted elsewhere
         if self.distillation is not None:
             self.distillation.detach(self.model)
         if self.pack and not self.sharded:
-            pack_model(self.model, self.dtype)
+            pack_model(self.model, self.dtype, batches)
             self.model.register_load_state_dict_pre_hook(refuse_latents)
 
     @property

@@ -20,6 +20,7 @@ from ..config import LittleBitConfig
 from ..load.convert import factor_modules, latents_and_scales, unpack_model, unwrapped
 from .callback import LittleBitCallback
 from .cpu_attention import cpu_attention
+from .data import spread_batches
 from .distributed import gather
 from .resume import last_checkpoint
 from .session import REBUILT
@@ -89,15 +90,14 @@ class LittleBitTrainer(Trainer):
 
     def _calibration_batches(self, examples: int) -> Iterator[dict[str, Any]]:
         """Batches of the training set, in the same order on every process; read once Trainer has its collator."""
-        rows: Any = self.train_dataset
         known = inspect.signature(unwrapped(self.model).forward).parameters
-        chosen = range(0, len(rows), max(1, len(rows) // examples))[:examples]
-        size = self.args.per_device_train_batch_size
-        for at in range(0, len(chosen), size):
-            batch = [rows[index] for index in chosen[at : at + size]]
+
+        def collate(batch: list[Any]) -> Any:
             if self.args.remove_unused_columns and all(isinstance(row, Mapping) for row in batch):
                 batch = [{key: value for key, value in row.items() if key in known or "label" in key} for row in batch]
-            yield dict(self.data_collator(batch))
+            return self.data_collator(batch)
+
+        yield from spread_batches(self.train_dataset, collate, examples, self.args.per_device_train_batch_size)
 
     def compute_loss(
         self,
