@@ -4,7 +4,8 @@
     python examples/bench_tables.py speed CONFIG --bpw 0.1 --threads 1       random weights; the three take turns in one process
 
 `quality --apart` unties a tied model first, and packs the embedding and the head alone too.
-Without the search for scales: every row (8 bits) or 64 columns (4 bits) rounded to multiples of its largest magnitude / 127 or 7.
+Scales are searched for the weights; or for the products with what the head reads of 32 blocks of the text in front of the measured
+end; or not at all: every row (8 bits) or 64 columns (4 bits) is rounded to multiples of its largest magnitude / 127 or 7.
 """
 
 import argparse
@@ -15,15 +16,18 @@ import tempfile
 
 import torch
 from tabulate import tabulate
+from torch.utils.data import default_collate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_littlebit import LittleBitConfig, perplexity
+from hf_littlebit import LittleBitConfig, head_moment, perplexity, text_blocks
+from hf_littlebit.initialize.head_inputs import HEAD_EXAMPLES
 from hf_littlebit.load.meta_model import empty_model
 from hf_littlebit.load.source import find_source
 from hf_littlebit.load.tables import pack_tables, plan_tables
 from hf_littlebit.plan import plan_model
 from hf_littlebit.report.bench.clock import Ticks
 from hf_littlebit.report.bench.contender import Contender, Setting
+from hf_littlebit.train.data import spread_batches
 
 GROUP = 64
 
@@ -54,28 +58,36 @@ def quality(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     """Print the perplexity of a dense model with its tables in 16, 8 and 4 bits."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with open(args.text, encoding="utf-8") as file:
-        text = file.read()[-args.characters :]
+        text = file.read()
+    read, text = text[: -args.characters], text[-args.characters :]
+    blocks = text_blocks([read], tokenizer, 512, max_blocks=1024)
     dtype = getattr(torch, args.dtype)
     rows = []
-    cases = [(16, 16, True), (8, 8, True), (8, 8, False), (4, 4, True), (4, 4, False)]
+    weights, products, none = "for the weights", "for the products", "largest magnitude"
+    cases = [(16, 16, weights), (8, 8, weights), (8, 8, none), (4, 4, products), (4, 4, weights), (4, 4, none)]
     where = args.model
     if args.apart:
         where = stack.enter_context(tempfile.TemporaryDirectory())
         save_untied(args.model, where)
-        cases += [(8, 16, True), (16, 8, True), (4, 16, True), (16, 4, True), (4, 8, True), (8, 4, True)]
-    for bits, head_bits, search in cases:
+        cases += [(a, b, weights) for a, b in ((8, 16), (16, 8), (4, 16), (16, 4), (4, 8), (8, 4))] + [
+            (16, 4, products)
+        ]
+    for bits, head_bits, how in cases:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype).eval()
         config = tables_config(bits, 1.0, head_bits)
         tables = plan_tables(model, config).tables
         size = sum(table.stored_bits for table in tables) / 8
-        if search:
-            pack_tables(model, config)
+        if how != none:
+            moment = None
+            if how == products:
+                moment = head_moment(model, spread_batches(blocks, default_collate, HEAD_EXAMPLES))
+            pack_tables(model, config, moment)
         else:
             for table in tables:
                 weight = model.get_parameter(f"{table.owner}.weight")
                 weight.data = rounded(weight.data, bits)
         found = perplexity(model, tokenizer, text, length=args.length, max_blocks=args.blocks, progress=False)
-        kind = "as it is" if bits == head_bits == 16 else "searched" if search else "largest magnitude"
+        kind = "as it is" if bits == head_bits == 16 else how
         megabytes = f"{size / 1e6:.1f}" if size else "-"
         rows.append((bits, head_bits, kind, f"{found.perplexity:.4f}", f"{found.loss:.5f}", megabytes))
         print(json.dumps(rows[-1]), flush=True)

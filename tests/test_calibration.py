@@ -6,12 +6,12 @@ import pytest
 import torch
 from families import build
 from test_training import CONFIG, Rows, arguments, equal
+from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import T5Config, T5ForConditionalGeneration, Trainer
 
-from hf_littlebit import LittleBitConfig, calibrate
+from hf_littlebit import LittleBitConfig, calibrate, head_moment
 from hf_littlebit.initialize.calibration import _log_likelihood
-from hf_littlebit.initialize.head_inputs import head_moment
 from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.train.callback import LittleBitCallback
 from hf_littlebit.train.trainer import LittleBitTrainer
@@ -68,6 +68,25 @@ def test_the_moment_of_what_a_head_reads():
     masked = head_moment(model, [{"input_ids": TOKENS[:4], "attention_mask": mask, "labels": TOKENS[:4], "x": [1]}])
     torch.testing.assert_close(masked, head_moment(model, [{"input_ids": TOKENS[:4, :8]}]))
     assert head_moment(model, []) is None and head_moment(model.model, batches()) is None
+    with pytest.raises(ValueError, match="a batch is Tensor; give mappings"):
+        head_moment(model, TOKENS)
+    assert not model.lm_head._forward_pre_hooks and model.training
+    nn.init.zeros_(model.model.norm.weight)
+    assert head_moment(model, batches()) is None
+    nn.init.constant_(model.model.norm.weight, torch.nan)
+    assert head_moment(model, batches()) is None
+
+
+def test_the_moment_of_a_decoder_behind_an_encoder():
+    """Padding of what the encoder reads is none of the decoder's, also where both are as long."""
+    config = T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config)
+    tokens, short = TOKENS[:4], (torch.arange(12) < 4).long().expand(4, 12)
+    batch = {"input_ids": tokens, "attention_mask": short, "decoder_input_ids": tokens}
+    whole = head_moment(model, [batch])
+    cut = head_moment(model, [{**batch, "decoder_attention_mask": short}])
+    torch.testing.assert_close(cut, head_moment(model, [{**batch, "decoder_input_ids": tokens[:, :4]}]))
+    assert not torch.allclose(whole, cut)
 
 
 def test_padding_labels_and_unknown_inputs_count_nothing():

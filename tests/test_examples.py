@@ -66,11 +66,13 @@ def test_bench_tables(pycode):
     found = re.findall(r"^\| (\d+) +\| (\d+) +\| ([\w ]+?) +\| ([\d.]+) +\|[^|]*\| ([\d.-]+)", printed, re.MULTILINE)
     values = {(int(bits), int(head), kind): float(value) for bits, head, kind, value, _ in found}
     dense = values[16, 16, "as it is"]
-    assert values[8, 8, "searched"] == pytest.approx(dense, rel=0.01) and values[4, 4, "searched"] < 1.3 * dense
+    weights, products = "for the weights", "for the products"
+    assert values[8, 8, weights] == pytest.approx(dense, rel=0.01) and values[4, 4, weights] < 1.3 * dense
+    assert values[4, 4, products] < values[4, 4, weights] and values[16, 4, products] < values[16, 4, weights]
     # The two alone: each costs something, neither as much as both, and each takes half of the bytes.
-    assert dense < min(values[4, 16, "searched"], values[16, 4, "searched"])
-    assert max(values[4, 16, "searched"], values[16, 4, "searched"]) < values[4, 4, "searched"]
-    sizes = {(int(bits), int(head)): float(size) for bits, head, kind, _, size in found if kind == "searched"}
+    assert dense < min(values[4, 16, weights], values[16, 4, weights])
+    assert max(values[4, 16, weights], values[16, 4, weights]) < values[4, 4, weights]
+    sizes = {(int(bits), int(head)): float(size) for bits, head, kind, _, size in found if kind == weights}
     assert sizes[4, 16] == sizes[16, 4] == pytest.approx(sizes[4, 4] / 2, abs=0.1)
     printed = run(sys.executable, script, "speed", config, "--bpw", 1, "--rounds", 1, "--new", 4)
     assert [line.split()[1] for line in printed.splitlines()[-3:]] == ["16", "8", "4"]

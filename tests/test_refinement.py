@@ -11,9 +11,8 @@ from families import build, config, load
 from hf_littlebit.kernels import quantize_table
 from torch import nn
 
-from hf_littlebit import Recipe, TopKTeacher, refine
+from hf_littlebit import Recipe, TopKTeacher, head_moment, refine
 from hf_littlebit.command.refine_command import TOKENS as TOKENS_READ
-from hf_littlebit.initialize.head_inputs import head_moment
 from hf_littlebit.load import tables
 from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.plan import plan_model

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from test_train_command import run
 from test_training import Rows, Stop, arguments
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 
-from hf_littlebit import latent_model, pack_model, refine, size_report, unpack_model
+from hf_littlebit import head_moment, latent_model, pack_model, refine, size_report, unpack_model
 from hf_littlebit.command.cli import main
-from hf_littlebit.initialize.head_inputs import head_moment
 from hf_littlebit.layers.table import PackedEmbedding, PackedHead
 from hf_littlebit.load.tables import pack_tables, table_modules
+from hf_littlebit.train import callback, session
 from hf_littlebit.train.callback import LittleBitCallback
 from hf_littlebit.train.data import text_blocks
 from hf_littlebit.train.export import latent_checkpoint
@@ -38,14 +39,22 @@ class Weights(TrainerCallback):
         self.embedding, self.head = (
             module.weight.detach().clone() for module in (model.get_input_embeddings(), model.lm_head)
         )
-        packed = copy.deepcopy(model)
-        packed.config.quantization_config.embedding_bits = packed.config.quantization_config.head_bits = 16
-        self.moment = head_moment(pack_model(packed), ({"input_ids": row["input_ids"][None]} for row in Rows()))
+        rows = Rows(70)
+        self.moment = head_moment(model, [{"input_ids": rows[index]["input_ids"][None]} for index in range(0, 64, 2)])
 
 
-def trainer_of(folder, model, teacher="self", callbacks=(), trainer_class=LittleBitTrainer, options=None, **training):
-    callback = LittleBitCallback(options, teacher)
-    usual = {"train_dataset": Rows(), "callbacks": [*callbacks, callback]}
+def trainer_of(
+    folder,
+    model,
+    teacher="self",
+    callbacks=(),
+    trainer_class=LittleBitTrainer,
+    options=None,
+    train_dataset=None,
+    **training,
+):
+    littlebit = LittleBitCallback(options, teacher)
+    usual = {"train_dataset": train_dataset or Rows(), "callbacks": [*callbacks, littlebit]}
     if trainer_class is LittleBitTrainer:
         usual["calibration"] = 0
     return trainer_class(model, arguments(folder, **training), **usual)
@@ -57,7 +66,8 @@ def trainer_of(folder, model, teacher="self", callbacks=(), trainer_class=Little
 def test_trained_dense_and_packed_at_the_end(tmp_path, family, bits, trainer_class):
     started = build(family)
     weights = Weights()
-    trainer = trainer_of(tmp_path / "t", build(family), "self", [weights], trainer_class, tables(bits))
+    options = {"options": tables(bits), "train_dataset": Rows(70)}
+    trainer = trainer_of(tmp_path / "t", build(family), "self", [weights], trainer_class, **options)
     assert not table_modules(trainer.model)
     trainer.train()
     model = trainer.model.eval()
@@ -110,7 +120,7 @@ def test_frozen_tables_come_back_as_they_were(tmp_path, family, bits):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_resumed_and_packed_from_a_checkpoint(tmp_path, family, stories):
+def test_resumed(tmp_path, family):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "options": tables(4)}
     whole = trainer_of(tmp_path / "whole", build(family), **options)
     whole.train()
@@ -124,7 +134,41 @@ def test_resumed_and_packed_from_a_checkpoint(tmp_path, family, stories):
     equal_states(whole.model, resumed.model)
 
 
-def test_packed_from_a_checkpoint(tmp_path, stories, capsys):
+class Stream(IterableDataset):
+    """With a length, as of shards; torch's base class has a __getitem__ that raises."""
+
+    def __len__(self):
+        return 32
+
+    def __iter__(self):
+        return iter(Rows())
+
+
+@pytest.mark.parametrize("obstacle", ["stream", "error", "rows"])
+def test_a_training_ends_whatever_the_head_cannot_be_rounded_for(tmp_path, obstacle, monkeypatch, caplog):
+    weights = Weights()
+    if obstacle == "error":
+        monkeypatch.setattr(session, "head_moment", lambda model, batches: next(iter([])))
+    options = {"options": tables(4), "train_dataset": Stream() if obstacle == "stream" else None}
+    trainer = trainer_of(tmp_path, build("llama"), callbacks=[weights], trainer_class=Trainer, **options, max_steps=2)
+    if obstacle == "rows":  # of a collator that gives rows, as some trainers have
+        monkeypatch.setattr(callback, "spread_batches", lambda rows, collate, examples: iter([[rows[0]]]))
+    trainer.train()
+    expected = unpack_table(*quantize_table(weights.head, 4))
+    torch.testing.assert_close(trainer.model.lm_head.dense(), expected, rtol=0, atol=0)
+    assert "lm_head is rounded to 4 bits for its weights alone" in caplog.text
+    assert ("cannot be measured: " in caplog.text) is (obstacle != "stream")
+
+
+def test_latents_are_as_they_were_if_the_moment_cannot_be_had():
+    model = latent_model(build("llama"), tables(4), progress=False)
+    with pytest.raises(ValueError, match="a batch is Tensor"):
+        pack_model(model, moment=head_moment(model, Rows().tokens))
+    pack_model(model, moment=head_moment(model, [{"input_ids": Rows().tokens}]))
+    assert len(table_modules(model)) == 2
+
+
+def test_packed_from_a_checkpoint(tmp_path, stories, capsys, caplog):
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside. "
     (tmp_path / "story.txt").write_text(text * 99)
     words = ["--tokenizer", stories, "--out", str(tmp_path / "out"), "--overwrite"]
@@ -134,7 +178,7 @@ def test_packed_from_a_checkpoint(tmp_path, stories, capsys):
         trainer = trainer_of(tmp_path / str(bits), load(stories), **options)
         trainer.train()
         assert main(["pack", str(tmp_path / str(bits) / "checkpoint-2"), *words]) == 0
-        assert ("--data TEXT" in capsys.readouterr().err) is (bits == 4)
+        assert ("--data TEXT" in caplog.text) is (bits == 4)
         models[bits] = trainer.model, load(str(tmp_path / "out"))
     equal_states(*models[8])
     data = ["--data", str(tmp_path / "story.txt")]

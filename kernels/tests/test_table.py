@@ -140,6 +140,8 @@ def test_moments_of_no_inputs_are_refused():
     for moment in (torch.zeros(64, 64), torch.full((64, 64), torch.nan)):
         with pytest.raises(ValueError, match="not finite, or nothing but zeros"):
             table_fit.quantize_table(weight, 4, moment=moment)
+    with pytest.raises(ValueError, match="less than nothing"):
+        table_fit.quantize_table(weight, 4, moment=5 - 4 * torch.eye(64))
 
 
 def test_slabs_change_nothing(monkeypatch):

@@ -30,6 +30,7 @@ with compat.explain_missing():
 
 if TYPE_CHECKING:
     from .initialize.calibration import calibrate
+    from .initialize.head_inputs import head_moment
     from .load.convert import latent_model, pack_model, unpack_model
     from .refinement.recipe import Recipe
     from .refinement.refinement import refine
@@ -50,6 +51,7 @@ __all__ = [
     "TopKTeacher",
     "calibrate",
     "fast_generate",
+    "head_moment",
     "latent_model",
     "pack_model",
     "perplexity",
@@ -70,6 +72,7 @@ _LAZY = {  # public name -> the file that has it
     "TopKTeacher": "train.topk",
     "Recipe": "refinement.recipe",
     "calibrate": "initialize.calibration",
+    "head_moment": "initialize.head_inputs",
     "latent_model": "load.convert",
     "pack_model": "load.convert",
     "refine": "refinement.refinement",

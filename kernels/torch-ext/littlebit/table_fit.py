@@ -23,8 +23,8 @@ REFITS = 2
 # Fractions of the scale without clipping. 127 steps gain little from clipping; 7 or 8 gain much.
 _FRACTIONS = {8: (1.0, 0.97, 0.94, 0.9, 0.85, 0.8), 4: tuple(1.0 - 0.03 * step for step in range(16))}
 _LIMITS = {8: (-127, 127), 4: (-8, 7)}
-# Largest codes of a group that was rounded with a moment: its values are then found again as they are.
-_COARSE = {8: (), 4: (1, 2, 3, 4, 5, 6)}
+# Largest codes of some groups that were rounded with a moment to 4 bits: their values are found again as they are.
+_COARSE = (1, 2, 3, 4, 5, 6)
 # Of the mean square of an input, added to every one's: what an embedding that is tied to the head loses stays small by it.
 DAMPING = 0.1
 
@@ -57,8 +57,10 @@ def quantize_table(
     scale = torch.empty(scale_shape, dtype=scale_dtype, device=weight.device)
     width = columns if scale_shape[1] == 1 else GROUP
     factor = None if moment is None else _carry_factor(moment.to(weight.device), columns)
-    for first in range(0, rows, max(1, SLAB // columns)):
-        last = first + max(1, SLAB // columns)
+    # With a moment some operations a column: the fewer slabs the better where their launches are what takes time.
+    slab = max(1, SLAB * (16 if factor is not None and weight.is_cuda else 1) // columns)
+    for first in range(0, rows, slab):
+        last = first + slab
         values = weight[first:last].float()
         if not values.isfinite().all():
             raise ValueError(f"rows {first} to {min(last, rows) - 1} of the weight hold values that are not finite")
@@ -78,7 +80,7 @@ def quantize_table(
 
 
 def _carry_factor(moment: torch.Tensor, columns: int) -> torch.Tensor:
-    """U, upper triangular [columns, columns] of fp32, with U^T U the inverse of the damped `moment`.
+    """U / diag(U), upper triangular [columns, columns] of fp32, with U^T U the inverse of the damped `moment`.
 
     Raises:
         ValueError: the moment has another shape, or is that of no inputs.
@@ -92,8 +94,11 @@ def _carry_factor(moment: torch.Tensor, columns: int) -> torch.Tensor:
             "moment holds what is not finite, or nothing but zeros; leave it out, or give that of some inputs"
         )
     damped = moment / size + DAMPING * torch.eye(columns, dtype=moment.dtype, device=moment.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise ValueError("moment is that of no inputs, since some direction has less than nothing; give mean x x^T")
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    return (factor / factor.diagonal()[:, None]).float()
 
 
 def _carry(
@@ -107,20 +112,21 @@ def _carry(
     columns, padded = factor.shape[0], values.shape[1]
     values = values.clone()  # may be the weight's own memory
     whole, scales = torch.zeros_like(values), []
+    least, most = _LIMITS[bits]
     for first in range(0, columns, GROUP):
         last = min(first + GROUP, columns)
         if first % width == 0:
             scales.append(_search(values[:, None, first : min(first + width, padded)], bits, dtype))
-        scale = scales[-1][:, 0, 0].float()
+            scale = scales[-1][:, 0, 0].float()
+            divisor = torch.where(scale == 0, torch.inf, scale)
         block = values[:, first:last].T.contiguous()  # a column at a time is contiguous
-        errors = torch.empty_like(block)
+        rounded = torch.empty_like(block)
         for j in range(last - first):
-            at = first + j
-            rounded = _round(block[j], scale, *_LIMITS[bits])
-            whole[:, at] = rounded
-            errors[j] = (block[j] - rounded * scale) / factor[at, at]
-            block[j + 1 :].addr_(factor[at, at + 1 : last], errors[j], alpha=-1)
-        values[:, last:columns] -= errors.T @ factor[first:last, last:]
+            rounded[j] = (block[j] / divisor).round_().clamp_(least, most)
+            block[j] -= rounded[j] * scale  # from here on its error
+            block[j + 1 :].addr_(factor[first + j, first + j + 1 : last], block[j], alpha=-1)
+        whole[:, first:last] = rounded.T
+        values[:, last:columns] -= block.T @ factor[first:last, last:]
     return torch.cat(scales, dim=1), whole
 
 
@@ -145,8 +151,13 @@ def _search(values: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
     for start in starts:
         for fraction in _FRACTIONS[bits]:
             attempt((fraction / start) * peak)
-    for most_code in _COARSE[bits]:
-        attempt(peak / most_code)
+    # Only a group on a grid already has no value between 0 and its peak / 6.
+    least_size = torch.where(values == 0, torch.inf, values.abs()).amin(-1, keepdim=True)
+    if bits == 4 and (least_size > 0.99 * peak.abs() / len(_COARSE)).any():
+        for largest in _COARSE:
+            scale = (peak / largest).to(dtype)
+            exact = _error(values, scale.float(), unit, least, most) == 0
+            best, error = torch.where(exact, scale, best), torch.where(exact, 0.0, error)
     for _ in range(REFITS):
         whole = _round(values, best.float(), least, most)
         fitted = (values / unit * whole).sum(-1, keepdim=True) / whole.square().sum(-1, keepdim=True).clamp_min_(1.0)

@@ -117,6 +117,7 @@ def run_quantize(args: argparse.Namespace) -> int:
 
 def run_pack(args: argparse.Namespace) -> int:
     """`littlebit pack`."""
+    from ..initialize.head_inputs import head_moment
     from ..load.convert import pack_model
     from ..load.replacement import replacement
     from ..report.size import size_report
@@ -129,7 +130,10 @@ def run_pack(args: argparse.Namespace) -> int:
         model = latent_checkpoint(args.checkpoint, args.dtype)
         if not args.tokenizer:
             tokenizer = _tokenizer(args.checkpoint, required=args.data is not None)
-        pack_model(model, batches=head_text(args.data, model, tokenizer)).save_pretrained(folder)
+        moment = None
+        if args.data is not None:
+            moment = head_moment(model, head_text(args.data, args.column, model, tokenizer))
+        pack_model(model, moment=moment).save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     print(size_report(out).table())

@@ -6,7 +6,6 @@ the quantized model unlearns less of what the given text is not about. Refinemen
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["DATA_HELP", "Text", "check_names", "context_of", "head_text", "is_mixed", "text_length"]
 
 LENGTH = 512  # tokens of the longest block by default
+HEAD_BLOCKS = 1024  # at the beginning of a text, among which those are that a head is rounded for
 
 DATA_HELP = (
     "text files, folders, Hub datasets (org/name[:config][@split]), `self`: the model writes the text; or both: it writes as "
@@ -82,11 +82,11 @@ class Text:
         )
 
 
-def head_text(names: list[str] | None, model: Any, tokenizer: Any) -> Any:
-    """Batches of the text that --data `names`, for the head of a latent `model`, which has 4 bits once it is packed; or None.
+def head_text(names: Sequence[str], column: str, model: Any, tokenizer: Any) -> Any:
+    """Batches of the text of `names` for `initialize.head_inputs.head_moment`, of a latent `model` whose head is to have 4 bits.
 
     Raises:
-        ValueError: it has more bits, so that text is of no use.
+        ValueError: it has more bits, so that text is of no use; or there is too little text.
     """
     from torch.utils.data import default_collate
 
@@ -94,16 +94,10 @@ def head_text(names: list[str] | None, model: Any, tokenizer: Any) -> Any:
     from ..train.data import read_texts, spread_batches, text_blocks
 
     bits = model.config.quantization_config.head_bits
-    if names is None:
-        if bits == 4:
-            print(
-                "note: the head is rounded to 4 bits for its weights alone; for --data TEXT it would lose a fraction of that",
-                file=sys.stderr,
-            )
-        return None
     if bits != 4:
         raise ValueError(f"--data is what a head of 4 bits is rounded for, and this one has {bits}; leave it out")
-    blocks = text_blocks(read_texts(names, "text"), tokenizer, text_length(None, model.config))
+    length = text_length(None, model.config)
+    blocks = text_blocks(read_texts(names, column), tokenizer, length, column, HEAD_BLOCKS)
     return spread_batches(blocks, default_collate, HEAD_EXAMPLES)
 
 

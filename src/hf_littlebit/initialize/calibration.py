@@ -66,7 +66,9 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
             model.get_parameter(name).requires_grad_(False)
         model.eval()
         for batch in batches:
-            inputs, recorder.mask = model_inputs(model, batch)
+            inputs = model_inputs(model, batch)
+            mask = inputs.get("attention_mask")
+            recorder.mask = None if mask is None or mask.ndim != 2 else mask.bool()
             with torch.enable_grad():
                 logits = model(**inputs).logits
                 _log_likelihood(logits, recorder.mask, generator).backward()
@@ -83,8 +85,8 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
     return recorder.result()
 
 
-def model_inputs(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-    """(what `model` is called with for `batch`, on its device; which tokens count, bool [batch, seq], None: all of them)."""
+def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What `model` is called with for `batch`: what its forward takes, on its device, without a cache."""
     known = set(inspect.signature(model.forward).parameters)
     if not getattr(model.config, "is_encoder_decoder", False):
         known -= {"labels"}  # whose loss would be computed for nothing; a decoder takes its inputs from them
@@ -92,10 +94,7 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], 
     inputs = {
         key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items() if key in known
     }
-    if "use_cache" in known:
-        inputs["use_cache"] = False
-    mask = inputs.get("attention_mask")
-    return inputs, None if mask is None or mask.ndim != 2 else mask.bool()
+    return {**inputs, "use_cache": False} if "use_cache" in known else inputs
 
 
 def _log_likelihood(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -1,8 +1,10 @@
 """What an output head reads, from a few batches of text: a head in few bits is rounded for it (kernels/table_fit.py).
 
-The hidden states in front of a head are far from alike in all directions. SmolLM2-135M refined to 1.0 bits, its table in 4 bits,
-nats per token over 16 bits on kept-back text, Python source and stories: rounded for the weights 0.217, 0.517 and 0.122, for the
-products with 32,768 tokens of the refinement's text 0.014, 0.022 and 0.016.
+    HeadInputs     adds up what the head of a model reads while it is called
+    head_moment    calls it on batches of text
+
+The hidden states in front of a head are far from alike in all directions, so the errors of its products say more than those of
+its weights (docs/results.md has what that is worth).
 """
 
 from __future__ import annotations
@@ -15,45 +17,74 @@ from torch import Tensor, nn
 
 from .calibration import model_inputs
 
-__all__ = ["HEAD_EXAMPLES", "head_moment"]
+__all__ = ["HEAD_EXAMPLES", "HEAD_TOKENS", "HeadInputs", "head_moment"]
 
-HEAD_EXAMPLES = 32  # rows of text, which have 16,384 tokens if they are of 512
+HEAD_EXAMPLES, HEAD_TOKENS = 32, 16_384  # rows of text; what they have if they are of 512
+
+
+class HeadInputs:
+    """A context in which the inputs x [..., hidden] of `model`'s output head are added up to their second moment.
+
+    Attributes:
+        mask: bool [batch, seq], of the tokens that count in the next call; None: all of them.
+    """
+
+    def __init__(self, model: Any):
+        self.mask: Tensor | None = None
+        self._head, self._sum, self._count = model.get_output_embeddings(), None, 0
+
+    def __enter__(self) -> HeadInputs:
+        if isinstance(self._head, nn.Module):
+            self._handle = self._head.register_forward_pre_hook(self._record, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if isinstance(self._head, nn.Module):
+            self._handle.remove()
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, mask = (args[0] if args else next(iter(kwargs.values()))).detach(), self.mask
+        x = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+        with torch.autocast(x.device.type, enabled=False):  # of a training, would round the sums to 16 bits
+            x = x.float()
+            added = x.T @ x
+        self._sum = added if self._sum is None else self._sum + added
+        self._count += len(x)
+
+    def moment(self) -> Tensor | None:
+        """mean x xᵀ, fp32 [hidden, hidden]; None if no token reached a head, or what it read is zeros or not finite."""
+        if self._sum is None or not self._sum.isfinite().all() or not self._sum.any():
+            return None
+        return self._sum / self._count
 
 
 def head_moment(model: Any, batches: Iterable[Mapping[str, Any]]) -> Tensor | None:
-    """The second moment mean x xᵀ, fp32 [hidden, hidden], of the inputs x of `model`'s output head; the model stays as it is.
+    """The second moment mean x xᵀ of the inputs x of `model`'s output head, for `pack_model`; the model stays as it is.
 
     Args:
-        batches: as of `calibrate`. Some ten thousand tokens are enough.
+        model: latent or dense. batches: as of `calibrate`: some ten thousand tokens are enough.
 
     Returns:
-        None for a model without a head, and where no token reached it.
+        fp32 [hidden, hidden]; None for a model without a head, and where what it read is zeros, not finite, or nothing.
+
+    Raises:
+        ValueError: a batch is no mapping of the model's inputs.
     """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Module):
-        return None
-    sums: list[Tensor] = []
-    count, mask = 0, None
-
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal count
-        x = args[0].detach()
-        x = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
-        x = x.float()
-        with torch.autocast(x.device.type, enabled=False):  # of a training, would round the sums to 16 bits
-            sums[:] = [x.T @ x + (sums[0] if sums else 0.0)]
-        count += len(x)
-
+    decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     modes = [(module, module.training) for module in model.modules()]
-    handle = head.register_forward_pre_hook(record)
     try:
         model.eval()
-        with torch.no_grad():
+        with HeadInputs(model) as read, torch.no_grad():
             for batch in batches:
-                inputs, mask = model_inputs(model, batch)
+                if not isinstance(batch, Mapping):
+                    raise ValueError(
+                        f"a batch is {type(batch).__name__}; give mappings of the model's inputs, e.g. {{'input_ids': tokens}}"
+                    )
+                inputs = model_inputs(model, batch)
+                mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+                read.mask = None if mask is None or mask.ndim != 2 else mask.bool()
                 model(**inputs)
     finally:
-        handle.remove()
         for module, mode in modes:
             module.training = mode
-    return sums[0] / count if count else None
+    return read.moment()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -126,15 +126,13 @@ def put_latents(
         latent.fill(weight.weight, _parts_of(weight, parts))
 
 
-def pack_model(
-    model: Model, dtype: torch.dtype | None = None, batches: Iterable[Mapping[str, Any]] | None = None
-) -> Model:
+def pack_model(model: Model, dtype: torch.dtype | None = None, moment: Tensor | None = None) -> Model:
     """Pack every latent layer of `model` in place, one after the other; returns the model, ready to save and share.
 
     Args:
         dtype: of the parameters that stay dense, e.g. torch.bfloat16. They are trained in fp32, and stay so with None.
-        batches: some ten thousand tokens of text, as a data collator makes them of it. A head of 4 bits (`head_bits=4`) is
-            rounded for what it reads of them, which loses a tenth of what rounding it for itself does; else none are read.
+        moment: `head_moment(model, batches)` of some text, for which a head of 4 bits (`head_bits=4`) is rounded. That loses a
+            tenth of what rounding it for its weights alone does.
 
     Raises:
         ValueError: if it has no latent layers, or if they are partitioned over devices; and, naming the first, for latents and
@@ -146,7 +144,7 @@ def pack_model(
         raise ValueError("the model has no latent LittleBit layers, so there is nothing to pack")
     refuse_diverged(model)
     pack_modules(model)
-    pack_tables(model, with_format(config, "packed"), batches)
+    pack_tables(model, with_format(config, "packed"), moment)
     if dtype is not None:
         cast_dense(model, dtype)
     finish(model, LittleBitHfQuantizer(with_format(config, "packed")))

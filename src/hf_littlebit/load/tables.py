@@ -10,8 +10,9 @@ A table is an embedding, a head, or whatever a model ties together: one module o
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import LittleBitConfig
-from ..initialize.head_inputs import head_moment
 from ..internals.transformers import fp32_modules, tie_again, tied_weights, untie
 from ..kernels import quantize_table, table_shapes
 from ..layers.table import TABLE_PARTS, PackedTableModule, pack_module, refusal
@@ -30,6 +30,7 @@ __all__ = [
     "DENSE_BITS",
     "TablePlan",
     "Tables",
+    "fitted_tables",
     "pack_tables",
     "place",
     "plan_tables",
@@ -38,6 +39,7 @@ __all__ = [
     "unpack_tables",
 ]
 
+logger = logging.getLogger("hf_littlebit")
 DENSE_BITS = 16  # of a table that stays as it is
 REMEDY = "give embedding_bits and head_bits the same value"
 
@@ -267,16 +269,27 @@ def place(model: PreTrainedModel, table: TablePlan, parts: dict[str, Tensor] | N
         model.set_submodule(name, pack_module(model.get_submodule(name), table.bits, table.scale_dtype, owner))
 
 
-def pack_tables(
-    model: PreTrainedModel, config: LittleBitConfig, batches: Iterable[Mapping[str, Any]] | None = None
-) -> None:
+def fitted_tables(model: PreTrainedModel, config: LittleBitConfig) -> list[TablePlan]:
+    """The tables of a dense or latent `model` that text would help to round, for `config` (of the packed format).
+
+    Those of 4 bits that the head reads: 8 bits lose nothing, and an embedding next to nothing.
+    """
+    head = _head(model)
+    return [
+        table
+        for table in plan_tables(model, config).tables
+        if table.bits == 4 and any(model.get_submodule(name) is head for name in table.modules)
+    ]
+
+
+def pack_tables(model: PreTrainedModel, config: LittleBitConfig, moment: Tensor | None = None) -> None:
     """Quantize the embedding and the head of a `model` in memory in place, as `config` (of the packed format) asks.
 
     Tables that are packed already stay as they are.
 
     Args:
-        batches: of text, as of `calibrate`. With them a head of 4 bits is rounded for what it reads of these, which only then
-            costs next to nothing; one of 8 bits loses nothing, so none are read for it.
+        moment: second moment of what the head reads (initialize/head_inputs.py), for which `fitted_tables` are rounded. Without
+            one they are for their weights alone, with a warning.
 
     Raises:
         ValueError: as `plan_tables` and `quantized_parts`, and for tables that are packed already in other bits.
@@ -293,15 +306,14 @@ def pack_tables(
                 f"head_bits={config.head_bits}; set these to what is packed, or call model.dequantize() first"
             )
         return
-    tables, head, moment = plan_tables(model, config).tables, _head(model), None
-    fitted = [
-        table
-        for table in tables
-        if table.bits == 4 and any(model.get_submodule(name) is head for name in table.modules)
-    ]
-    if fitted and batches is not None:
-        moment = head_moment(model, batches)
-    for table in tables:
+    fitted = fitted_tables(model, config)
+    if fitted and moment is None:
+        logger.warning(
+            "%s is rounded to 4 bits for its weights alone, which loses several times what it does for text: "
+            "pack_model(model, moment=head_moment(model, batches)), or littlebit pack CHECKPOINT --data TEXT",
+            fitted[0].owner,
+        )
+    for table in plan_tables(model, config).tables:
         weight = model.get_parameter(f"{table.owner}.weight")
         if weight.is_meta:
             raise ValueError(

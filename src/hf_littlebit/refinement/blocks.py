@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..initialize.head_inputs import HEAD_TOKENS, HeadInputs
 from ..placement import input_device
+from .streams import Stream
 
 __all__ = ["BlockList", "Call", "Calls", "NoChain", "find_blocks"]
 
@@ -135,6 +137,20 @@ class BlockList:
         """The model's logits where the last block has made `hidden` of `tokens`: its final norm and its head, nothing else."""
         with self._stubs({len(self) - 1: lambda call, _: hidden}):
             return self._forward(tokens, {}).logits
+
+    def head_moment(self, rows: Tensor, behind: Stream) -> Tensor | None:
+        """The second moment of what the head reads (initialize/head_inputs.py) of some of `rows`.
+
+        Args:
+            behind: the stream of all of them behind the last block.
+        """
+        weight: Any = self.model.get_output_embeddings().weight
+        count = min(len(rows), max(1, HEAD_TOKENS // rows.shape[1]))
+        with HeadInputs(self.model) as read, torch.no_grad():
+            for row in (torch.arange(count) * len(rows) // count).tolist():
+                part = slice(row, row + 1)
+                self.logits(rows[part].long(), behind[part].to(weight.device, weight.dtype))
+        return read.moment()
 
     def _forward(self, tokens: Tensor, options: dict[str, Any]) -> Any:
         return self.model(input_ids=tokens.to(input_device(self.model)), **self._options, **options)

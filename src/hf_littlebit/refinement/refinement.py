@@ -32,13 +32,12 @@ from transformers import PreTrainedModel
 
 from ..config import LittleBitConfig
 from ..initialize.calibration import Importance
-from ..initialize.head_inputs import HEAD_EXAMPLES
 from ..load.convert import cast_dense, check_in_memory, factor_modules, pack_modules, with_format
 from ..load.finite import refuse_non_finite
 from ..load.form import finish, record, refuse_float64
 from ..load.quantizer import LittleBitHfQuantizer
 from ..load.source import quantization_of
-from ..load.tables import pack_tables, plan_tables
+from ..load.tables import fitted_tables, pack_tables, plan_tables
 from ..placement import compute_dtype
 from ..plan import plan_model
 from ..train.cpu_attention import cpu_attention
@@ -150,8 +149,7 @@ class _Refinement:
         self.plan, self.tables = plan_model(model, self.config), plan_tables(model, self.config)
         check_in_memory(model, self.plan)
         refuse_non_finite(model, dense=True)
-        self.dtype = model.dtype
-        self.blocks = find_blocks(model, [weight.module for weight in self.plan.weights])
+        self.dtype, self.blocks = model.dtype, find_blocks(model, [weight.module for weight in self.plan.weights])
         self.rows = block_rows(tokens, recipe)
         self.held_out = max(1, min(HELD_OUT, len(self.rows) // 10))
         self.batch = min(recipe.batch, len(self.rows) - self.held_out)
@@ -182,10 +180,12 @@ class _Refinement:
         if self.schedule is not None and teacher is not None:
             self._distil(self.schedule, teacher)
         else:
+            packed, moment = with_format(self.config, "packed"), None
+            if fitted_tables(self.model, packed):
+                moment = self.blocks.head_moment(self.rows, self._streams(len(self.blocks))[1])
             pack_modules(self.model)
+            pack_tables(self.model, packed, moment)
             cast_dense(self.model, self.dtype)
-            packed, rows = with_format(self.config, "packed"), spread_rows(self.tokens, HEAD_EXAMPLES).long()
-            pack_tables(self.model, packed, ({"input_ids": row[None]} for row in rows))
             finish(self.model, LittleBitHfQuantizer(packed))
 
     def _made_of(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -167,8 +168,12 @@ class LittleBitCallback(TrainerCallback):
     ) -> None:
         """Take the teacher away and pack the model, a head of 4 bits for what it reads of the training's text."""
         rows = getattr(train_dataloader, "dataset", None)
-        listed = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
-        self.session.end(spread_batches(rows, train_dataloader.collate_fn, HEAD_EXAMPLES) if listed else None)
+        listed = all(hasattr(rows, method) for method in ("__len__", "__getitem__"))
+        # torch's base class has a __getitem__, which raises.
+        if listed and not isinstance(rows, IterableDataset) and callable(getattr(train_dataloader, "collate_fn", None)):
+            self.session.end(spread_batches(rows, train_dataloader.collate_fn, HEAD_EXAMPLES))
+        else:
+            self.session.end()
         if not self.session.packs_what_is_saved:
             return
         if self.attaches:
@@ -222,5 +227,5 @@ def _caller(kind: type[Found]) -> Found | None:
 SHARDED = (
     "The model is sharded, so it stays latent in memory. trainer.save_model packs what it writes if it is LittleBitTrainer's, "
     "or if the engine gathers the state (FSDP2: FULL_STATE_DICT; ZeRO-3: stage3_gather_16bit_weights_on_model_save). Else, in "
-    "one process: littlebit pack CHECKPOINT --out DIR"
+    "one process: littlebit pack CHECKPOINT --out DIR, with --data TEXT for a head of 4 bits"
 )

@@ -60,11 +60,11 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
 
 def spread_batches(
     rows: Any, collate: Callable[[list[Any]], Mapping[str, Any]], examples: int, size: int = 1
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Mapping[str, Any]]:
     """`examples` of a listed dataset, at equal distances, collated `size` at a time: the same ones on every process."""
     chosen = range(0, len(rows), max(1, len(rows) // examples))[:examples]
     for at in range(0, len(chosen), size):
-        yield dict(collate([rows[index] for index in chosen[at : at + size]]))
+        yield collate([rows[index] for index in chosen[at : at + size]])
 
 
 def text_blocks(

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..config import LittleBitConfig
 from ..initialize.calibration import calibrate
+from ..initialize.head_inputs import head_moment
 from ..layers.sign import ALPHA, SIGN_GRADIENTS
 from ..load.convert import (
     balance_scales,
@@ -33,7 +34,10 @@ from ..load.convert import (
     pack_model,
     refuse_latents,
     unwrapped,
+    with_format,
 )
+from ..load.source import quantization_of
+from ..load.tables import fitted_tables
 from ..plan import plan_model
 from .distill import Distillation
 from .distributed import (
@@ -182,15 +186,30 @@ class TrainingSession:
         """Training to packed: let the teacher go, and pack the model in place, unless it is to stay latent or is sharded.
 
         Args:
-            batches: of text, for `pack_model`; the same on every process.
+            batches: of text, the same on every process, which a head of 4 bits is rounded for.
         """
         self.ended = True
         self.teacher = self.flips = None  # their memory is wanted elsewhere
         if self.distillation is not None:
             self.distillation.detach(self.model)
         if self.pack and not self.sharded:
-            pack_model(self.model, self.dtype, batches)
+            pack_model(self.model, self.dtype, self._head_moment(batches))
             self.model.register_load_state_dict_pre_hook(refuse_latents)
+
+    def _head_moment(self, batches: Iterable[Mapping[str, Any]] | None) -> Tensor | None:
+        """What `pack_model` takes of `batches`, if it is to round a head for it; the same on every process."""
+        config = quantization_of(self.model.config)
+        fitted = fitted_tables(self.model, with_format(config, "packed")) if config is not None else []
+        if batches is None or not fitted:
+            return None
+        found = None
+        try:
+            found = head_moment(self.model, batches)
+        except Exception as error:  # whatever a dataset, a collator or a forward raises: the training is done
+            logger.warning("what the head reads cannot be measured: %s: %s", type(error).__name__, error)
+        sent = torch.zeros(fitted[0].columns, fitted[0].columns, device=self.device) if found is None else found
+        broadcast_from_rank0([sent], self.device)
+        return sent if sent.any() else None
 
     @property
     def packs_what_is_saved(self) -> bool:

@@ -88,7 +88,7 @@ class LittleBitTrainer(Trainer):
                 callback.session.calibration = self._calibration_batches(calibration)
         super().__init__(model=model, args=args, callbacks=others, **kwargs)
 
-    def _calibration_batches(self, examples: int) -> Iterator[dict[str, Any]]:
+    def _calibration_batches(self, examples: int) -> Iterator[Mapping[str, Any]]:
         """Batches of the training set, in the same order on every process; read once Trainer has its collator."""
         known = inspect.signature(unwrapped(self.model).forward).parameters
 
