@@ -140,7 +140,7 @@ def test_so_little_text_moves_no_embedding(seen, stories, tmp_path):
 
 
 def test_what_writes_slowly_writes_only_if_asked(seen, stories, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hf_littlebit.command.refine_command.CACHE", 1e6)  # some rows of so small a model
+    monkeypatch.setattr("hf_littlebit.command.text.CACHE", 1e6)  # some rows of so small a model
     command = ["quantize", stories, *METHOD, "--length", "512", "--tokens", "40960", "--data", text, "--no-check"]
     for more in ([], ["--own-text"]):
         assert main([*command, "--out", str(tmp_path / "out"), "--overwrite", *more]) == 2

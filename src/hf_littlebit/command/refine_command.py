@@ -16,7 +16,7 @@ from typing import Any
 
 from ..load.replacement import LEFT_OVER
 from .out_folder import check_empty, check_folder
-from .text import DATA_HELP, Text, check_names, text_length
+from .text import DATA_HELP, Text, check_names, text_length, written_at_a_time
 
 __all__ = [
     "HEADROOM",
@@ -36,7 +36,6 @@ WRITTEN_TOKENS = 65_536  # by default where the model writes the text, which tak
 BLOCK_TOKENS = 65_536  # of the text by default, which blocks are tuned on
 FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
-WRITTEN, CACHE = 64, 1e9  # blocks that a model writes at a time at most, and bytes of their keys and values
 # Blocks at a time from which the model writes unasked: they share the reading of its weights, one token each.
 SHARED = 16
 HEADROOM, WORKSPACE = 1.25, 2.5e9  # memory of a dense model that writes: times its size, and bytes on top
@@ -190,7 +189,9 @@ def quantize_on_text(
     length = text_length(args.length, source.config)
     work = os.path.join(args.out, WORK)
     names = _names(args)
-    text = Text(names, args.column or "text", length, config.seed % 2**31, work, _written(source.config, length))
+    text = Text(
+        names, args.column or "text", length, config.seed % 2**31, work, written_at_a_time(source.config, length)
+    )
     rows = _rows(args, text)
     empty = empty_model(source.config)
     # Refused before there is any text.
@@ -245,19 +246,6 @@ def _device(name: str | None) -> Any:
     import torch
 
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _written(config: Any, length: int) -> int:
-    """Blocks that the model writes at a time: those whose keys and values in 16 bits fit into CACHE, at most WRITTEN.
-
-    By the config alone, because what is written depends on it.
-    """
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 1
-    size = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // heads
-    keys = (getattr(text, "num_key_value_heads", None) or heads) * size
-    each = 4 * (getattr(text, "num_hidden_layers", None) or 0) * keys * length
-    return max(1, min(WRITTEN, int(CACHE / max(1, each))))
 
 
 def _names(args: argparse.Namespace) -> list[str]:

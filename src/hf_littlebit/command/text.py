@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..train.data import TokenBlocks
 
-__all__ = ["DATA_HELP", "Text", "check_names", "context_of", "head_text", "is_mixed", "text_length"]
+__all__ = [
+    "DATA_HELP",
+    "Text",
+    "check_names",
+    "context_of",
+    "head_text",
+    "is_mixed",
+    "text_length",
+    "written_at_a_time",
+]
 
 LENGTH = 512  # tokens of the longest block by default
+WRITTEN, CACHE = 64, 1e9  # blocks that a model writes at a time at most, and bytes of their keys and values
 HEAD_BLOCKS = 1024  # at the beginning of a text, among which those are that a head is rounded for
 
 DATA_HELP = (
@@ -39,7 +49,7 @@ class Text:
     length: int
     seed: int
     cache: str
-    writes: int = 16
+    writes: int
 
     @property
     def written(self) -> bool:
@@ -133,3 +143,16 @@ def text_length(asked: int | None, config: Any) -> int:
     if not 2 <= length <= context:
         raise ValueError(f"--length is {length}; it must be from 2 to the model's context of {context} tokens")
     return int(length)
+
+
+def written_at_a_time(config: Any, length: int) -> int:
+    """Blocks that the model writes at a time: those whose keys and values in 16 bits fit into CACHE, at most WRITTEN.
+
+    By the config alone, because what is written depends on it.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1
+    size = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // heads
+    keys = (getattr(text, "num_key_value_heads", None) or heads) * size
+    each = 4 * (getattr(text, "num_hidden_layers", None) or 0) * keys * length
+    return max(1, min(WRITTEN, int(CACHE / max(1, each))))

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from .out_folder import check_folder
-from .text import DATA_HELP, Text, check_names, context_of, is_mixed, text_length
+from .text import DATA_HELP, Text, check_names, context_of, is_mixed, text_length, written_at_a_time
 from .training_report import REPORT, perplexity, write_report
 
 __all__ = ["add_options", "run_train"]
@@ -157,7 +157,8 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
             if each is not None:
                 each.to(arguments.device)
         writer = model if teacher is None else teacher
-        text = Text(args.data, args.column, length, seed, checkpoints)
+        writes = written_at_a_time(model.config, length)
+        text = Text(args.data, args.column, length, seed, checkpoints, writes)
         with arguments.main_process_first(desc="the text"):
             # Of both halves no more than is trained on: one of them has to be written.
             used = args.steps * args.batch_size * args.accumulate * arguments.world_size + 2 * HELD_OUT
