@@ -64,10 +64,22 @@ def test_from_text_to_refined(stories, text, tmp_path, capsys):
     assert refined < plain - 0.1
 
 
-def test_text_of_its_own_and_no_distillation(stories, tmp_path):
+def test_text_of_its_own_and_no_distillation(stories, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(words(stories, "self", out, "--distill-epochs", "0", "--epochs", "0.2", "--tokens", "320")) == 0
     assert load(str(out)).config.quantization_config.bpw == 2.0
+    assert re.search(r"note: .* [\d.]+ kB; with --embedding-bits 4 --head-bits 4 it would ", capsys.readouterr().err)
+
+
+def test_a_file_is_as_small_as_its_note_said(stories, tmp_path, capsys, caplog):
+    """The head's 4 bits are rounded for the text, with nothing to be said."""
+    out, small = tmp_path / "out", ["--embedding-bits", "4", "--head-bits", "4"]
+    short = ["--distill-epochs", "0.2", "--epochs", "0.2", "--tokens", "320"]
+    assert main(words(stories, "self", out, *short)) == 0
+    said = re.search(r"it would have ([\d.]+) kB", capsys.readouterr().err)
+    assert main(words(stories, "self", out, *short, *small, "--overwrite")) == 0
+    assert "note: the file" not in capsys.readouterr().err and "its weights alone" not in caplog.text
+    assert size_report(str(out)).total_bytes == pytest.approx(1e3 * float(said[1]), rel=0.03)  # bits are shared out
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ the commands that need them.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -25,6 +26,8 @@ from .text import head_text
 from .train_command import run_train
 
 __all__ = ["build_parser", "main"]
+
+SMALLER = 0.75  # of the file: worth a word
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "littlebit") -> int:
@@ -99,6 +102,7 @@ def run_quantize(args: argparse.Namespace) -> int:
     if args.device:
         _device(args)
     tokenizer = _tokenizer(args.model, required=args.data is not None)
+    _note_tables(source, config, 8 if args.weights_only else 4)
     quantized = quantize_without_text if args.data is None else quantize_on_text
     discard_work(args)
     with replacement(out) as folder:
@@ -113,6 +117,21 @@ def run_quantize(args: argparse.Namespace) -> int:
         print(f"\n{check.line()}")
     print(f"\nsaved to {out}")
     return 0
+
+
+def _note_tables(source: Any, config: Any, bits: int) -> None:
+    """Say how much smaller the file could be, where embedding and head are much of it."""
+    from ..report.size import size_report
+    from ..report.size_report import format_bytes
+
+    if (config.embedding_bits, config.head_bits) != (16, 16):
+        return
+    small = copy.deepcopy(config)
+    small.embedding_bits = small.head_bits = bits
+    size, smaller = (size_report(source, each).total_bytes for each in (config, small))
+    if smaller < SMALLER * size:
+        sizes = f"{format_bytes(size)}; with --embedding-bits {bits} --head-bits {bits} it would have {format_bytes(smaller)}"
+        print(f"note: the file will have {sizes}", file=sys.stderr)
 
 
 def run_pack(args: argparse.Namespace) -> int:
