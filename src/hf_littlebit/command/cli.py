@@ -102,10 +102,10 @@ def run_quantize(args: argparse.Namespace) -> int:
     if args.device:
         _device(args)
     tokenizer = _tokenizer(args.model, required=args.data is not None)
-    _note_tables(source, config, 8 if args.weights_only else 4)
     quantized = quantize_without_text if args.data is None else quantize_on_text
     discard_work(args)
     with replacement(out) as folder:
+        _note_tables(source, config, 8 if args.weights_only else 4)
         model, check = quantized(args, config, source, tokenizer)
         model.save_pretrained(folder)
         if tokenizer is not None:
