@@ -320,6 +320,15 @@ def test_what_moves_is_decided_once(tmp_path, monkeypatch):
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 
+@pytest.mark.parametrize("schedule", [Schedule(0.2), None], ids=["distilled", "blocks alone"])
+def test_a_refined_model_drops_nothing_out(tmp_path, schedule):
+    model = refine(build("opt"), config(), TOKENS, recipe=Recipe(epochs=0.2, distillation=schedule), progress=False)
+    assert model.config.dropout > 0
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(TOKENS[:2]).logits, model(TOKENS[:2]).logits)
+
+
 def test_embeddings_that_moved_are_packed(tmp_path):
     recipe = Recipe(epochs=0.2, distillation=Schedule(0.5))
     options = config(embedding_bits=8, head_bits=8)

@@ -188,5 +188,6 @@ def distil(
         calibration=0,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    # Takes autocast off the model's forward, which was for the training.
+    # Takes autocast off the model's forward, which was for the training, as is dropout.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.eval()
