@@ -152,8 +152,7 @@ def _search(values: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
         for fraction in _FRACTIONS[bits]:
             attempt((fraction / start) * peak)
     # Only a group on a grid already has no value between 0 and its peak / 6.
-    least_size = torch.where(values == 0, torch.inf, values.abs()).amin(-1, keepdim=True)
-    if bits == 4 and (least_size > 0.99 * peak.abs() / len(_COARSE)).any():
+    if bits == 4 and _smallest(values).gt(0.99 * peak.abs() / len(_COARSE)).any():
         for largest in _COARSE:
             scale = (peak / largest).to(dtype)
             exact = _error(values, scale.float(), unit, least, most) == 0
@@ -163,6 +162,11 @@ def _search(values: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
         fitted = (values / unit * whole).sum(-1, keepdim=True) / whole.square().sum(-1, keepdim=True).clamp_min_(1.0)
         attempt(fitted * unit)
     return best
+
+
+def _smallest(values: torch.Tensor) -> torch.Tensor:
+    """The smallest magnitude [..., 1] but 0 of values [..., group]."""
+    return torch.where(values == 0, torch.inf, values.abs()).amin(-1, keepdim=True)
 
 
 def _round(values: torch.Tensor, scale: torch.Tensor, least: int, most: int) -> torch.Tensor:

@@ -128,9 +128,11 @@ def _note_tables(source: Any, config: Any, bits: int) -> None:
         return
     small = copy.deepcopy(config)
     small.embedding_bits = small.head_bits = bits
-    size, smaller = (size_report(source, each).total_bytes for each in (config, small))
-    if smaller < SMALLER * size:
-        sizes = f"{format_bytes(size)}; with --embedding-bits {bits} --head-bits {bits} it would have {format_bytes(smaller)}"
+    report = size_report(source, small)
+    size = report.total_bytes + sum(2 * table.rows * table.columns - table.bytes for table in report.tables)
+    if report.total_bytes < SMALLER * size:
+        smaller = format_bytes(report.total_bytes)
+        sizes = f"{format_bytes(size)}; with --embedding-bits {bits} --head-bits {bits} it would have {smaller}"
         print(f"note: the file will have {sizes}", file=sys.stderr)
 
 

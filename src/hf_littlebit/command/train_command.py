@@ -157,7 +157,7 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
             if each is not None:
                 each.to(arguments.device)
         writer = model if teacher is None else teacher
-        writes = written_at_a_time(model.config, length)
+        writes = written_at_a_time(writer.config, length)
         text = Text(args.data, args.column, length, seed, checkpoints, writes)
         with arguments.main_process_first(desc="the text"):
             # Of both halves no more than is trained on: one of them has to be written.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..layers.output_head import CACHED, CHUNK
 from ..placement import input_device
 
-__all__ = ["Importance", "Recorder", "calibrate", "model_inputs"]
+__all__ = ["Importance", "Recorder", "calibrate", "counted", "model_inputs", "token_mask"]
 
 
 class Importance(NamedTuple):
@@ -67,8 +67,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
         model.eval()
         for batch in batches:
             inputs = model_inputs(model, batch)
-            mask = inputs.get("attention_mask")
-            recorder.mask = None if mask is None or mask.ndim != 2 else mask.bool()
+            recorder.mask = token_mask(inputs.get("attention_mask"))
             with torch.enable_grad():
                 logits = model(**inputs).logits
                 _log_likelihood(logits, recorder.mask, generator).backward()
@@ -95,6 +94,16 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items() if key in known
     }
     return {**inputs, "use_cache": False} if "use_cache" in known else inputs
+
+
+def token_mask(mask: Tensor | None) -> Tensor | None:
+    """Which tokens count, bool [batch, seq], by an attention mask; None for all of them, and for a mask of another kind."""
+    return None if mask is None or mask.ndim != 2 else mask.bool()
+
+
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of `x` [batch, seq, size] that count by `token_mask`, [tokens, size]; all where it is not of these tokens."""
+    return x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
 
 
 def _log_likelihood(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -137,7 +146,7 @@ class Recorder:
                     torch.zeros(output.shape[-1], device=output.device),
                     torch.zeros(x.shape[-1], device=x.device),
                 )
-            x = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+            x = counted(x, mask)
             self._sums[name][1].add_(x.float().square().sum(0))
             self._tokens[name] = self._tokens.get(name, 0) + len(x)
             if output.requires_grad:

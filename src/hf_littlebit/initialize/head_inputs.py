@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import model_inputs
+from .calibration import counted, model_inputs, token_mask
 
 __all__ = ["HEAD_EXAMPLES", "HEAD_TOKENS", "HeadInputs", "head_moment"]
 
@@ -31,7 +31,8 @@ class HeadInputs:
 
     def __init__(self, model: Any):
         self.mask: Tensor | None = None
-        self._head, self._sum, self._count = model.get_output_embeddings(), None, 0
+        self._sum: Tensor | None = None
+        self._head, self._count = model.get_output_embeddings(), 0
 
     def __enter__(self) -> HeadInputs:
         if isinstance(self._head, nn.Module):
@@ -43,8 +44,7 @@ class HeadInputs:
             self._handle.remove()
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x, mask = (args[0] if args else next(iter(kwargs.values()))).detach(), self.mask
-        x = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+        x = counted((args[0] if args else next(iter(kwargs.values()))).detach(), self.mask)
         with torch.autocast(x.device.type, enabled=False):  # of a training, would round the sums to 16 bits
             x = x.float()
             added = x.T @ x
@@ -81,8 +81,7 @@ def head_moment(model: Any, batches: Iterable[Mapping[str, Any]]) -> Tensor | No
                         f"a batch is {type(batch).__name__}; give mappings of the model's inputs, e.g. {{'input_ids': tokens}}"
                     )
                 inputs = model_inputs(model, batch)
-                mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
-                read.mask = None if mask is None or mask.ndim != 2 else mask.bool()
+                read.mask = token_mask(inputs.get("decoder_attention_mask" if decoder else "attention_mask"))
                 model(**inputs)
     finally:
         for module, mode in modes:

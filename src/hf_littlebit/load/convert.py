@@ -132,7 +132,7 @@ def pack_model(model: Model, dtype: torch.dtype | None = None, moment: Tensor | 
     Args:
         dtype: of the parameters that stay dense, e.g. torch.bfloat16. They are trained in fp32, and stay so with None.
         moment: `head_moment(model, batches)` of some text, for which a head of 4 bits (`head_bits=4`) is rounded. That loses a
-            tenth of what rounding it for its weights alone does.
+            fraction of what rounding it for its weights alone does.
 
     Raises:
         ValueError: if it has no latent layers, or if they are partitioned over devices; and, naming the first, for latents and

@@ -274,10 +274,14 @@ def fitted_tables(model: PreTrainedModel, config: LittleBitConfig) -> list[Table
 
     Those of 4 bits that the head reads: 8 bits lose nothing, and an embedding next to nothing.
     """
+    return _fitted(model, plan_tables(model, config).tables)
+
+
+def _fitted(model: PreTrainedModel, tables: list[TablePlan]) -> list[TablePlan]:
     head = _head(model)
     return [
         table
-        for table in plan_tables(model, config).tables
+        for table in tables
         if table.bits == 4 and any(model.get_submodule(name) is head for name in table.modules)
     ]
 
@@ -306,14 +310,15 @@ def pack_tables(model: PreTrainedModel, config: LittleBitConfig, moment: Tensor 
                 f"head_bits={config.head_bits}; set these to what is packed, or call model.dequantize() first"
             )
         return
-    fitted = fitted_tables(model, config)
+    tables = plan_tables(model, config).tables
+    fitted = _fitted(model, tables)
     if fitted and moment is None:
         logger.warning(
             "%s is rounded to 4 bits for its weights alone, which loses several times what it does for text: "
             "pack_model(model, moment=head_moment(model, batches)), or littlebit pack CHECKPOINT --data TEXT",
             fitted[0].owner,
         )
-    for table in plan_tables(model, config).tables:
+    for table in tables:
         weight = model.get_parameter(f"{table.owner}.weight")
         if weight.is_meta:
             raise ValueError(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..initialize.head_inputs import HEAD_TOKENS, HeadInputs
 from ..placement import input_device
+from .recipe import spread_rows
 from .streams import Stream
 
 __all__ = ["BlockList", "Call", "Calls", "NoChain", "find_blocks"]
@@ -145,9 +146,9 @@ class BlockList:
             behind: the stream of all of them behind the last block.
         """
         weight: Any = self.model.get_output_embeddings().weight
-        count = min(len(rows), max(1, HEAD_TOKENS // rows.shape[1]))
+        chosen = spread_rows(torch.arange(len(rows)), max(1, HEAD_TOKENS // rows.shape[1]))
         with HeadInputs(self.model) as read, torch.no_grad():
-            for row in (torch.arange(count) * len(rows) // count).tolist():
+            for row in chosen.tolist():
                 part = slice(row, row + 1)
                 self.logits(rows[part].long(), behind[part].to(weight.device, weight.dtype))
         return read.moment()

@@ -79,7 +79,7 @@ def check_vocabulary(tokens: Tensor, size: int) -> None:
 
 
 def spread_rows(rows: Tensor, count: int) -> Tensor:
-    """`count` of `rows` [rows, length], at equal distances, or all where there are no more."""
+    """`count` of `rows` [rows, ...], at equal distances, or all where there are no more."""
     count = min(count, len(rows))
     return rows[torch.arange(count) * len(rows) // count]
 

@@ -30,14 +30,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from ..config import LittleBitConfig
 from ..initialize.head_inputs import HEAD_EXAMPLES
 from ..layers.sign import ALPHA
-from .data import spread_batches
+from .data import is_listed, spread_batches
 from .distill import HIDDEN_WEIGHT
 from .export import pack_what_is_saved
 from .session import TrainingSession
@@ -168,12 +167,8 @@ class LittleBitCallback(TrainerCallback):
     ) -> None:
         """Take the teacher away and pack the model, a head of 4 bits for what it reads of the training's text."""
         rows = getattr(train_dataloader, "dataset", None)
-        listed = all(hasattr(rows, method) for method in ("__len__", "__getitem__"))
-        # torch's base class has a __getitem__, which raises.
-        if listed and not isinstance(rows, IterableDataset) and callable(getattr(train_dataloader, "collate_fn", None)):
-            self.session.end(spread_batches(rows, train_dataloader.collate_fn, HEAD_EXAMPLES))
-        else:
-            self.session.end()
+        collate = getattr(train_dataloader, "collate_fn", None)
+        self.session.end(spread_batches(rows, collate, HEAD_EXAMPLES) if collate and is_listed(rows) else None)
         if not self.session.packs_what_is_saved:
             return
         if self.attaches:

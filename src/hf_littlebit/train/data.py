@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +28,7 @@ from ..placement import input_device
 from .cpu_attention import cpu_attention
 from .resume import model_fingerprint
 
-__all__ = ["TokenBlocks", "read_texts", "sample_blocks", "spread_batches", "text_blocks"]
+__all__ = ["TokenBlocks", "is_listed", "read_texts", "sample_blocks", "spread_batches", "text_blocks"]
 
 TEXT_FILES = (".txt", ".md", ".rst", ".py", ".json", ".jsonl")
 TOKENIZED_AT_A_TIME = 64  # documents
@@ -56,6 +56,11 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         if not 0 < held_out < len(self):
             raise ValueError(f"{held_out} of {len(self)} blocks cannot be held out; give more text or shorter blocks")
         return TokenBlocks(self.tokens[:-held_out]), TokenBlocks(self.tokens[-held_out:])
+
+
+def is_listed(rows: Any) -> bool:
+    """Whether any row of a dataset can be had by its number; torch's streams have a __getitem__ too, which raises."""
+    return not isinstance(rows, IterableDataset) and all(hasattr(rows, name) for name in ("__len__", "__getitem__"))
 
 
 def spread_batches(

@@ -20,7 +20,7 @@ from ..config import LittleBitConfig
 from ..load.convert import factor_modules, latents_and_scales, unpack_model, unwrapped
 from .callback import LittleBitCallback
 from .cpu_attention import cpu_attention
-from .data import spread_batches
+from .data import is_listed, spread_batches
 from .distributed import gather
 from .resume import last_checkpoint
 from .session import REBUILT
@@ -81,7 +81,7 @@ class LittleBitTrainer(Trainer):
         modules = factor_modules(model).values()
         if modules and not any(module.latent for module in modules):
             unpack_model(model)
-        listed = all(hasattr(kwargs.get("train_dataset"), method) for method in ("__len__", "__getitem__"))
+        listed = is_listed(kwargs.get("train_dataset"))
         for callback in given:
             callback.attaches = False
             if callback.session.calibration is None and calibration and listed:
