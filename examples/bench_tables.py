@@ -59,6 +59,11 @@ def quality(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with open(args.text, encoding="utf-8") as file:
         text = file.read()
+    if not 0 < args.characters < len(text):
+        raise SystemExit(
+            f"--characters is {args.characters}, and the text has {len(text)}; it must be from 1 to {len(text) - 1}, so that some "
+            "is left to round the head for"
+        )
     read, text = text[: -args.characters], text[-args.characters :]
     blocks = text_blocks([read], tokenizer, 512, max_blocks=1024)
     dtype = getattr(torch, args.dtype)

@@ -16,7 +16,7 @@ from hf_littlebit.command.refine_command import TOKENS as TOKENS_READ
 from hf_littlebit.load import tables
 from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.plan import plan_model
-from hf_littlebit.refinement import distillation, refinement, tuning
+from hf_littlebit.refinement import block_work, distillation, refinement, tuning
 from hf_littlebit.refinement.allocation import NOISE, SLOPE, can_share, measure_costs, shares
 from hf_littlebit.refinement.blocks import BlockList, Calls, NoChain, find_blocks
 from hf_littlebit.refinement.distillation import SEEN, Schedule, settle_latents
@@ -263,7 +263,7 @@ def test_a_refinement_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return tuning.tune_block(*args, **kwargs)
 
-    monkeypatch.setattr(refinement, "tune_block", stopped)
+    monkeypatch.setattr(block_work, "tune_block", stopped)
     with pytest.raises(KeyboardInterrupt):
         refine(build("llama"), config(), TOKENS, recipe=recipe, folder=tmp_path, progress=False)
     again = refine(build("llama"), config(), TOKENS, recipe=recipe, folder=tmp_path, progress=False)

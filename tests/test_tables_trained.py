@@ -194,6 +194,8 @@ def test_packed_from_a_checkpoint(tmp_path, stories, capsys, caplog):
     data = ["--data", str(tmp_path / "story.txt")]
     assert main(["pack", str(tmp_path / "8" / "checkpoint-2"), *words, *data]) == 2
     assert "a head of 4 bits is rounded for, and this one has 8" in capsys.readouterr().err
+    assert main(["pack", str(tmp_path / "4" / "checkpoint-2"), *words, "--column", "story"]) == 2
+    assert "--column is 'story', of a text that is not given" in capsys.readouterr().err
     assert main(["pack", str(tmp_path / "4" / "checkpoint-2"), *words, *data]) == 0
     fitted, plain = load(str(tmp_path / "out")), models[4][1]
     tokens = text_blocks([text * 99], AutoTokenizer.from_pretrained(stories), 64).tokens.long()[:16]

@@ -100,7 +100,7 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
         nargs="+",
         help="text files, folders, Hub datasets: what a head of 4 bits (--head-bits 4) is rounded for",
     )
-    pack.add_argument("--column", metavar="NAME", default="text", help="of datasets and JSON lines (default: text)")
+    pack.add_argument("--column", metavar="NAME", help="of datasets and JSON lines (default: text)")
 
     convert = add(
         "convert",

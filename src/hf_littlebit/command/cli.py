@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from .arguments import build_parser, quantization_config
+from .chosen_model import find_device, find_tokenizer, load_model
 from .memory import keep_freed_memory
 from .out_folder import check_empty
 from .refine_command import check_refine_options, check_refine_out, discard_work, quantize_on_text, remove_work
-from .terminal import guarded, short
+from .terminal import guarded, one_line
 from .text import head_text
 from .train_command import run_train
 
@@ -43,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
     """Run one command, and turn its end into an exit code."""
     commands = {
         "quantize": run_quantize,
-        "train": lambda args: run_train(args, quantization_config(args), _tokenizer(args.model, required=True)),
+        "train": lambda args: run_train(args, quantization_config(args), find_tokenizer(args.model, required=True)),
         "pack": run_pack,
         "convert": run_convert,
         "info": run_info,
@@ -67,18 +68,8 @@ def _run(args: argparse.Namespace) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"littlebit: error: {_one_line(error)}", file=sys.stderr)
+        print(f"littlebit: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    text = short(" ".join(str(error).split()))
-    if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and text:
-        return text
-    # Nobody wrote this text for a reader of the command line.
-    return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def run_quantize(args: argparse.Namespace) -> int:
@@ -100,8 +91,8 @@ def run_quantize(args: argparse.Namespace) -> int:
         )
     # Before the long work, so that they do not fail after it.
     if args.device:
-        _device(args)
-    tokenizer = _tokenizer(args.model, required=args.data is not None)
+        find_device(args)
+    tokenizer = find_tokenizer(args.model, required=args.data is not None)
     quantized = quantize_without_text if args.data is None else quantize_on_text
     discard_work(args)
     with replacement(out) as folder:
@@ -145,15 +136,17 @@ def run_pack(args: argparse.Namespace) -> int:
     from ..train.export import latent_checkpoint
 
     out = args.out
+    if args.column is not None and args.data is None:
+        raise ValueError(f"--column is {args.column!r}, of a text that is not given; add --data TEXT, or leave it out")
     check_empty(out, args.overwrite, args.checkpoint, "checkpoint")
-    tokenizer = _tokenizer(args.tokenizer, required=True) if args.tokenizer else None
+    tokenizer = find_tokenizer(args.tokenizer, required=True) if args.tokenizer else None
     with replacement(out) as folder:
         model = latent_checkpoint(args.checkpoint, args.dtype)
         if not args.tokenizer:
-            tokenizer = _tokenizer(args.checkpoint, required=args.data is not None)
+            tokenizer = find_tokenizer(args.checkpoint, required=args.data is not None)
         moment = None
         if args.data is not None:
-            moment = head_moment(model, head_text(args.data, args.column, model, tokenizer))
+            moment = head_moment(model, head_text(args.data, args.column or "text", model, tokenizer))
         pack_model(model, moment=moment).save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -174,11 +167,11 @@ def run_convert(args: argparse.Namespace) -> int:
     check_empty(out, args.overwrite, args.source, "checkpoint")
     if args.base:
         check_empty(out, args.overwrite, args.base, "original model")
-    tokenizer = _tokenizer(args.tokenizer, required=True) if args.tokenizer else None
+    tokenizer = find_tokenizer(args.tokenizer, required=True) if args.tokenizer else None
     with replacement(out) as folder:
         converted = convert_foreign(fetch(args.source), args.base, args.scale_dtype, args.source)
         if not args.tokenizer:
-            tokenizer = _tokenizer(converted.config_folder, required=False)
+            tokenizer = find_tokenizer(converted.config_folder, required=False)
         converted.model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -208,7 +201,7 @@ def run_eval(args: argparse.Namespace) -> int:
             text = file.read()
         except UnicodeDecodeError as error:
             raise ValueError(f"--text {args.text} is not UTF-8 text: {error}") from error
-    model, tokenizer = _load(args)
+    model, tokenizer = load_model(args)
     options = {
         "length": args.length,
         "stride": args.stride,
@@ -235,7 +228,7 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--temperature is {args.temperature:g}; it must be above 0 (for the likeliest token use --greedy)"
         )
-    model, tokenizer = _load(args)
+    model, tokenizer = load_model(args)
     if not getattr(model, "can_generate", lambda: False)():
         raise ValueError(f"{args.model} is a {type(model).__name__}, which does not generate text")
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
@@ -277,7 +270,7 @@ def run_bench(args: argparse.Namespace) -> int:
         prompt=args.prompt_tokens,
         new=args.max_new_tokens,
         rounds=args.rounds,
-        device=_device(args),
+        device=find_device(args),
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         batch=args.batch_size,
         mode=args.mode,
@@ -300,52 +293,6 @@ def run_push(args: argparse.Namespace) -> int:
 
     print(push_folder(args.folder, args.repo, private=args.private or None).commit_url)
     return 0
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer) of `args.model` on `args.device`."""
-    from ..load.meta_model import model_class
-    from ..load.source import find_source
-
-    device = _device(args)
-    source = find_source(args.model)
-    tokenizer = _tokenizer(args.model, required=True)
-    place = {"dtype": args.dtype, "device_map": device, "variant": source.variant}
-    model = model_class(source.config).from_pretrained(args.model, **place)
-    return model.eval(), tokenizer
-
-
-def _device(args: argparse.Namespace) -> str:
-    """--device, checked: that is, whether this machine has it."""
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device is {device!r}, which this machine does not offer ({reason}); use cpu") from None
-    return device
-
-
-def _tokenizer(model: str, required: bool) -> Any:
-    """The model's tokenizer; without one, an error if it is `required`, else a note and None."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        reason = "its vocabulary is empty"
-    except (OSError, ValueError, ImportError) as error:
-        tokenizer, reason = None, _one_line(error)
-    # Without any file, transformers makes a tokenizer of special tokens alone for some model types.
-    if tokenizer is not None and len(tokenizer) > len(set(tokenizer.all_special_ids)):
-        return tokenizer
-    if required:
-        raise ValueError(
-            f"{model} has no tokenizer that can be used: {reason}; save the model's tokenizer into its folder"
-        )
-    print(f"note: no tokenizer is saved along: {reason}", file=sys.stderr)
-    return None
 
 
 if __name__ == "__main__":

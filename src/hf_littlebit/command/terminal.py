@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-__all__ = ["guarded", "printable", "short"]
+__all__ = ["guarded", "one_line", "printable", "short"]
 
 # C0 and C1 controls, and those of Unicode that turn the direction of writing. Line ends and tabs pass.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -38,6 +38,17 @@ def short(text: str) -> str:
     words = (word if len(word) <= LONGEST_WORD else f"{word[:60]}...{word[-20:]}" for word in text.split())
     line = " ".join(words)
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in one line: where it is none that was raised for a reader, with its class."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = short(" ".join(str(error).split()))
+    if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and text:
+        return text
+    # Nobody wrote this text for a reader of the command line.
+    return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 class _Guarded:

@@ -21,7 +21,8 @@ Sources: K-FAC (arXiv 1503.05671) for the split; double binary factorization (ar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from ..layers.output_head import CACHED, CHUNK
 from ..placement import input_device
 
-__all__ = ["Importance", "Recorder", "calibrate", "counted", "model_inputs", "token_mask"]
+__all__ = ["Importance", "Recorder", "calibrate", "counted", "evaluating", "model_inputs", "token_mask"]
 
 
 class Importance(NamedTuple):
@@ -53,7 +54,6 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
         ValueError: if there is no batch.
     """
     generator = torch.Generator().manual_seed(seed)
-    modes = [(module, module.training) for module in model.modules()]
     # By name: an offloaded module has other parameters after its forward.
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
     head = model.get_output_embeddings()
@@ -64,24 +64,33 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
     try:
         for name in trained:
             model.get_parameter(name).requires_grad_(False)
-        model.eval()
-        for batch in batches:
-            inputs = model_inputs(model, batch)
-            recorder.mask = token_mask(inputs.get("attention_mask"))
-            with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
+            for batch in batches:
+                inputs = model_inputs(model, batch)
+                recorder.mask = token_mask(inputs.get("attention_mask"))
                 logits = model(**inputs).logits
                 _log_likelihood(logits, recorder.mask, generator).backward()
-            count += 1
+                count += 1
     finally:
         recorder.remove()
         begin.remove()
-        for module, mode in modes:
-            module.training = mode
         for name in trained:
             model.get_parameter(name).requires_grad_(True)
     if not count:
         raise ValueError("there is no batch to calibrate on; give at least one")
     return recorder.result()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have `model` in evaluation mode, without dropout; afterwards every module of it is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import counted, model_inputs, token_mask
+from .calibration import counted, evaluating, model_inputs, token_mask
 
 __all__ = ["HEAD_EXAMPLES", "HEAD_TOKENS", "HeadInputs", "head_moment"]
 
@@ -71,19 +71,13 @@ def head_moment(model: Any, batches: Iterable[Mapping[str, Any]]) -> Tensor | No
         ValueError: a batch is no mapping of the model's inputs.
     """
     decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with HeadInputs(model) as read, torch.no_grad():
-            for batch in batches:
-                if not isinstance(batch, Mapping):
-                    raise ValueError(
-                        f"a batch is {type(batch).__name__}; give mappings of the model's inputs, e.g. {{'input_ids': tokens}}"
-                    )
-                inputs = model_inputs(model, batch)
-                read.mask = token_mask(inputs.get("decoder_attention_mask" if decoder else "attention_mask"))
-                model(**inputs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), HeadInputs(model) as read, torch.no_grad():
+        for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    f"a batch is {type(batch).__name__}; give mappings of the model's inputs, e.g. {{'input_ids': tokens}}"
+                )
+            inputs = model_inputs(model, batch)
+            read.mask = token_mask(inputs.get("decoder_attention_mask" if decoder else "attention_mask"))
+            model(**inputs)
     return read.moment()

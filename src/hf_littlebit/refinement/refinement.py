@@ -1,10 +1,8 @@
 """Post-training refinement of a causal model, block by block, on some thousand tokens of text.
 
-    for every block:  dense stream    what the dense block makes of the dense model's hidden states: the target
-                      factor          its weights, for what their errors cost (factoring.py)
-                      tune            latents, scales and norms at once, from the refined prefix's hidden states (tuning.py)
-                      student stream  what the refined block makes of them: the next block's input
-    at the end:       distil          the whole model on the dense one's likeliest tokens (distillation.py)
+    first:            allocate    the bits among the blocks, by what an error of each costs (allocation.py)
+    for every block:  refine      factored, and tuned to do what the dense block does (block_work.py)
+    at the end:       distil      the whole model on the dense one's likeliest tokens (distillation.py)
 
 Memory holds the model, one block's training, and of the two streams what the system keeps of their files. Every block that is done
 is on disk, and so are both streams: what a kill interrupts goes on from the last block (journal.py).
@@ -16,12 +14,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -31,7 +26,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..config import LittleBitConfig
-from ..initialize.calibration import Importance
 from ..load.convert import cast_dense, check_in_memory, factor_modules, pack_modules, with_format
 from ..load.finite import refuse_non_finite
 from ..load.form import finish, record, refuse_float64
@@ -43,25 +37,18 @@ from ..plan import plan_model
 from ..train.cpu_attention import cpu_attention
 from ..train.resume import OPTIONS, fingerprint, keep_options, model_fingerprint
 from ..train.topk import TopKTeacher
-from ..weight_plan import WeightPlan
 from .allocation import allocate, can_share, measure_costs
-from .blocks import Calls, find_blocks
+from .block_work import BlockWork
+from .blocks import find_blocks
 from .distillation import Schedule, affordable, distil, teacher_of
-from .experts import ExpertCounts, warn_of_unseen
-from .factoring import block_importance, factor_block, restore_block
 from .forecast import blocks_left, distillation, work_of
-from .journal import ALLOCATION, EMBEDDINGS, Journal, Watch
+from .journal import ALLOCATION, EMBEDDINGS, Journal
 from .recipe import Recipe, as_tokens, block_rows, check_vocabulary, distilled_rows, spread_rows
-from .streams import Stream
-from .tuning import tune_block
 
 __all__ = ["refine", "refuse_unfit"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 logger = logging.getLogger("hf_littlebit")
-ADMM_STEPS = 60  # three times as many find 4 % less error, which tuning evens out
-FORWARD_ROWS = 4  # rows at a time where nothing is trained
-HELD_OUT = 8  # rows that tell which state of a block is the best, at most a tenth of all
 
 
 def refine(
@@ -134,25 +121,24 @@ class _Refinement:
             )
         embeddings: Any = model.get_input_embeddings()
         check_vocabulary(tokens, embeddings.num_embeddings)
-        self.model, self.tokens, self.recipe, self.progress = model.eval(), tokens, recipe, progress
+        self.model = model.eval()
+        self.tokens = tokens
+        self.recipe = recipe
+        self.progress = progress
         self.config = copy.deepcopy(config)
         self.config.format = "latent"
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.device = torch.device(device) if device is not None else accelerator or torch.device("cpu")
         self.config.svd_device = self.config.svd_device or (None if self.device.type == "cpu" else str(self.device))
-        # Saved options are the user's; these steps are this start's own.
-        self.working = copy.deepcopy(self.config)
-        if config.init == "admm" and config.steps is None:
-            self.working.steps = ADMM_STEPS
         self.compute = compute_dtype(self.device)
         refuse_float64(model)
-        self.plan, self.tables = plan_model(model, self.config), plan_tables(model, self.config)
+        self.plan = plan_model(model, self.config)
+        self.tables = plan_tables(model, self.config)
         check_in_memory(model, self.plan)
         refuse_non_finite(model, dense=True)
-        self.dtype, self.blocks = model.dtype, find_blocks(model, [weight.module for weight in self.plan.weights])
+        self.dtype = model.dtype
+        self.blocks = find_blocks(model, [weight.module for weight in self.plan.weights])
         self.rows = block_rows(tokens, recipe)
-        self.held_out = max(1, min(HELD_OUT, len(self.rows) // 10))
-        self.batch = min(recipe.batch, len(self.rows) - self.held_out)
 
     def run(self, folder: str) -> None:
         """All of it, with the work in `folder`."""
@@ -165,24 +151,36 @@ class _Refinement:
         for message in (*self.plan.warnings(), *self.tables.warnings()):
             logger.warning("%s", message)
         record(self.config, self.plan, self.model)
-        schedule = affordable(self.recipe.distillation, self.model, self.plan, self.device)
-        self.schedule, teacher = schedule, None
+        self.work = BlockWork(
+            self.model,
+            self.blocks,
+            self.plan,
+            self.config,
+            self.recipe,
+            self.rows,
+            self.device,
+            self.compute,
+            self.journal,
+        )
+        teacher = None
+        schedule = self.schedule = affordable(self.recipe.distillation, self.model, self.plan, self.device)
         if schedule is not None:
             moved = self.journal.keep(EMBEDDINGS, lambda: schedule.embeddings)
             self.schedule = replace(schedule, embeddings=moved)
             self.distilled = distilled_rows(self.tokens, schedule)
             teacher = teacher_of(self.model, self.distilled, self.journal.path("teacher"), self.compute)
         for index in range(len(self.journal.blocks)):
-            self._restore(index)
+            self.work.restore(index)
             pack_modules(self.blocks[index])
         self._refine_blocks()
-        self._factor_rest()
+        self.work.factor_rest()
         if self.schedule is not None and teacher is not None:
             self._distil(self.schedule, teacher)
         else:
-            packed, moment = with_format(self.config, "packed"), None
+            packed = with_format(self.config, "packed")
+            moment = None
             if fitted_tables(self.model, packed):
-                moment = self.blocks.head_moment(self.rows, self._streams(len(self.blocks))[1])
+                moment = self.blocks.head_moment(self.rows, self.work.streams(len(self.blocks))[1])
             pack_modules(self.model)
             pack_tables(self.model, packed, moment)
             cast_dense(self.model, self.dtype)
@@ -211,24 +209,15 @@ class _Refinement:
 
     # -- blocks ---------------------------------------------------------------------------------------------------------------
 
-    def _restore(self, index: int) -> None:
-        """Put block `index` into the model as the journal has it, latent."""
-        state = self.journal.read_block(index)
-        restore_block(self.model, self.blocks.names[index], self._weights(index), self.config, state)
-
-    def _weights(self, index: int) -> list[WeightPlan]:
-        prefix = self.blocks.names[index] + "."
-        return [weight for weight in self.plan.weights if weight.module.startswith(prefix)]
-
     def _refine_blocks(self) -> None:
         done = len(self.journal.blocks)
-        first = next((index for index in range(done, len(self.blocks)) if self._weights(index)), None)
-        dense, student = self._streams(done)
+        first = next((index for index in range(done, len(self.blocks)) if self.work.weights(index)), None)
+        dense, student = self.work.streams(done)
         with tqdm(
             total=len(self.blocks), initial=done, desc="refining", unit="block", disable=not self.progress
         ) as bar:
             for index in range(done, len(self.blocks)):
-                following, figures = self._refine_block(index, dense, student)
+                following, figures = self.work.refine(index, dense, student)
                 self.journal.note(figures)
                 dense.remove()
                 student.remove()
@@ -242,96 +231,21 @@ class _Refinement:
         """Say how long it will take, from what block `index` took."""
         if not self.progress:
             return
-        work = [work_of(self._weights(number)) for number in range(len(self.blocks))]
+        work = [work_of(self.work.weights(number)) for number in range(len(self.blocks))]
         seconds = {phase: each for phase, (each, _) in figures["seconds"].items()}
         parts = [f"{blocks_left(work, index, sum(seconds.values())) / 60:.0f} minutes for the other blocks"]
         if self.schedule is not None and figures["steps"]:
-            per_token = seconds["tune"] / (figures["steps"] * self.batch * self.rows.shape[1])
+            per_token = seconds["tune"] / (figures["steps"] * self.work.batch * self.rows.shape[1])
             end = distillation(work, index, per_token, self.model, self.schedule, *self.distilled.shape)
             parts.append(f"{end / 60:.0f} for the distillation of the whole model")
         bar.write(f"about {' and '.join(parts)}", file=sys.stderr)
 
-    def _streams(self, index: int) -> tuple[Stream, Stream]:
-        """Both streams in front of block `index`, which the journal has, or the embeddings of the text."""
-        first = self.blocks.first_input(self.rows[:1].long())
-        shape = (*self.rows.shape, first.shape[-1])
-        dense, student = (Stream(self.journal.folder, name, index, shape) for name in ("dense", "student"))
-        if index == 0:
-            for stream in (dense, student):
-                stream.write(lambda rows: self.blocks.first_input(self.rows[rows].long()), FORWARD_ROWS)
-        return dense, student
-
-    def _refine_block(self, index: int, dense: Stream, student: Stream) -> tuple[tuple[Stream, Stream], dict[str, Any]]:
-        """Refine block `index`, write it, and return both streams behind it with its figures."""
-        name, block, watch = self.blocks.names[index], self.blocks[index], Watch()
-        calls = Calls(self.blocks, index, self.rows, self.device)
-        home = next(block.parameters()).device
-        # In fp32, also what stays dense: Adam's steps are too small for 16 bits. Products are cast by autocast.
-        block.to(self.device).float()
-
-        def forward(rows: slice | Tensor, hidden: Tensor) -> Tensor:
-            with self._autocast():
-                return calls(rows)(block, hidden.to(self.device))
-
-        with torch.no_grad():
-            target = dense.following(index + 1)
-            target.write(lambda rows: forward(rows, dense[rows]), FORWARD_ROWS)
-        watch.note("dense")
-        importance = self._importance(index, student, forward)
-        factor_block(self.model, self._weights(index), self.working, importance)
-        watch.note("factor")
-        trained = len(self.rows) - self.held_out
-        outcome = tune_block(
-            block,
-            lambda rows: forward(rows, student[rows]),
-            lambda rows: target[rows].to(self.device),
-            rows=len(self.rows),
-            held_out=self.held_out,
-            steps=math.ceil(self.recipe.epochs * trained / self.batch),
-            batch=self.batch,
-            rates=self.recipe.rates,
-            seed=self.config.seed + index,
-        )
-        watch.note("tune")
-        counts = ExpertCounts(block, name)
-        with torch.no_grad():
-            result = student.following(index + 1)
-            result.write(lambda rows: forward(rows, student[rows]), FORWARD_ROWS)
-        counts.remove()
-        watch.note("student")
-        unseen = counts.unseen()
-        warn_of_unseen(unseen)
-        block.to(home)
-        self.journal.save_block(index, block, name)
-        pack_modules(block)
-        return (target, result), {"name": name, **outcome._asdict(), "unseen": unseen, "seconds": watch.seconds}
-
-    def _importance(
-        self, index: int, student: Stream, forward: Callable[[slice | Tensor, Tensor], Tensor]
-    ) -> dict[str, Importance]:
-        """Importances of the dense block `index` on what the refined prefix gives it."""
-        size = FORWARD_ROWS
-        parts = [slice(at, at + size) for at in range(0, min(self.recipe.importance_rows, len(self.rows)), size)]
-        batches = ((part, student[part]) for part in parts)
-        return block_importance(
-            self.blocks[index], self.blocks.names[index], forward, batches, self.config.seed + index
-        )
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32)
-
     # -- the whole model ------------------------------------------------------------------------------------------------------
-
-    def _factor_rest(self) -> None:
-        """Factor the planned weights that no block holds, e.g. projections behind the embeddings, for themselves alone."""
-        inside = tuple(f"{name}." for name in self.blocks.names)
-        rest = [weight for weight in self.plan.weights if not weight.module.startswith(inside)]
-        factor_block(self.model, rest, self.working, {})
 
     def _distil(self, schedule: Schedule, teacher: TopKTeacher) -> None:
         """Make the packed model latent again, as the journal has it, distil it, and pack it."""
         for index in range(len(self.blocks)):
-            self._restore(index)
+            self.work.restore(index)
         # Before transformers knows the model as a quantized one, which it would not move or cast.
         cast_dense(self.model, torch.float32)
         self.model.to(self.device)  # type: ignore[arg-type]

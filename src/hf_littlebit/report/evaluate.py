@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..initialize.calibration import evaluating
 from ..layers.output_head import CHUNK
 from ..placement import input_device
 
@@ -90,24 +91,18 @@ def perplexity(
     # In windows after the first, what an earlier one has counted is context only.
     firsts = [1 if start == 0 or stride == length else length - stride for start in starts]
     device = input_device(model)
-    training = model.training
-    model.eval()
     total, count = 0.0, 0
-    try:
-        with torch.no_grad(), tqdm(total=len(starts), desc="perplexity", unit="block", disable=not progress) as bar:
-            for at in range(0, len(starts), batch_size):
-                batch = torch.stack([tokens[start : start + length] for start in starts[at : at + batch_size]]).to(
-                    device
-                )
-                logits = model(input_ids=batch, use_cache=False).logits
-                for row, first in enumerate(firsts[at : at + batch_size]):
-                    total += loss_sum(logits[row, first - 1 : -1], batch[row, first:])
-                    count += length - first
-                del logits
-                bar.update(len(batch))
-                bar.set_postfix(perplexity=f"{exp(total / count):.4g}")
-    finally:
-        model.train(training)
+    bar = tqdm(total=len(starts), desc="perplexity", unit="block", disable=not progress)
+    with evaluating(model), torch.no_grad(), bar:
+        for at in range(0, len(starts), batch_size):
+            batch = torch.stack([tokens[start : start + length] for start in starts[at : at + batch_size]]).to(device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            for row, first in enumerate(firsts[at : at + batch_size]):
+                total += loss_sum(logits[row, first - 1 : -1], batch[row, first:])
+                count += length - first
+            del logits
+            bar.update(len(batch))
+            bar.set_postfix(perplexity=f"{exp(total / count):.4g}")
     return Perplexity(exp(total / count), total / count, count, len(starts))
 
 

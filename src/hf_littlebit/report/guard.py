@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..initialize.calibration import evaluating
 from ..placement import input_device
 from .evaluate import exp, loss_sum
 
@@ -72,15 +73,10 @@ class Check:
 
 def block_loss(model: Any, blocks: Tensor, batch_size: int = 4) -> float:
     """Mean loss in nats per token of a causal `model` on `blocks` [rows, length] of tokens; all but the first are predicted."""
-    training = model.training
-    model.eval()
     device, total = input_device(model), 0.0
-    try:
-        with torch.no_grad():
-            for rows in blocks.long().split(batch_size):
-                rows = rows.to(device)
-                logits = model(input_ids=rows, use_cache=False).logits
-                total += sum(loss_sum(each[:-1], row[1:]) for each, row in zip(logits, rows, strict=True))
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        for rows in blocks.long().split(batch_size):
+            rows = rows.to(device)
+            logits = model(input_ids=rows, use_cache=False).logits
+            total += sum(loss_sum(each[:-1], row[1:]) for each, row in zip(logits, rows, strict=True))
     return total / (len(blocks) * (blocks.shape[1] - 1))

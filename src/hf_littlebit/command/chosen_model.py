@@ -1,0 +1,57 @@
+"""What a command is given to work with: the model that it names, its tokenizer, and the device that it is to be on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from .terminal import one_line
+
+__all__ = ["find_device", "find_tokenizer", "load_model"]
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of `args.model` on `args.device`."""
+    from ..load.meta_model import model_class
+    from ..load.source import find_source
+
+    device = find_device(args)
+    source = find_source(args.model)
+    tokenizer = find_tokenizer(args.model, required=True)
+    place = {"dtype": args.dtype, "device_map": device, "variant": source.variant}
+    model = model_class(source.config).from_pretrained(args.model, **place)
+    return model.eval(), tokenizer
+
+
+def find_device(args: argparse.Namespace) -> str:
+    """--device, checked: that is, whether this machine has it."""
+    import torch
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device is {device!r}, which this machine does not offer ({reason}); use cpu") from None
+    return device
+
+
+def find_tokenizer(model: str, required: bool) -> Any:
+    """The model's tokenizer; without one, an error if it is `required`, else a note and None."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        reason = "its vocabulary is empty"
+    except (OSError, ValueError, ImportError) as error:
+        tokenizer, reason = None, one_line(error)
+    # Without any file, transformers makes a tokenizer of special tokens alone for some model types.
+    if tokenizer is not None and len(tokenizer) > len(set(tokenizer.all_special_ids)):
+        return tokenizer
+    if required:
+        raise ValueError(
+            f"{model} has no tokenizer that can be used: {reason}; save the model's tokenizer into its folder"
+        )
+    print(f"note: no tokenizer is saved along: {reason}", file=sys.stderr)
+    return None
