@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from hf_littlebit import LittleBitConfig, latent_model
 from hf_littlebit.load.tables import pack_tables, table_modules
 from hf_littlebit.train.callback import LittleBitCallback
-from hf_littlebit.train.data import read_texts, text_blocks
+from hf_littlebit.train.data import text_blocks
+from hf_littlebit.train.documents import read_texts
 from hf_littlebit.train.trainer import LEARNING_RATE, LittleBitTrainer
 
 WAYS = (("trained, then packed", 16), ("packed first, frozen", 8), ("packed first, frozen", 4))

@@ -4,7 +4,7 @@
     python examples/bench_tables.py speed CONFIG --bpw 0.1 --threads 1       random weights; the three take turns in one process
 
 `quality --apart` unties a tied model first, and packs the embedding and the head alone too.
-Scales are searched for the weights; or for the products with what the head reads of 32 blocks of the text in front of the measured
+Scales are searched for the weights; or for the products with what the head reads of 64 blocks of the text in front of the measured
 end; or not at all: every row (8 bits) or 64 columns (4 bits) is rounded to multiples of its largest magnitude / 127 or 7.
 """
 

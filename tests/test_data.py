@@ -8,7 +8,9 @@ from families import load
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_littlebit.train.data import TokenBlocks, _draw, _sample, read_texts, sample_blocks, text_blocks
+from hf_littlebit.train import documents
+from hf_littlebit.train.data import TokenBlocks, _draw, _sample, sample_blocks, text_blocks
+from hf_littlebit.train.documents import read_texts
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,30 @@ def test_blocks_of_rows_and_errors(tokenizer):
         text_blocks(TEXTS, tokenizer, 4096)
     with pytest.raises(ValueError, match="length is 1"):
         text_blocks(TEXTS, tokenizer, 1)
+
+
+def test_a_long_document_is_tokenized_in_parts(tokenizer, monkeypatch):
+    """As if it were whole, but for the blank that this tokenizer puts in front of every part; and no more of it than is wanted."""
+    lines = "".join(f"{TEXTS[0]} {number} times.\n" for number in range(400))
+    whole = text_blocks([lines, "The end of it."], tokenizer, 8).tokens.flatten()
+    monkeypatch.setattr(documents, "CHARACTERS", 5000)
+    monkeypatch.setattr(documents, "WITHIN", 200)
+    parts = list(documents.document_parts([lines, "", "The end of it."]))
+    assert [[begins for begins, _ in each] for each in parts] == [[True], [False], [False], [False, True, True]]
+    texts = [text for each in parts for _, text in each]
+    assert "".join(texts) == lines + "The end of it." and all(text.endswith("\n") for text in texts[:4])
+    found = text_blocks([lines, "The end of it."], tokenizer, 8).tokens.flatten()
+    assert abs(len(found) - len(whole)) <= 16 and torch.equal(found[:500], whole[:500])
+    taken = []
+    stream = (taken.append(number) or lines for number in range(9))
+    assert len(text_blocks(stream, tokenizer, 8, max_blocks=20)) == 20 and taken == [0]
+
+
+@pytest.mark.parametrize("text", ["x" * 999, "word " * 200, "\n" * 999, "a\n\n" * 300])
+def test_any_document_is_cut(text, monkeypatch):
+    monkeypatch.setattr(documents, "CHARACTERS", 100)
+    parts = [part for each in documents.document_parts([text]) for _, part in each]
+    assert "".join(parts) == text and max(map(len, parts)) <= 100
 
 
 def test_split():

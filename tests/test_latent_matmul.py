@@ -68,6 +68,15 @@ def test_product_and_gradients_are_the_formula(size, gradient):
         torch.testing.assert_close(one, two)
 
 
+def test_the_product_can_be_changed_in_place():
+    """As the output of a linear layer can, and Llama 4's blocks do."""
+    inputs = operands(33, 70, (16, 8))
+    given = inputs[0].detach().unflatten(0, (1, -1)).requires_grad_()
+    factored_product(given, *inputs[1:], (16, 8), torch.float64, GRADIENTS[0]).mul_(3).sum().backward()
+    (expected,) = torch.autograd.grad(factored_product(*inputs, (16, 8), torch.float64, GRADIENTS[0]).sum(), inputs[:1])
+    torch.testing.assert_close(given.grad.flatten(0, 1), 3 * expected)
+
+
 @pytest.mark.parametrize("wanted", range(6))
 def test_only_the_wanted_gradients_are_made(wanted):
     inputs = [value.requires_grad_(at == wanted) for at, value in enumerate(operands(33, 70, (16, 8)))]

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import load
+from families import build, load
 from transformers import AutoTokenizer
 
 from hf_littlebit import perplexity
 from hf_littlebit.command.cli import main
 from hf_littlebit.command.refine_command import BLOCK_TOKENS
+from hf_littlebit.load.replacement import replacement
+from hf_littlebit.refinement import distillation
 from hf_littlebit.refinement.recipe import Recipe, block_rows
 from hf_littlebit.report.size import size_report
 
@@ -200,12 +202,53 @@ def test_bits_are_shared_out_unless_that_is_left_out(more, stories, text, tmp_pa
         (["--own-tokens", "320", "--data", "self"], "names no other text"),
         (["--data", "missing.txt"], "missing.txt does not exist"),
         (["--resume"], "no unfinished refinement"),
+        (["--weights-only"], "leave one out"),
     ],
 )
 def test_what_cannot_work_is_refused(more, message, stories, text, tmp_path, capsys):
     assert main(words(stories, text, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "out" / "config.json")
+
+
+def test_a_folder_of_the_user_s_stays(stories, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "refinement").mkdir(parents=True)
+    (out / "refinement" / "notes.txt").write_text("mine")
+    assert main(words(stories, text, out, "--overwrite")) == 2
+    assert "notes.txt in it that is none" in capsys.readouterr().err
+    alone = ["quantize", stories, *METHOD, "--weights-only", "--no-check", "--out", str(out), "--overwrite"]
+    assert main(alone) == 0
+    assert (out / "refinement" / "notes.txt").read_text() == "mine" and (out / "config.json").exists()
+
+
+def test_work_under_way_is_not_discarded_by_another(stories, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "refinement").mkdir(parents=True)
+    (out / "refinement" / "options.json").write_text("{}")
+    with replacement(out):
+        assert main(words(stories, text, out, "--overwrite")) == 2
+    assert "another process is saving" in capsys.readouterr().err
+    assert (out / "refinement" / "options.json").exists()
+
+
+def test_the_text_is_the_same_whatever_is_checked_and_free(seen, stories, text, tmp_path, monkeypatch):
+    """So that work goes on where less memory is free, and where nothing is to be compared."""
+    begun = words(stories, text, tmp_path / "out", "--own-text")
+    assert main(begun) == 2
+    (tmp_path / "out" / "refinement" / "options.json").write_text("{}")
+    monkeypatch.setattr(distillation, "free_memory", lambda device: 1.0)
+    for more in ([], ["--no-check"]):
+        assert main([*begun, "--resume", *more]) == 2
+    assert torch.equal(seen[0].tokens, seen[1].tokens) and torch.equal(seen[0].tokens, seen[2].tokens)
+
+
+def test_tokens_that_the_model_has_not_are_refused(text, tmp_path, capsys, stories):
+    folder = str(tmp_path / "model")
+    build("llama").save_pretrained(folder)  # 128 embeddings
+    AutoTokenizer.from_pretrained(stories).save_pretrained(folder)
+    assert main(words(folder, text, tmp_path / "out")) == 2
+    assert "but the model has 128; use the model's own tokenizer" in capsys.readouterr().err
 
 
 def test_options_without_text_are_refused(stories, tmp_path, capsys):

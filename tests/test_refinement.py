@@ -10,14 +10,16 @@ import torch
 from families import build, config, load
 from hf_littlebit.kernels import quantize_table
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_littlebit import Recipe, TopKTeacher, head_moment, refine
+from hf_littlebit import LittleBitConfig, Recipe, TopKTeacher, head_moment, refine
 from hf_littlebit.command.refine_command import TOKENS as TOKENS_READ
+from hf_littlebit.initialize.calibration import Recorder
 from hf_littlebit.load import tables
 from hf_littlebit.load.convert import factor_modules, latent_model
 from hf_littlebit.plan import plan_model
 from hf_littlebit.refinement import block_work, distillation, refinement, tuning
-from hf_littlebit.refinement.allocation import NOISE, SLOPE, can_share, measure_costs, shares
+from hf_littlebit.refinement.allocation import NOISE, SLOPE, allocate, can_share, measure_costs, shares
 from hf_littlebit.refinement.blocks import BlockList, Calls, NoChain, find_blocks
 from hf_littlebit.refinement.distillation import SEEN, Schedule, settle_latents
 from hf_littlebit.refinement.recipe import as_tokens, block_rows, distilled_rows, spread_rows
@@ -37,7 +39,7 @@ def test_a_chain_of_blocks_is_the_model(family):
     """Embeddings, every block with what it is called with, and the head give the model's own logits."""
     model = build(family)
     blocks, tokens = blocks_of(model), TOKENS[:3]
-    blocks.check(tokens[:1])
+    blocks.check(tokens[:2])
     assert len(blocks) == 2
     with torch.no_grad():
         hidden = blocks.first_input(tokens)
@@ -234,6 +236,13 @@ def test_what_cannot_be_refined_is_refused(tmp_path):
         (TOKENS.float(), "must be tokens"),
         (TOKENS[:1], "at least 2"),
         (TOKENS + 100, "128; use the model's own"),
+        (TOKENS.long() + 2**32, "which no vocabulary has"),
+        (TOKENS.bool(), "must be tokens"),
+        (["Once upon a time"] * 2, "no list of tokens"),
+        ([{"text": "Once"}] * 2, "no input_ids"),
+        (None, "NoneType"),
+        (iter([TOKENS[0]]), "iterator"),
+        ([], "at least 2"),
         ([TOKENS[0], TOKENS[1][:5]], "one length"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -247,7 +256,61 @@ def test_what_cannot_be_refined_is_refused(tmp_path):
         refine(build("llama"), config(), TOKENS.flip(0), recipe=BLOCKS_ALONE, folder=tmp_path, progress=False)
 
 
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        (lambda: Recipe(batch=0), "batch is 0"),
+        (lambda: Recipe(length=1), "length is 1"),
+        (lambda: Recipe(epochs=0), "epochs is 0"),
+        (lambda: Recipe(allocation_rows=-1), "allocation_rows is -1"),
+        (lambda: Schedule(batch=0), "batch is 0"),
+        (lambda: Schedule(epochs=0.0), "leaves it out"),
+        (lambda: Schedule(rest=-1e-4), "learning rate"),
+    ],
+)
+def test_impossible_numbers_are_refused(made, message):
+    with pytest.raises(ValueError, match=message):
+        made()
+
+
+def test_rows_of_any_length_are_cut_into_long_pieces():
+    for length, shape in ((512, (200, 256)), (257, (200, 128)), (509, (200, 254)), (300, (200, 150)), (97, (100, 97))):
+        tokens = torch.arange(100 * length, dtype=torch.int32).view(100, length)
+        rows = block_rows(tokens, Recipe(block_tokens=100 * length))
+        assert rows.shape == shape and torch.equal(rows[0], tokens[0, : shape[1]])
+
+
+def test_blocks_of_other_states_are_no_chain(monkeypatch):
+    """Hidden states [length, rows, size] pass from block to block, and are not what rows are taken of."""
+    model = build("llama")
+    for block in model.model.layers:
+        monkeypatch.setattr(block, "forward", lambda hidden_states, **unused: hidden_states)
+    embed = model.model.embed_tokens.forward
+    monkeypatch.setattr(model.model.embed_tokens, "forward", lambda tokens: embed(tokens).transpose(0, 1))
+    with pytest.raises(NoChain, match=r"2 rows of 24 tokens: \(24, 2, 64\)"):
+        refine(model, config(), TOKENS, recipe=BLOCKS_ALONE, progress=False)
+
+
+def test_a_router_that_returns_its_choice_is_not_measured():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    layers = {"router": Router(4, 2), "plain": nn.Linear(4, 2)}
+    recorder = Recorder(layers)
+    for layer in layers.values():
+        layer(torch.ones(3, 4))
+    assert list(recorder.result()) == ["plain.weight"]
+
+
+def test_the_cache_is_as_it_was_and_nothing_is_printed(capfd):
+    model = refine(build("llama"), config(seed=2**40), TOKENS, recipe=Recipe(epochs=0.1), progress=False)
+    assert model.config.use_cache is True and not capfd.readouterr().out
+
+
 def test_rows_of_a_dataset_are_tokens():
+    batch = {"input_ids": TOKENS, "attention_mask": TOKENS > 0}
+    assert torch.equal(as_tokens(batch), TOKENS.to(torch.int32))
     rows = [{"input_ids": row.tolist(), "labels": row} for row in TOKENS]
     assert torch.equal(as_tokens(rows), TOKENS.to(torch.int32))
 
@@ -407,6 +470,21 @@ def test_bits_that_cannot_be_shared_are_not(options, tmp_path):
     model = refine(build("llama"), config(**options), TOKENS, recipe=recipe, folder=tmp_path, progress=False)
     assert not model.config.quantization_config.module_config
     assert not (tmp_path / "allocation.json").exists()
+
+
+@pytest.mark.parametrize("bpw", [0.1, 0.2, 0.3, 0.55])
+@pytest.mark.parametrize("spread", [0.5, 5.0])
+def test_shared_bits_are_as_many_as_were_asked(bpw, spread):
+    """Also of a small model, whose ranks come in coarse steps."""
+    shape = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 6}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=128))
+    asked = LittleBitConfig(bpw=bpw)
+    plan = plan_model(model, asked)
+    blocks = find_blocks(model, [weight.module for weight in plan.weights])
+    assert can_share(asked, plan, blocks)
+    found = plan_model(model, allocate(model, asked, blocks, [math.exp(spread * at) for at in (0, 2, 1, -1)]))
+    assert 0.993 * plan.bits < found.bits <= plan.bits
 
 
 @pytest.mark.parametrize(("residual", "full"), [(False, 1.5), (True, 3.0)])

@@ -24,7 +24,8 @@ from hf_littlebit.layers.sign import ALPHA
 from hf_littlebit.load.convert import balance_scales, factor_modules, latents_and_scales
 from hf_littlebit.plan import plan_model
 from hf_littlebit.train.callback import LittleBitCallback
-from hf_littlebit.train.data import read_texts, text_blocks
+from hf_littlebit.train.data import text_blocks
+from hf_littlebit.train.documents import read_texts
 from hf_littlebit.train.flips import SignFlips
 from hf_littlebit.train.trainer import CALIBRATION, LATENT_FACTOR, LEARNING_RATE, SCALE_FACTOR, LittleBitTrainer
 

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from .initialize.calibration import calibrate
     from .initialize.head_inputs import head_moment
     from .load.convert import latent_model, pack_model, unpack_model
+    from .refinement.distillation import Schedule
     from .refinement.recipe import Recipe
     from .refinement.refinement import refine
+    from .refinement.tuning import Rates
     from .train.callback import LittleBitCallback
     from .train.data import sample_blocks, text_blocks
     from .train.topk import TopKTeacher, save_topk
@@ -47,7 +49,9 @@ __all__ = [
     "LittleBitHfQuantizer",
     "LittleBitLinear",
     "LittleBitTrainer",
+    "Rates",
     "Recipe",
+    "Schedule",
     "TopKTeacher",
     "calibrate",
     "fast_generate",
@@ -70,7 +74,9 @@ _LAZY = {  # public name -> the file that has it
     "LittleBitCallback": "train.callback",
     "LittleBitTrainer": "train.trainer",
     "TopKTeacher": "train.topk",
+    "Rates": "refinement.tuning",
     "Recipe": "refinement.recipe",
+    "Schedule": "refinement.distillation",
     "calibrate": "initialize.calibration",
     "head_moment": "initialize.head_inputs",
     "latent_model": "load.convert",

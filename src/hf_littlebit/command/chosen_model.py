@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .terminal import one_line
 
-__all__ = ["find_device", "find_tokenizer", "load_model"]
+__all__ = ["HEADROOM", "WORKSPACE", "default_device", "find_device", "find_tokenizer", "load_model", "on_gpu"]
+
+HEADROOM, WORKSPACE = 1.25, 2.5e9  # memory of a dense model that writes: times its size, and bytes on top
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -55,3 +59,28 @@ def find_tokenizer(model: str, required: bool) -> Any:
         )
     print(f"note: no tokenizer is saved along: {reason}", file=sys.stderr)
     return None
+
+
+@contextmanager
+def on_gpu(model: Any, device: str | None) -> Iterator[None]:
+    """Have a dense `model` on `device`, or on the GPU that there is if None, where it fits; it comes back afterwards."""
+    import torch
+
+    wanted = default_device(device)
+    size = sum(value.numel() * value.element_size() for value in model.parameters())
+    if wanted.type != "cuda" or HEADROOM * size + WORKSPACE > torch.cuda.mem_get_info(wanted)[0]:
+        yield
+        return
+    home = model.device
+    try:
+        model.to(wanted)
+        yield
+    finally:
+        model.to(home)
+
+
+def default_device(name: str | None) -> Any:
+    """The torch.device that --device names, by default the GPU that there is, else the CPU."""
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -94,9 +94,9 @@ def run_quantize(args: argparse.Namespace) -> int:
         find_device(args)
     tokenizer = find_tokenizer(args.model, required=args.data is not None)
     quantized = quantize_without_text if args.data is None else quantize_on_text
-    discard_work(args)
     with replacement(out) as folder:
-        _note_tables(source, config, 8 if args.weights_only else 4)
+        discard_work(args)
+        _note_tables(source, config, 8 if args.weights_only else 4, args.dtype)
         model, check = quantized(args, config, source, tokenizer)
         model.save_pretrained(folder)
         if tokenizer is not None:
@@ -110,8 +110,9 @@ def run_quantize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _note_tables(source: Any, config: Any, bits: int) -> None:
-    """Say how much smaller the file could be, where embedding and head are much of it."""
+def _note_tables(source: Any, config: Any, bits: int, dtype: str) -> None:
+    """Say how much smaller the file could be, where embedding and head are much of it; `dtype` is that of what stays dense."""
+    from ..compat import resolve_dtype
     from ..report.size import size_report
     from ..report.size_report import format_bytes
 
@@ -120,9 +121,11 @@ def _note_tables(source: Any, config: Any, bits: int) -> None:
     small = copy.deepcopy(config)
     small.embedding_bits = small.head_bits = bits
     report = size_report(source, small)
-    size = report.total_bytes + sum(2 * table.rows * table.columns - table.bytes for table in report.tables)
-    if report.total_bytes < SMALLER * size:
-        smaller = format_bytes(report.total_bytes)
+    width = resolve_dtype(source.config.dtype if dtype == "auto" else dtype).itemsize
+    least = report.total_bytes + report.dense_bytes * (width - 2) // 2  # a prediction has 16 bits for what stays dense
+    size = least + sum(width * table.rows * table.columns - table.bytes for table in report.tables)
+    if least < SMALLER * size:
+        smaller = format_bytes(least)
         sizes = f"{format_bytes(size)}; with --embedding-bits {bits} --head-bits {bits} it would have {smaller}"
         print(f"note: the file will have {sizes}", file=sys.stderr)
 

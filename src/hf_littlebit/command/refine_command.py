@@ -9,23 +9,19 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..load.replacement import LEFT_OVER
+from ..load.replacement import LEFT_OVER, interrupted
+from .chosen_model import default_device, on_gpu
 from .out_folder import check_empty, check_folder
 from .text import DATA_HELP, Text, check_names, text_length, written_at_a_time
 
 __all__ = [
-    "HEADROOM",
-    "WORKSPACE",
     "add_refine_options",
     "check_refine_options",
     "check_refine_out",
     "discard_work",
-    "on_gpu",
     "quantize_on_text",
     "remove_work",
 ]
@@ -38,7 +34,6 @@ FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
 # Blocks at a time from which the model writes unasked: they share the reading of its weights, one token each.
 SHARED = 16
-HEADROOM, WORKSPACE = 1.25, 2.5e9  # memory of a dense model that writes: times its size, and bytes on top
 # That need --data.
 OPTIONS = (
     "column",
@@ -116,6 +111,8 @@ def check_refine_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: with the value and the limit.
     """
+    if args.data is not None and args.weights_only:
+        raise ValueError("--weights-only quantizes without text, and --data is text to refine on; leave one out")
     if args.data is None:
         given = [name for name in OPTIONS if getattr(args, name) is not None]
         if given:
@@ -157,8 +154,14 @@ def check_refine_out(args: argparse.Namespace) -> None:
     Raises:
         ValueError: saying what can be done: go on, discard it by --overwrite, or give another folder.
     """
-    work = os.path.join(args.out, WORK)
+    from ..refinement.journal import foreign_names
+
+    work = _work(args.out)
     check_folder(args.out)
+    if not args.weights_only and (names := foreign_names(work)):
+        raise ValueError(
+            f"{work} is where the work is kept, and has a {names[0]} in it that is none; give another --out"
+        )
     if args.resume:
         if not os.path.isdir(work):
             raise ValueError(f"{work} holds no unfinished refinement to resume; leave out --resume")
@@ -167,7 +170,9 @@ def check_refine_out(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{work} holds an unfinished refinement; add --resume to go on, --overwrite to begin anew, or give another --out"
         )
-    others = set(os.listdir(args.out)) - {WORK, LEFT_OVER} if os.path.isdir(args.out) else set()
+    others = set(os.listdir(args.out)) - {LEFT_OVER} if os.path.isdir(args.out) else set()
+    if not foreign_names(work):
+        others -= {WORK}
     check_empty(args.out, args.overwrite or not others, args.model, "dense model")
 
 
@@ -183,6 +188,8 @@ def quantize_on_text(
     from ..load.tables import plan_tables
     from ..plan import plan_model
     from ..refinement.distillation import affordable
+    from ..refinement.journal import DISTILLED, Journal
+    from ..refinement.recipe import check_vocabulary
     from ..refinement.refinement import refine, refuse_unfit
     from ..report.guard import Check, block_loss
 
@@ -200,7 +207,14 @@ def quantize_on_text(
     recipe = _recipe(args, embeddings)
     model = model_class(source.config).from_pretrained(args.model, dtype=args.dtype)
     refuse_unfit(model, config, length)
-    distilled = affordable(recipe.distillation, empty, plan, _device(args.device), warn=False)
+    journal = Journal(work)
+    if not _begun(args.out):
+        journal.forget(DISTILLED)
+    # Memory may be another when the work goes on, and how much text there is must not be.
+    distilled = journal.keep(
+        DISTILLED,
+        lambda: affordable(recipe.distillation, empty, plan, default_device(args.device), warn=False) is not None,
+    )
     used = TOKENS if distilled else recipe.block_tokens  # of all text; no more is written
     check = None
     with on_gpu(model, args.device):
@@ -210,42 +224,18 @@ def quantize_on_text(
                 f"the text has {len(blocks)} block(s) of {length} tokens; at least {FEWEST} are needed: give more text or "
                 "less --length"
             )
+        vocabulary = model.get_input_embeddings().num_embeddings
+        check_vocabulary(blocks.tokens, vocabulary)
         room = max(0, min(rows, used // length) - len(blocks))
-        if not args.no_check:
-            blocks, held_out = blocks.split(max(1, min(CHECK_ROWS, len(blocks) // 10)))
-            dense = block_loss(model, held_out.tokens)
+        # Also where nothing is checked, so that the rest is the same text.
+        blocks, held_out = blocks.split(max(1, min(CHECK_ROWS, len(blocks) // 10)))
+        dense = None if args.no_check else block_loss(model, held_out.tokens)
         blocks = text.whole(model, tokenizer, blocks, _own(args, text, len(blocks), room))
     model = refine(model, config, blocks, recipe=recipe, folder=work, device=args.device)
-    if not args.no_check:
-        vocabulary = model.get_input_embeddings().num_embeddings
+    if dense is not None:
         count = len(held_out) * (length - 1)
         check = Check(dense, block_loss(model, held_out.tokens), count, vocabulary, text.written)
     return model, check
-
-
-@contextmanager
-def on_gpu(model: Any, device: str | None) -> Iterator[None]:
-    """Have a dense `model` on `device`, or on the GPU that there is if None, where it fits; it comes back afterwards."""
-    import torch
-
-    wanted = _device(device)
-    size = sum(value.numel() * value.element_size() for value in model.parameters())
-    if wanted.type != "cuda" or HEADROOM * size + WORKSPACE > torch.cuda.mem_get_info(wanted)[0]:
-        yield
-        return
-    home = model.device
-    try:
-        model.to(wanted)
-        yield
-    finally:
-        model.to(home)
-
-
-def _device(name: str | None) -> Any:
-    """The torch.device that --device names, by default the GPU that there is, else the CPU."""
-    import torch
-
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _names(args: argparse.Namespace) -> list[str]:
@@ -305,19 +295,29 @@ def _recipe(args: argparse.Namespace, embeddings: bool) -> Any:
     return recipe
 
 
+def _work(out: str) -> str:
+    """Where the work of a refinement into `out` is, also where a kill came while the saved model took its place."""
+    aside = None if os.path.isdir(out) else interrupted(out)
+    return os.path.join(aside or out, WORK)
+
+
 def _begun(out: str) -> bool:
     """Whether there is work in `out` that would be lost: options are the first thing that a refinement writes."""
     from ..train.resume import OPTIONS
 
-    return os.path.isfile(os.path.join(out, WORK, OPTIONS))
+    return os.path.isfile(os.path.join(_work(out), OPTIONS))
 
 
 def discard_work(args: argparse.Namespace) -> None:
-    """Delete an unfinished refinement in --out that --overwrite does away with."""
+    """Delete an unfinished refinement in --out that --overwrite does away with; call it where no other process has --out."""
     if args.overwrite and not args.resume and _begun(args.out):
         remove_work(args.out)
 
 
 def remove_work(out: str) -> None:
-    """Delete the work of a refinement whose model is saved in `out`."""
-    shutil.rmtree(os.path.join(out, WORK), ignore_errors=True)
+    """Delete the work of a refinement whose model is saved in `out`; a folder of its name that holds anything else stays."""
+    from ..refinement.journal import foreign_names
+
+    work = os.path.join(out, WORK)
+    if not foreign_names(work):
+        shutil.rmtree(work, ignore_errors=True)

@@ -63,7 +63,8 @@ class Text:
 
     def first(self, model: Any, tokenizer: Any, rows: int | None) -> TokenBlocks:
         """What is read; what `model` writes if that is all. `rows` blocks at most, of what is to come with the other half."""
-        from ..train.data import read_texts, text_blocks
+        from ..train.data import text_blocks
+        from ..train.documents import read_texts
 
         if self.written:
             assert rows is not None
@@ -101,7 +102,8 @@ def head_text(names: Sequence[str], column: str, model: Any, tokenizer: Any) -> 
     from torch.utils.data import default_collate
 
     from ..initialize.head_inputs import HEAD_EXAMPLES
-    from ..train.data import read_texts, spread_batches, text_blocks
+    from ..train.data import spread_batches, text_blocks
+    from ..train.documents import read_texts
 
     bits = model.config.quantization_config.head_bits
     if bits != 4:

@@ -13,7 +13,8 @@ import argparse
 import sys
 from typing import Any
 
-from .refine_command import HEADROOM, WORKSPACE, on_gpu, quantize_on_text, remove_work
+from .chosen_model import HEADROOM, WORKSPACE, on_gpu
+from .refine_command import quantize_on_text, remove_work
 from .text import context_of
 
 __all__ = ["add_options", "quantize_without_text"]

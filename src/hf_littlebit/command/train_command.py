@@ -100,8 +100,9 @@ def run_train(args: argparse.Namespace, config: Any, tokenizer: Any) -> int:
     from ..load.tables import plan_tables
     from ..report.size import size_report
     from ..train.callback import LittleBitCallback
-    from ..train.data import read_texts, text_blocks
+    from ..train.data import text_blocks
     from ..train.distill import HIDDEN_WEIGHT
+    from ..train.documents import read_texts
     from ..train.resume import fingerprint, keep_options, kept_options, model_fingerprint
     from ..train.trainer import LEARNING_RATE, LittleBitTrainer
 

@@ -148,7 +148,9 @@ class Recorder:
         def backward(grad: Tensor) -> None:
             self._sums[name][0].add_(grad.float().square().flatten(0, -2).sum(0))
 
-        def forward(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
+        def forward(module: nn.Linear, args: tuple[Any, ...], output: Any) -> None:
+            if not torch.is_tensor(output):  # some routers are linear layers that return what they chose as well
+                return
             x, mask = args[0].detach(), self.mask
             if name not in self._sums:
                 self._sums[name] = (

@@ -19,7 +19,7 @@ from .calibration import counted, evaluating, model_inputs, token_mask
 
 __all__ = ["HEAD_EXAMPLES", "HEAD_TOKENS", "HeadInputs", "head_moment"]
 
-HEAD_EXAMPLES, HEAD_TOKENS = 32, 16_384  # rows of text; what they have if they are of 512
+HEAD_EXAMPLES, HEAD_TOKENS = 64, 32_768  # rows of text; what they have if they are of 512
 
 
 class HeadInputs:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -122,13 +123,17 @@ def may_be_missing(model: nn.Module) -> list[str]:
     return [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
 
 
-def fp32_modules(model: nn.Module) -> set[str]:
+def fp32_modules(model: nn.Module, dtype: torch.dtype | None = None) -> set[str]:
     """Names of modules, or parts of names, whose weights the model's own code needs in fp32.
 
     They stay dense, and keep their dtype when the model is cast, e.g. T5's `wo`. Public way: none.
+
+    Args:
+        dtype: what the model is cast to, of which some may be: bf16 is a danger to fewer than fp16.
     """
     names: set[str] = set()
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+    lenient = () if dtype == torch.bfloat16 else ("_keep_in_fp32_modules",)
+    for attribute in (*lenient, "_keep_in_fp32_modules_strict"):
         names.update(getattr(model, attribute, None) or ())
     return names
 

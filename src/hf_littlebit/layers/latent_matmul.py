@@ -54,7 +54,10 @@ def factored_product(
     """
     if not torch.compiler.is_compiling() and is_watched():
         return plain_product(x, u, v, scale_out, scale_rank, scale_in, ranks, scale_dtype, gradient)
-    return _FactoredProduct.apply(x, u, v, scale_out, scale_rank, scale_in, ranks, scale_dtype, gradient)
+    rows = x.reshape(-1, x.shape[-1])
+    out = _FactoredProduct.apply(rows, u, v, scale_out, scale_rank, scale_in, ranks, scale_dtype, gradient)
+    # Shaped out here: what a Function returns as a view must not be changed in place, which models do (Llama 4).
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def plain_product(
@@ -106,9 +109,9 @@ class _FactoredProduct(torch.autograd.Function):
         )
         u_scaled = scaled_signs(u, scale_out, scale_rank, ranks, x.dtype)
         v_scaled = scaled_signs(v, scale_in, None, ranks, x.dtype)
-        rank_acts = x.reshape(-1, x.shape[-1]) @ v_scaled
+        rank_acts = x @ v_scaled
         ctx.save_for_backward(x, rank_acts, u_scaled, v_scaled, u, v, scale_out, scale_rank, scale_in, *given)
-        return (rank_acts @ u_scaled.T).view(*x.shape[:-1], u_scaled.shape[0])
+        return rank_acts @ u_scaled.T
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -119,18 +122,16 @@ class _FactoredProduct(torch.autograd.Function):
             return *_recorded_backward(ctx, dy, (x, u, v, *given)), None, None, None
         need_x, need_u, need_v, need_out, need_rank, need_in = ctx.needs_input_grad[:6]
         of_x = of_u = of_v = of_out = of_rank = of_in = None
-        rows = dy.reshape(-1, dy.shape[-1])
         with torch.autocast(dy.device.type, enabled=False):
-            rank_grad = rows @ u_scaled
+            rank_grad = dy @ u_scaled
             if need_x:
-                of_x = (rank_grad @ v_scaled.T).view(x.shape)
+                of_x = rank_grad @ v_scaled.T
             if need_u or need_out or need_rank:
                 of_u, of_out, of_rank = scaled_signs_grad(
-                    rows.T @ rank_acts, u, scale_out, scale_rank, ctx.ranks, ctx.gradient
+                    dy.T @ rank_acts, u, scale_out, scale_rank, ctx.ranks, ctx.gradient
                 )
             if need_v or need_in:
-                v_grad = x.reshape(-1, x.shape[-1]).T @ rank_grad
-                of_v, of_in, _ = scaled_signs_grad(v_grad, v, scale_in, None, ctx.ranks, ctx.gradient)
+                of_v, of_in, _ = scaled_signs_grad(x.T @ rank_grad, v, scale_in, None, ctx.ranks, ctx.gradient)
         return of_x, of_u, of_v, of_out, of_rank, of_in, None, None, None
 
 

@@ -265,7 +265,7 @@ def weight_ranks(module: nn.Module) -> dict[str, list[int]]:
 def cast_dense(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters outside of LittleBit layers, and the biases in them; what the model's code needs in fp32 stays so."""
     parts = {f"{name}.{part}" for name, module in factor_modules(model).items() for part in module.part_dtypes}
-    wanted = fp32_modules(model)
+    wanted = fp32_modules(model, dtype)
     for name, value in model.named_parameters():
         if name not in parts and value.is_floating_point() and not needs_fp32(name, wanted):
             value.data = value.data.to(dtype)

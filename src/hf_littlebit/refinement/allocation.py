@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ __all__ = ["allocate", "can_share", "measure_costs", "shares"]
 LEAST, MOST = 0.6, 1.5  # of the bits asked, for one block
 NOISE = 0.1  # of a block's squared change; tuned blocks of 0.55 bits have 0.1 to 0.2 where they begin
 SLOPE = 2 * math.log(2)  # per bit and weight
+LOW, HIGH = 0.5, 1.2  # of the bits wanted, between which rounded ranks take what was asked
+NEAR = 0.002  # of the bits asked: near enough
+RAISED = 1.2  # what a single block may get more, of what rounding left over
 LEVELS = 60  # halvings in the search for the multiplier
 SMALLEST = 1e-9  # nats per token
 
@@ -140,10 +144,16 @@ def can_share(config: LittleBitConfig, plan: Plan, blocks: BlockList) -> bool:
     return len(usable) > 1 and config.bpw is not None and not config.ranks and max(usable) > config.bpw
 
 
+def _with(values: Sequence[float], index: int, value: float) -> list[float]:
+    """`values` with another one at `index`."""
+    return [*values[:index], value, *values[index + 1 :]]
+
+
 def allocate(model: nn.Module, config: LittleBitConfig, blocks: BlockList, costs: Sequence[float]) -> LittleBitConfig:
     """A copy of `config` whose module_config gives every block its bits, all together what `config` gives them.
 
-    A bpw that the user wrote for some modules holds as before, because later entries of module_config win.
+    Where steps of ranks are too coarse for that, as in small models at a tenth of a bit, no block gets bits of its own. A bpw that
+    the user wrote for some modules holds as before, because later entries of module_config win.
     """
     assert config.bpw is not None
     plan = plan_model(model, config)
@@ -153,18 +163,32 @@ def allocate(model: nn.Module, config: LittleBitConfig, blocks: BlockList, costs
     usable = [_usable(plan, f"{name}.") for name in names]
     wanted = shares(levels, [sizes[name] for name in names], config.bpw, usable)
 
-    def scaled(factor: float) -> tuple[LittleBitConfig, Plan]:
+    def planned(given: Sequence[float]) -> tuple[LittleBitConfig, float]:
+        """The config that gives the blocks these bits, and what they take then, of what they may."""
         found = copy.deepcopy(config)
         own = {
-            f"{name}.*": {"bpw": round(bits * factor, 5), "kv_factor": plan.kv_factor}
-            for name, bits in zip(names, wanted, strict=True)
+            f"{name}.*": {"bpw": round(bits, 5), "kv_factor": plan.kv_factor}
+            for name, bits in zip(names, given, strict=True)
         }
         found.module_config = {**own, **(config.module_config or {})}
-        return found, plan_model(model, found)
+        return found, plan_model(model, found).bits / plan.bits
+
+    def largest(low: float, high: float, tries: int, bits: Callable[[float], list[float]]) -> list[float]:
+        """`bits` of the largest number from `low`, which fits, to `high` that does not take too much."""
+        for _ in range(tries):
+            middle = (low + high) / 2
+            low, high = (middle, high) if planned(bits(middle))[1] <= 1 else (low, middle)
+        return bits(low)
 
     # Ranks are rounded down to multiples, so that the sum of the bits asked is not that of the bits taken.
-    low, high = 0.9, 1.2
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if scaled(middle)[1].bits <= plan.bits else (low, middle)
-    return scaled(low)[0]
+    given = largest(LOW, HIGH, 13, lambda factor: [factor * bits for bits in wanted])
+    found, taken = planned(given)
+    if taken > 1:
+        return copy.deepcopy(config)
+    for index in sorted(range(len(names)), key=lambda index: -levels[index]):
+        if taken > 1 - NEAR:
+            break
+        most = max(given[index], min(RAISED * given[index], MOST * config.bpw, usable[index]))
+        given = largest(given[index], most, 6, partial(_with, given, index))
+        found, taken = planned(given)
+    return found

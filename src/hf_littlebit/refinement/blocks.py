@@ -52,9 +52,9 @@ class Call(NamedTuple):
         out = block(*args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def to(self, device: torch.device) -> Call:
-        """The same call with all of its tensors on `device`."""
-        return Call(_moved(self.args, device), _moved(self.kwargs, device), self.key)
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Call:
+        """The same call with all of its tensors on `device`, and of `dtype`, if there is one, where they are floating-point."""
+        return Call(_moved(self.args, device, dtype), _moved(self.kwargs, device, dtype), self.key)
 
     def equals(self, other: Call) -> bool:
         """Whether both hold the same values."""
@@ -78,11 +78,12 @@ class BlockList:
         return self.model.get_submodule(self.names[index])
 
     def check(self, tokens: Tensor) -> None:
-        """Run the model on `tokens` [rows, length] once, to see that its blocks are a chain.
+        """Run the model on `tokens` [rows, length], of two rows or more, once, to see that its blocks are a chain.
 
         Raises:
-            NoChain: if a block is left out, called twice or out of order, makes hidden states of another shape, or is not called
-                with hidden states.
+            NoChain: if a block is left out, called twice or out of order, is not called with hidden states, or has some of another
+                shape than [rows, length, size].
+            ValueError: if the model does not read rows of that length.
         """
         order: list[str] = []
         shapes: list[tuple[Any, ...]] = []
@@ -105,13 +106,20 @@ class BlockList:
         try:
             with torch.no_grad():
                 self._forward(tokens, self._one_logit)
+        except IndexError as error:
+            raise ValueError(
+                f"{type(self.model).__name__} does not read rows of {tokens.shape[1]} tokens ({error}); give shorter ones"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
-        if order != list(self.names) or len(set(shapes)) != 1:
+        alike = len(set(shapes)) == 1 and len(shapes[0]) == 3 and shapes[0][:2] == tuple(tokens.shape)
+        if order != list(self.names) or not alike:
+            seen = ", ".join(map(str, dict.fromkeys(shapes)))
             raise NoChain(
                 f"{type(self.model).__name__} does not call its {len(self)} blocks as a chain (called: {len(order)}, shapes of "
-                f"hidden states: {len(set(shapes))}), so they cannot be refined; train it instead (littlebit train)"
+                f"hidden states for {tokens.shape[0]} rows of {tokens.shape[1]} tokens: {seen}), "
+                "so they cannot be refined; train it instead (littlebit train)"
             )
 
     def call(self, index: int, tokens: Tensor) -> Call:
@@ -194,14 +202,14 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, T
     return (0, args[0]) if args else ("hidden_states", kwargs["hidden_states"])
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """`value` with the tensors in it, in tuples, lists and dicts too, on `device`."""
+def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """`value` with the tensors in it, in tuples, lists and dicts too, as `Call.to` says."""
     if torch.is_tensor(value):
-        return value.to(device)
+        return value.to(device, dtype if value.is_floating_point() else None)
     if type(value) in (tuple, list):
-        return type(value)(_moved(each, device) for each in value)
+        return type(value)(_moved(each, device, dtype) for each in value)
     if type(value) is dict:
-        return {key: _moved(each, device) for key, each in value.items()}
+        return {key: _moved(each, device, dtype) for key, each in value.items()}
     return value
 
 
@@ -221,11 +229,13 @@ class Calls:
 
     Most models call a block with masks and positions, which are the same for all rows; some also with what depends on the tokens,
     e.g. embeddings of the block's own. Two batches of different rows tell: what they share is asked of the model once for every
-    number of rows, else for every batch.
+    number of rows, else for every batch. With a `dtype`, what is floating-point has that one.
     """
 
-    def __init__(self, blocks: BlockList, index: int, tokens: Tensor, device: torch.device):
-        self._blocks, self._index, self._tokens, self._device = blocks, index, tokens, device
+    def __init__(
+        self, blocks: BlockList, index: int, tokens: Tensor, device: torch.device, dtype: torch.dtype | None = None
+    ):
+        self._blocks, self._index, self._tokens, self._place = blocks, index, tokens, (device, dtype)
         half = max(1, min(2, len(tokens) // 2))
         first, last = self._ask(tokens[:half]), self._ask(tokens[-half:])
         self._shared = first.equals(last)
@@ -241,7 +251,7 @@ class Calls:
         return self._known[len(tokens)]
 
     def _ask(self, tokens: Tensor) -> Call:
-        return self._blocks.call(self._index, tokens.long()).to(self._device)
+        return self._blocks.call(self._index, tokens.long()).to(*self._place)
 
 
 def find_blocks(model: PreTrainedModel, planned: Sequence[str]) -> BlockList:

@@ -19,7 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..initialize.admm import LATENT_RANGE
 from ..layers.sign import sign
@@ -53,6 +60,9 @@ class Schedule:
         latents, scales, rest: learning rates of U and V, of the scales, and of norms, biases, embedding and head. 0 for the
             latents leaves all signs as they are.
         embeddings: whether embedding and head move.
+
+    Raises:
+        ValueError: for a number that is too small.
     """
 
     epochs: float | None = None
@@ -61,6 +71,15 @@ class Schedule:
     scales: float = 1e-3
     rest: float = 2e-4
     embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}; it must be 1 or more")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs is {self.epochs}; it must be above 0 (Recipe(distillation=None) leaves it out)")
+        for name in ("latents", "scales", "rest"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, a learning rate; it must be 0 or more")
 
     def steps(self, rows: int, length: int) -> int:
         """Optimizer steps over so many rows of `length` tokens."""
@@ -131,6 +150,22 @@ def settle_latents(model: nn.Module) -> None:
             latent.copy_(sign(latent) * size.clamp_min(smallest))
 
 
+class _Bar(ProgressCallback):
+    """A bar with the loss behind it, on stderr: Trainer's own prints all of its log to stdout, which is for results."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss."""
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")  # type: ignore[index]
+
+
 def distil(
     model: PreTrainedModel,
     tokens: Tensor,
@@ -158,6 +193,7 @@ def distil(
     for parameter in latents:
         parameter.requires_grad_(True)
     settle_latents(model)
+    cached = getattr(model.config, "use_cache", None)
     steps = schedule.steps(*tokens.shape)
     arguments = TrainingArguments(
         folder,
@@ -187,7 +223,12 @@ def distil(
         scale_learning_rate=schedule.scales,
         calibration=0,
     )
+    trainer.remove_callback(ProgressCallback if progress else PrinterCallback)
+    if progress:
+        trainer.add_callback(_Bar())
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     # Takes autocast off the model's forward, which was for the training, as is dropout.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.eval()
+    if cached is not None:  # Trainer switches it off, for the training alone
+        model.config.use_cache = cached

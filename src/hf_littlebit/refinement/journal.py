@@ -2,7 +2,9 @@
 
     options.json                what the refinement is made of; another one is not mixed into it
     allocation.json             the bits of every block, where they were measured
-    embeddings.json             whether embedding and head move at the end, as memory was when it began
+    distilled.json              whether there was memory for the distillation at the end when it began (command/refine_command.py)
+    embeddings.json             whether embedding and head move in it, likewise
+    self-*.safetensors          text that the model wrote (train/data.py)
     block-3.safetensors         the latents, scales and norms of a block that is done
     done.json                   how many blocks are done, and their figures
     dense-4.f32, student-4.f32  the two streams of hidden states in front of the next block (streams.py)
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,14 +26,25 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["ALLOCATION", "EMBEDDINGS", "Journal", "Watch"]
+__all__ = ["ALLOCATION", "DISTILLED", "EMBEDDINGS", "Journal", "Watch", "foreign_names"]
 
 DONE = "done.json"
-ALLOCATION, EMBEDDINGS = "allocation.json", "embeddings.json"
+ALLOCATION, DISTILLED, EMBEDDINGS = "allocation.json", "distilled.json", "embeddings.json"
+# What a refinement calls its files, complete or not.
+NAMES = re.compile(
+    r"((options|done|allocation|distilled|embeddings)\.json|block-\d+\.safetensors|(dense|student)-\d+\.f32"
+    r"|self-[0-9a-f]+(-\d+)?(\.safetensors)?)(\.part)?|teacher|checkpoints"
+)
+
+
+def foreign_names(folder: str) -> list[str]:
+    """Names in `folder`, which need not exist, that no refinement has given: what somebody else keeps there."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if not NAMES.fullmatch(name))
 
 
 class Journal:
-    """The record in `folder`, which exists."""
+    """The record in `folder`, which is made when something is kept."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -55,6 +69,13 @@ class Journal:
         """The parameters of block `index`, by their names in the model."""
         return load_file(self.path(f"block-{index}.safetensors"))
 
+    def sweep(self) -> None:
+        """Delete streams other than those in front of the next block, which a kill has left."""
+        kept = f"-{len(self.blocks)}.f32"
+        for name in os.listdir(self.folder):
+            if name.startswith(("dense-", "student-")) and not name.endswith(kept):
+                os.remove(self.path(name))
+
     def note(self, figures: dict[str, Any]) -> None:
         """Count one more block as done; its file and the streams behind it are complete."""
         self.blocks.append(figures)
@@ -66,8 +87,14 @@ class Journal:
             with open(self.path(name), encoding="utf-8") as stream:
                 return json.load(stream)
         found = find()
+        os.makedirs(self.folder, exist_ok=True)
         self._write(name, found)
         return found
+
+    def forget(self, name: str) -> None:
+        """Let `keep` find `name` anew."""
+        if os.path.isfile(self.path(name)):
+            os.remove(self.path(name))
 
     def _write(self, name: str, value: Any) -> None:
         file = self.path(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..train.data import is_listed
 from .distillation import SEEN, Schedule
 from .tuning import Rates
 
 __all__ = ["Recipe", "as_tokens", "block_rows", "check_vocabulary", "distilled_rows", "spread_rows"]
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,15 @@ class Recipe:
     """How much work a refinement is, and at what rates; the defaults are what won in an hour on two CPU cores (docs/refinement.md).
 
     Attributes:
-        epochs: passes over the rows for every block. batch: rows per step of a block.
+        block_tokens: of the text, that blocks are tuned on. length: tokens of a row of them at most; longer rows are cut.
+        epochs: passes over these rows for every block. batch: rows per step of a block.
         rates: of a block's tuning.
         importance_rows: rows that a block's importances are measured on.
         allocation_rows: rows that the costs of blocks are measured on, to share the bits out by; 0 gives all the same.
         distillation: of the whole model at the end; None leaves it out.
+
+    Raises:
+        ValueError: for a number that is too small.
     """
 
     block_tokens: int = 65_536
@@ -35,6 +44,14 @@ class Recipe:
     importance_rows: int = 16
     allocation_rows: int = 8
     distillation: Schedule | None = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        least = {"block_tokens": 1, "length": 2, "batch": 1, "importance_rows": 1, "allocation_rows": 0}
+        for name, limit in least.items():
+            if getattr(self, name) < limit:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {limit} or more")
+        if not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs is {self.epochs}; it must be above 0")
 
 
 def as_tokens(data: Any) -> Tensor:
@@ -47,22 +64,43 @@ def as_tokens(data: Any) -> Tensor:
         raise ValueError(
             f"data is {data!r:.60}; give tokens, as text_blocks(texts, tokenizer, length) makes them of text"
         )
+    if isinstance(data, Mapping) and torch.is_tensor(data.get("input_ids")):
+        data = data["input_ids"]  # as a tokenizer makes them
     if not torch.is_tensor(data):
-        rows = [data[index] for index in range(len(data))]
-        rows = [torch.as_tensor(row["input_ids"] if isinstance(row, Mapping) else row) for row in rows]
+        if not is_listed(data) or isinstance(data, Mapping):
+            raise ValueError(
+                f"data is a {type(data).__name__}; give tokens [rows, length], or a list or dataset of rows with input_ids"
+            )
+        rows = [_row(data[index]) for index in range(len(data))]
         shapes = sorted({tuple(row.shape) for row in rows})
-        if len(shapes) != 1:
+        if len(shapes) > 1:
             raise ValueError(f"data has rows of {len(shapes)} shapes; cut them to one length, e.g. by text_blocks")
-        data = torch.stack(rows)
-    if data.ndim != 2 or data.is_floating_point() or data.shape[1] < 2:
+        data = torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.int32)
+    if data.ndim != 2 or data.dtype not in INTEGERS or data.shape[1] < 2:
         raise ValueError(
             f"data is {list(data.shape)} of {data.dtype}; it must be tokens [rows, length], at least 2 a row"
         )
+    if data.numel() and not 0 <= int(data.min()) <= int(data.max()) < 2**31:
+        raise ValueError(f"data has tokens from {int(data.min())} to {int(data.max())}, which no vocabulary has")
     if len(data) < 2:
         raise ValueError(
             f"data has {len(data)} row of {data.shape[1]} tokens; give at least 2, one of them to measure on"
         )
     return data.to("cpu", torch.int32)
+
+
+def _row(row: Any) -> Tensor:
+    """One row's tokens, of what a dataset gives for it."""
+    if isinstance(row, Mapping):
+        if "input_ids" not in row:
+            raise ValueError(f"a row of data has {', '.join(map(str, row))} and no input_ids; make them by text_blocks")
+        row = row["input_ids"]
+    try:
+        return torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"a row of data is {row!r:.60}, and no list of tokens ({error}); make them by text_blocks"
+        ) from None
 
 
 def check_vocabulary(tokens: Tensor, size: int) -> None:
@@ -92,9 +130,11 @@ def distilled_rows(tokens: Tensor, schedule: Schedule) -> Tensor:
 def block_rows(tokens: Tensor, recipe: Recipe) -> Tensor:
     """The rows that blocks are tuned on: some from all over `tokens` [rows, length], cut into equal pieces where they are long.
 
-    A step of one short row costs half of one twice as long, and attention within it a quarter; and steps are what tuning needs.
+    Of a length that does not divide, the last few tokens are left out. A step of one short row costs half of one twice as long, and
+    attention within it a quarter; and steps are what tuning needs.
     """
     length = tokens.shape[1]
     rows = spread_rows(tokens, max(2, recipe.block_tokens // length))
-    pieces = next(count for count in range(1, length + 1) if length % count == 0 and length // count <= recipe.length)
-    return rows.reshape(len(rows) * pieces, length // pieces)
+    pieces = math.ceil(length / recipe.length)
+    size = length // pieces
+    return rows[:, : pieces * size].reshape(len(rows) * pieces, size)

@@ -98,7 +98,7 @@ def refuse_unfit(model: PreTrainedModel, config: LittleBitConfig, length: int) -
         ValueError: as `refine`.
     """
     work = _Refinement(model, config, torch.zeros(2, length, dtype=torch.int32), Recipe(), model.device, False)
-    work.blocks.check(work.rows[:1].long())
+    work.blocks.check(work.rows[:2].long())
 
 
 class _Refinement:
@@ -145,7 +145,7 @@ class _Refinement:
         os.makedirs(folder, exist_ok=True)
         self.journal = Journal(folder)
         keep_options(folder, self._made_of(), resumed=os.path.isfile(self.journal.path(OPTIONS)))
-        self.blocks.check(self.rows[:1].long())
+        self.blocks.check(self.rows[:2].long())
         if self.recipe.allocation_rows and can_share(self.config, self.plan, self.blocks):
             self._allocate()
         for message in (*self.plan.warnings(), *self.tables.warnings()):
@@ -212,6 +212,7 @@ class _Refinement:
     def _refine_blocks(self) -> None:
         done = len(self.journal.blocks)
         first = next((index for index in range(done, len(self.blocks)) if self.work.weights(index)), None)
+        self.journal.sweep()
         dense, student = self.work.streams(done)
         with tqdm(
             total=len(self.blocks), initial=done, desc="refining", unit="block", disable=not self.progress
@@ -259,6 +260,6 @@ class _Refinement:
             dtype=self.dtype,
             bf16=self.compute == torch.bfloat16,
             device=self.device,
-            seed=self.config.seed,
+            seed=self.config.seed % 2**31,  # Trainer takes no larger one
             progress=self.progress,
         )

@@ -9,10 +9,8 @@ Data-free distillation (LLM-QAT, arXiv 2305.17888): the teacher samples its own 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,14 +22,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import next_logits
+from ..initialize.calibration import evaluating
 from ..placement import input_device
 from .cpu_attention import cpu_attention
+from .documents import document_parts, document_text
 from .resume import model_fingerprint
 
-__all__ = ["TokenBlocks", "is_listed", "read_texts", "sample_blocks", "spread_batches", "text_blocks"]
-
-TEXT_FILES = (".txt", ".md", ".rst", ".py", ".json", ".jsonl")
-TOKENIZED_AT_A_TIME = 64  # documents
+__all__ = ["TokenBlocks", "is_listed", "sample_blocks", "spread_batches", "text_blocks"]
 
 
 class TokenBlocks(Dataset[dict[str, Tensor]]):
@@ -93,11 +90,10 @@ def text_blocks(
     separator = _separator(tokenizer)
     pieces: list[Tensor] = []
     count = 0
-    stream = iter(texts)
-    while documents := list(islice(stream, TOKENIZED_AT_A_TIME)):
-        tokenized = tokenizer([_text(d, column) for d in documents], add_special_tokens=False, verbose=False)
-        for ids in tokenized["input_ids"]:
-            if separator is not None and ids[:1] != [separator]:
+    for parts in document_parts(document_text(document, column) for document in texts):
+        tokenized = tokenizer([text for _, text in parts], add_special_tokens=False, verbose=False)
+        for (begins, _), ids in zip(parts, tokenized["input_ids"], strict=True):
+            if begins and separator is not None and ids[:1] != [separator]:
                 ids = [separator, *ids]
             pieces.append(torch.tensor(ids, dtype=torch.int32))
             count += len(ids)
@@ -116,80 +112,6 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     assert token is None or isinstance(token, int)
     return token
-
-
-def _text(document: str | dict[str, Any], column: str, where: str = "a row of the data") -> str:
-    """The text of a document: itself, or what it has in `column`; `where` says in an error which document it is."""
-    if isinstance(document, str):
-        return document
-    if column not in document:
-        raise ValueError(f"{where} has no column {column!r}; its columns are {', '.join(document)}")
-    if not isinstance(document[column], str):
-        raise ValueError(f"{where} has {document[column]!r:.60} in column {column!r}; it must be text")
-    return document[column]
-
-
-def read_texts(names: Sequence[str | os.PathLike[str]], column: str = "text") -> Iterator[str]:
-    """The documents that `names` stand for, one after the other.
-
-    A name is a text file (one document), a .json or .jsonl file (one object with `column` a line), a folder (all such files
-    in it, in order of their paths), or a dataset on the Hub as org/name[:config][@split], which needs `datasets`.
-
-    Raises:
-        ValueError: for a name that is none of these, and files that are not UTF-8.
-    """
-    for entry in names:
-        name = os.fspath(entry)
-        if os.path.isdir(name):
-            files = [os.path.join(folder, file) for folder, _, files in os.walk(name) for file in files]
-            found = sorted(file for file in files if file.endswith(TEXT_FILES))
-            if not found:
-                raise ValueError(f"{name} holds no text files ({', '.join(TEXT_FILES)})")
-            for file in found:
-                yield from _read_file(file, column)
-        elif os.path.exists(name):
-            yield from _read_file(name, column)
-        elif "/" in name and not name.startswith((".", "/", "~")) and not name.endswith(TEXT_FILES):
-            yield from _read_hub(name, column)
-        else:
-            raise ValueError(
-                f"{name} does not exist; give text files, folders, or a dataset on the Hub such as org/name"
-            )
-
-
-def _read_file(name: str, column: str) -> Iterator[str]:
-    """The documents of one file: a text file is one, and of a .json or .jsonl file each line is one."""
-    try:
-        with open(name, encoding="utf-8") as file:
-            if name.endswith((".json", ".jsonl")):
-                for number, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{name}, line {number} is no JSON object: {error}") from error
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{name}, line {number} is no JSON object, but {row!r:.60}")
-                    yield _text(row, column, f"{name}, line {number}")
-            else:
-                yield file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
-
-
-def _read_hub(name: str, column: str) -> Iterator[str]:
-    """The documents of a dataset on the Hub, streamed, e.g. roneneldan/TinyStories@validation."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(
-            f"{name} is no file here; to read it from the Hub: pip install 'hf-littlebit[train]', which brings datasets"
-        ) from None
-    path, _, split = name.partition("@")
-    path, _, config = path.partition(":")
-    for row in load_dataset(path, config or None, split=split or "train", streaming=True):
-        yield _text(row, column)
 
 
 def sample_blocks(
@@ -231,30 +153,26 @@ def sample_blocks(
         file = os.path.join(os.fspath(cache), f"self-{key}")
         if (whole := _kept(file)) is not None:
             return TokenBlocks(whole)
-    training = teacher.training
-    teacher.eval()
     device = input_device(teacher)
     tokens = torch.empty(rows, length, dtype=torch.int32)
-    try:
-        with (
-            torch.no_grad(),
-            cpu_attention(teacher),
-            tqdm(total=rows, desc="teacher writes", unit="block", disable=not progress) as bar,
-        ):
-            for at in range(0, rows, batch_size):
-                size = min(batch_size, rows - at)
-                part = None if file is None else f"{file}-{at}"
-                some = None if part is None else _kept(part)
-                if some is None:
-                    generator = torch.Generator(device).manual_seed(seed * 2**20 + at)
-                    begun = _first(starts, known, range(at, at + size), generator)
-                    some = _sample(teacher, begun, length, temperature, generator)
-                    if part is not None and size < rows:
-                        _keep(part, some)
-                tokens[at : at + size] = some
-                bar.update(size)
-    finally:
-        teacher.train(training)
+    with (
+        evaluating(teacher),
+        torch.no_grad(),
+        cpu_attention(teacher),
+        tqdm(total=rows, desc="teacher writes", unit="block", disable=not progress) as bar,
+    ):
+        for at in range(0, rows, batch_size):
+            size = min(batch_size, rows - at)
+            part = None if file is None else f"{file}-{at}"
+            some = None if part is None else _kept(part)
+            if some is None:
+                generator = torch.Generator(device).manual_seed(seed * 2**20 + at)
+                begun = _first(starts, known, range(at, at + size), generator)
+                some = _sample(teacher, begun, length, temperature, generator)
+                if part is not None and size < rows:
+                    _keep(part, some)
+            tokens[at : at + size] = some
+            bar.update(size)
     if file is not None:
         _keep(file, tokens)
         for at in range(0, rows, batch_size):
