@@ -39,8 +39,8 @@ class Weights(TrainerCallback):
         self.embedding, self.head = (
             module.weight.detach().clone() for module in (model.get_input_embeddings(), model.lm_head)
         )
-        rows = Rows(70)
-        self.moment = head_moment(model, [{"input_ids": rows[index]["input_ids"][None]} for index in range(0, 64, 2)])
+        rows = Rows(140)
+        self.moment = head_moment(model, [{"input_ids": rows[index]["input_ids"][None]} for index in range(0, 128, 2)])
 
 
 def trainer_of(
@@ -66,7 +66,7 @@ def trainer_of(
 def test_trained_dense_and_packed_at_the_end(tmp_path, family, bits, trainer_class):
     started = build(family)
     weights = Weights()
-    options = {"options": tables(bits), "train_dataset": Rows(70)}
+    options = {"options": tables(bits), "train_dataset": Rows(140)}
     trainer = trainer_of(tmp_path / "t", build(family), "self", [weights], trainer_class, **options)
     assert not table_modules(trainer.model)
     trainer.train()

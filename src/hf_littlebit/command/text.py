@@ -122,10 +122,15 @@ def check_names(names: Sequence[str]) -> None:
     """Refuse impossible names of --data before anything is loaded.
 
     Raises:
-        ValueError: if `self` is named twice.
+        ValueError: if `self` is named twice, and for files that there are not.
     """
+    from ..train.documents import text_files
+
     if list(names).count("self") > 1:
         raise ValueError("--data names self twice; once is enough: the model writes as much text as is given")
+    for name in names:
+        if name != "self":
+            text_files(name)
 
 
 def context_of(config: Any) -> int:

@@ -235,6 +235,7 @@ def _check(args: argparse.Namespace) -> str | None:
             f"--format is {args.format!r}, but train packs its result; the checkpoints in --out are latent"
         )
     check_names(args.data)
+    check_names(args.eval or ())
     if args.teacher is not None and args.no_teacher:
         raise ValueError("--teacher and --no-teacher exclude each other; leave one out")
     from ..train.resume import last_checkpoint

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["document_parts", "document_text", "read_texts"]
+__all__ = ["document_parts", "document_text", "read_texts", "text_files"]
 
 TEXT_FILES = (".txt", ".md", ".rst", ".py", ".json", ".jsonl")
 DOCUMENTS, CHARACTERS = 64, 2**20  # tokenized at a time
@@ -32,21 +32,30 @@ def read_texts(names: Sequence[str | os.PathLike[str]], column: str = "text") ->
     """
     for entry in names:
         name = os.fspath(entry)
-        if os.path.isdir(name):
-            files = [os.path.join(folder, file) for folder, _, files in os.walk(name) for file in files]
-            found = sorted(file for file in files if file.endswith(TEXT_FILES))
-            if not found:
-                raise ValueError(f"{name} holds no text files ({', '.join(TEXT_FILES)})")
-            for file in found:
-                yield from _read_file(file, column)
-        elif os.path.exists(name):
-            yield from _read_file(name, column)
-        elif "/" in name and not name.startswith((".", "/", "~")) and not name.endswith(TEXT_FILES):
+        files = text_files(name)
+        if files is None:
             yield from _read_hub(name, column)
-        else:
-            raise ValueError(
-                f"{name} does not exist; give text files, folders, or a dataset on the Hub such as org/name"
-            )
+        for file in files or ():
+            yield from _read_file(file, column)
+
+
+def text_files(name: str) -> list[str] | None:
+    """The files that `name` stands for in `read_texts`; None for what may be a dataset on the Hub.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if os.path.isdir(name):
+        files = [os.path.join(folder, file) for folder, _, files in os.walk(name) for file in files]
+        found = sorted(file for file in files if file.endswith(TEXT_FILES))
+        if not found:
+            raise ValueError(f"{name} holds no text files ({', '.join(TEXT_FILES)})")
+        return found
+    if os.path.exists(name):
+        return [name]
+    if "/" in name and not name.startswith((".", "/", "~")) and not name.endswith(TEXT_FILES):
+        return None
+    raise ValueError(f"{name} does not exist; give text files, folders, or a dataset on the Hub such as org/name")
 
 
 def _read_file(name: str, column: str) -> Iterator[str]:
