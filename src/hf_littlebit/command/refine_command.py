@@ -207,15 +207,7 @@ def quantize_on_text(
     recipe = _recipe(args, embeddings)
     model = model_class(source.config).from_pretrained(args.model, dtype=args.dtype)
     refuse_unfit(model, config, length)
-    journal = Journal(work)
-    if not _begun(args.out):
-        journal.forget(DISTILLED)
-    # Memory may be another when the work goes on, and how much text there is must not be.
-    distilled = journal.keep(
-        DISTILLED,
-        lambda: affordable(recipe.distillation, empty, plan, default_device(args.device), warn=False) is not None,
-    )
-    used = TOKENS if distilled else recipe.block_tokens  # of all text; no more is written
+    fits = affordable(recipe.distillation, empty, plan, default_device(args.device), warn=False) is not None
     check = None
     with on_gpu(model, args.device):
         blocks = text.first(model, tokenizer, rows)
@@ -226,6 +218,13 @@ def quantize_on_text(
             )
         vocabulary = model.get_input_embeddings().num_embeddings
         check_vocabulary(blocks.tokens, vocabulary)
+        journal = Journal(work)
+        if not _begun(args.out):
+            journal.forget(DISTILLED)
+        # Memory may be another when the work goes on, and how much text there is must not be.
+        used = (
+            TOKENS if journal.keep(DISTILLED, lambda: fits) else recipe.block_tokens
+        )  # of all text; no more is written
         room = max(0, min(rows, used // length) - len(blocks))
         # Also where nothing is checked, so that the rest is the same text.
         blocks, held_out = blocks.split(max(1, min(CHECK_ROWS, len(blocks) // 10)))
