@@ -7,7 +7,8 @@ scale is rounded to its dtype before the codes are chosen, so that its rounding 
 What counts of a head is not the error of its weights but that of its products, and the inputs x of a head are far from alike in
 all directions. With their second moment M = mean x x^T, columns are rounded one after the other, and what rounding one of them
 does to the products is taken back as well as can be by those that are still to be rounded: column j's error e_j, divided by
-U_jj, is subtracted U_j times, where U^T U is the inverse of M (GPTQ, arXiv 2210.17323, equations 2 and 3 and section 3.3).
+U_jj, is subtracted U_j times, where U^T U is the inverse of M (GPTQ, arXiv 2210.17323, equations 2 and 3 and section 3.3). The
+columns of the largest inputs come first, while there are many others to take their errors back; scales are those of the weight.
 """
 
 from typing import Optional, Tuple
@@ -71,7 +72,7 @@ def quantize_table(
             found = _search(grouped_values, bits, scale_dtype)
             whole = _round(grouped_values, found.float(), *_LIMITS[bits]).flatten(1)
         else:
-            found, whole = _carry(values, factor, width, bits, scale_dtype)
+            found, whole = _carry(values, *factor, width, bits, scale_dtype)
         if not found.isfinite().all():
             raise ValueError(f"the weight needs scales that {scale_dtype} cannot hold; pass scale_dtype=torch.float32")
         scale[first:last] = found[..., 0]
@@ -79,15 +80,17 @@ def quantize_table(
     return PackedTable(codes, scale, columns)
 
 
-def _carry_factor(moment: torch.Tensor, columns: int) -> torch.Tensor:
-    """U / diag(U), upper triangular [columns, columns] of fp32, with U^T U the inverse of the damped `moment`.
+def _carry_factor(moment: torch.Tensor, columns: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(U / diag(U), order): upper triangular [columns, columns] of fp32, with U^T U the inverse of the damped `moment`, whose
+    columns are in `order` [columns], the largest first.
 
     Raises:
         ValueError: the moment has another shape, or is that of no inputs.
     """
     if tuple(moment.shape) != (columns, columns):
         raise ValueError(f"moment is {list(moment.shape)}, but must be {[columns, columns]} for {columns} columns")
-    moment = moment.double()
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    moment = moment.double()[order][:, order]
     size = moment.diagonal().mean()
     if not moment.isfinite().all() or not size > 0:
         raise ValueError(
@@ -98,36 +101,36 @@ def _carry_factor(moment: torch.Tensor, columns: int) -> torch.Tensor:
     if failed:
         raise ValueError("moment is that of no inputs, since some direction has less than nothing; give mean x x^T")
     factor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    return (factor / factor.diagonal()[:, None]).float()
+    return (factor / factor.diagonal()[:, None]).float(), order
 
 
 def _carry(
-    values: torch.Tensor, factor: torch.Tensor, width: int, bits: int, dtype: torch.dtype
+    values: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, width: int, bits: int, dtype: torch.dtype
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """(scales [rows, groups, 1] of dtype, whole numbers [rows, columns]) of `values` [rows, columns], errors carried on.
 
     Args:
-        factor: of `_carry_factor`. width: columns with one scale. Scales of a group are searched when its turn comes.
+        factor, order: of `_carry_factor`. width: columns with one scale.
     """
-    columns, padded = factor.shape[0], values.shape[1]
-    values = values.clone()  # may be the weight's own memory
-    whole, scales = torch.zeros_like(values), []
+    columns = len(order)
+    grouped = values.view(values.shape[0], -1, width)
+    found = _search(grouped, bits, dtype)
+    scales = found.float().expand_as(grouped).flatten(1)[:, order]
+    left, whole = values[:, order], torch.zeros_like(values)
     least, most = _LIMITS[bits]
     for first in range(0, columns, GROUP):
         last = min(first + GROUP, columns)
-        if first % width == 0:
-            scales.append(_search(values[:, None, first : min(first + width, padded)], bits, dtype))
-            scale = scales[-1][:, 0, 0].float()
-            divisor = torch.where(scale == 0, torch.inf, scale)
-        block = values[:, first:last].T.contiguous()  # a column at a time is contiguous
+        # A column at a time is contiguous.
+        block, scale = (each[:, first:last].T.contiguous() for each in (left, scales))
+        divisor = torch.where(scale == 0, torch.inf, scale)
         rounded = torch.empty_like(block)
         for j in range(last - first):
-            rounded[j] = (block[j] / divisor).round_().clamp_(least, most)
-            block[j] -= rounded[j] * scale  # from here on its error
+            rounded[j] = (block[j] / divisor[j]).round_().clamp_(least, most)
+            block[j] -= rounded[j] * scale[j]  # from here on its error
             block[j + 1 :].addr_(factor[first + j, first + j + 1 : last], block[j], alpha=-1)
-        whole[:, first:last] = rounded.T
-        values[:, last:columns] -= block.T @ factor[first:last, last:]
-    return torch.cat(scales, dim=1), whole
+        whole[:, order[first:last]] = rounded.T
+        left[:, last:] -= block.T @ factor[first:last, last:]
+    return found, whole
 
 
 def _search(values: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
