@@ -32,7 +32,7 @@ def find_device(args: argparse.Namespace) -> str:
     """--device, checked: that is, whether this machine has it."""
     import torch
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device(None).type
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -158,9 +158,10 @@ def check_refine_out(args: argparse.Namespace) -> None:
 
     work = _work(args.out)
     check_folder(args.out)
-    if not args.weights_only and (names := foreign_names(work)):
+    foreign = foreign_names(work)
+    if foreign and not args.weights_only:
         raise ValueError(
-            f"{work} is where the work is kept, and has a {names[0]} in it that is none; give another --out"
+            f"{work} is where the work is kept, and has a {foreign[0]} in it that is none; give another --out"
         )
     if args.resume:
         if not os.path.isdir(work):
@@ -171,7 +172,7 @@ def check_refine_out(args: argparse.Namespace) -> None:
             f"{work} holds an unfinished refinement; add --resume to go on, --overwrite to begin anew, or give another --out"
         )
     others = set(os.listdir(args.out)) - {LEFT_OVER} if os.path.isdir(args.out) else set()
-    if not foreign_names(work):
+    if not foreign:
         others -= {WORK}
     check_empty(args.out, args.overwrite or not others, args.model, "dense model")
 
@@ -194,7 +195,7 @@ def quantize_on_text(
     from ..report.guard import Check, block_loss
 
     length = text_length(args.length, source.config)
-    work = os.path.join(args.out, WORK)
+    work = _work(args.out)
     names = _names(args)
     text = Text(
         names, args.column or "text", length, config.seed % 2**31, work, written_at_a_time(source.config, length)
@@ -317,6 +318,6 @@ def remove_work(out: str) -> None:
     """Delete the work of a refinement whose model is saved in `out`; a folder of its name that holds anything else stays."""
     from ..refinement.journal import foreign_names
 
-    work = os.path.join(out, WORK)
+    work = _work(out)
     if not foreign_names(work):
         shutil.rmtree(work, ignore_errors=True)

@@ -101,12 +101,12 @@ class BlockWork:
     def refine(self, index: int, dense: Stream, student: Stream) -> tuple[tuple[Stream, Stream], dict[str, Any]]:
         """Refine block `index`, write it, and return both streams behind it with its figures."""
         name, block, watch = self.blocks.names[index], self.blocks[index], Watch()
-        # In fp32, also what stays dense: Adam's steps are too small for 16 bits. Products are cast by autocast, if there is any.
-        calls = Calls(
-            self.blocks, index, self.rows, self.device, torch.float32 if self.dtype == torch.float32 else None
-        )
+        # Without autocast nothing else makes arguments and weights alike.
+        cast = self.dtype if self.dtype == torch.float32 else None
+        calls = Calls(self.blocks, index, self.rows, self.device, cast)
         home = next(block.parameters()).device
-        buffers = {name: value.dtype for name, value in block.named_buffers()}
+        dtypes = {own: value.dtype for own, value in block.named_buffers()}
+        # In fp32, also what stays dense: Adam's steps are too small for 16 bits. Products are cast by autocast.
         block.to(self.device).float()
 
         def forward(rows: slice | Tensor, hidden: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ class BlockWork:
         unseen = counts.unseen()
         warn_of_unseen(unseen)
         block.to(home)
-        for name_, value in block.named_buffers():
-            value.data = value.data.to(buffers.get(name_, value.dtype))
+        for own, value in block.named_buffers():
+            value.data = value.data.to(dtypes.get(own, value.dtype))
         self.journal.save_block(index, block, name)
         pack_modules(block)
         return (target, result), {"name": name, **outcome._asdict(), "unseen": unseen, "seconds": watch.seconds}
