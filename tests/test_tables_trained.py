@@ -248,7 +248,8 @@ def test_what_cannot_be_packed_is_refused_before_training(tmp_path, capsys, capl
     model.model.embed_tokens.max_norm = 1.0
     latent_model(model, tables(8), progress=False)
     assert "model.embed_tokens with 8,192 weights stays dense" in caplog.text and "max_norm" in caplog.text
-    # On the command line before the text is read, which here is not there.
+    # On the command line before the text is read, of which here is none.
+    (tmp_path / "none.txt").touch()
     tied = tmp_path / "stories"
     shutil.copytree(stories, tied)
     words = ["--bpw", 2, "--init", "dual_svid", "--data", tmp_path / "none.txt", "--out", tmp_path / "out", "--cpu"]
