@@ -229,6 +229,19 @@ def test_saved_and_read_back(dtype, tmp_path):
         torch.testing.assert_close(again(TOKENS[:2]).logits, model(TOKENS[:2]).logits, atol=0, rtol=0)
 
 
+def test_fp16_and_layer_norms_on_a_cpu_that_computes_in_bf16(monkeypatch):
+    """Its autocast leaves LayerNorms bf16 products beside weights in fp16, which torch refuses (Pythia and OPT have both)."""
+    monkeypatch.setattr("hf_littlebit.refinement.refinement.compute_dtype", lambda device: torch.bfloat16)
+    dense = build("opt")
+    loss = {}
+    for dtype in (torch.float32, torch.float16):
+        model = refine(copy.deepcopy(dense).to(dtype), config(bpw=2.0), TOKENS, recipe=Recipe(epochs=1), progress=False)
+        assert model.dtype == dtype
+        with torch.no_grad():
+            loss[dtype] = model(input_ids=TOKENS, labels=TOKENS).loss.item()
+    assert loss[torch.float16] == pytest.approx(loss[torch.float32], rel=0.02)
+
+
 def test_what_cannot_be_refined_is_refused(tmp_path):
     model = build("llama")
     for data, message in (

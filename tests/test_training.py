@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import math
 import weakref
 
 import pytest
@@ -271,6 +272,18 @@ def test_bf16_autocast(tmp_path):
     assert 0 < distance(plain, mixed) < 0.02  # four steps of 2e-3, some of them the other way
     # Packing does not see the autocast wrapper that stays on the model's forward.
     assert pack_model(mixed)(torch.arange(3, 9)[None]).logits.isfinite().all()
+
+
+def test_fp16_and_layer_norms_under_autocast_to_bf16(tmp_path):
+    """A CPU's autocast leaves LayerNorms bf16 products beside weights in fp16, which torch refuses: of a teacher in fp16, and of
+    what is evaluated once it is packed in fp16."""
+    callback = LittleBitCallback(CONFIG, teacher=build("opt").half(), dtype=torch.float16)
+    trainer = LittleBitTrainer(
+        build("opt"), arguments(tmp_path, bf16=True), callbacks=[callback], train_dataset=Rows(), eval_dataset=Rows()
+    )
+    trainer.train()
+    assert trainer.model.dtype == torch.float16
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(128), rel=0.1)
 
 
 def test_accumulation_is_invariant(tmp_path):

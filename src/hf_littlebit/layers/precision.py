@@ -1,7 +1,11 @@
-"""Full fp32 for a stretch of computation, whatever the caller has switched on: factors and dense weights are made in it.
+"""In which precision a stretch of computation is done.
 
-The settings are those of the whole process, because torch has no others. So they are raised for as long as any thread needs
-them, and every thread that computes meanwhile has them too.
+    exact_fp32     full fp32, whatever the caller has switched on: factors and dense weights are made in it
+    mixed          autocast, in which a model in fp16 runs on a CPU too
+    fp32_norms     what of that is missing there in an autocast that somebody else has switched on
+
+The settings of exact_fp32 are those of the whole process, because torch has no others. So they are raised for as long as any
+thread needs them, and every thread that computes meanwhile has them too.
 """
 
 from __future__ import annotations
@@ -12,8 +16,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["exact_fp32"]
+__all__ = ["exact_fp32", "fp32_norms", "mixed"]
+
+NORMS = (F.layer_norm, F.group_norm, F.rms_norm, torch.layer_norm, torch.group_norm, torch.rms_norm)
 
 
 class _Precision:
@@ -59,3 +67,27 @@ def exact_fp32(device: torch.device) -> Iterator[None]:
             yield
     finally:
         _Precision.leave()
+
+
+class fp32_norms(TorchFunctionMode):
+    """Compute norms whose arguments differ in dtype in fp32, as autocast does on CUDA.
+
+    On a CPU it hands them on as they are, and torch refuses there what a model in fp16 gives its LayerNorms under autocast to
+    bf16: bf16 products, which added to fp16 become fp32, beside weights in fp16.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func in NORMS and len({each.dtype for each in (*args, *named.values()) if torch.is_tensor(each)}) > 1:
+            args = tuple(each.float() if torch.is_tensor(each) else each for each in args)
+            named = {name: each.float() if torch.is_tensor(each) else each for name, each in named.items()}
+        return func(*args, **named)
+
+
+@contextlib.contextmanager
+def mixed(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to `dtype` on `device`, also of models in fp16 on a CPU; nothing for fp32."""
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), fp32_norms():
+        yield

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..config import LittleBitConfig
+from ..layers.precision import mixed
 from ..placement import input_device
 from ..plan import Plan, plan_model
 from .blocks import BlockList, Calls
@@ -116,7 +117,7 @@ def measure_costs(
         return out
 
     costs = []
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad(), mixed(device, dtype):
         hidden = blocks.first_input(tokens.long()).to(device)
         expected = run(0, hidden)
         for index in tqdm(range(len(blocks)), desc="measuring", unit="block", disable=not progress):

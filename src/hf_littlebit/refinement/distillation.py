@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from ..initialize.admm import LATENT_RANGE
+from ..layers.precision import mixed
 from ..layers.sign import sign
 from ..load.convert import factor_modules, latents_and_scales
 from ..placement import free_memory, input_device
@@ -133,7 +134,7 @@ def teacher_of(model: PreTrainedModel, tokens: Tensor, folder: str, dtype: torch
         k = min(LIKELIEST, model.config.get_text_config().vocab_size - 1)
     # A list: its length makes the time foreseeable.
     batches = [{"input_ids": part} for part in tokens.long().split(ROWS)]
-    with torch.autocast(input_device(model).type, dtype, enabled=dtype != torch.float32):
+    with mixed(input_device(model), dtype):
         return save_topk(model, batches, folder, k)
 
 

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
+from ..layers.precision import fp32_norms
 from ..placement import input_device
 from .distributed import is_partitioned, run_partitioned
 from .losses import hidden_error, kl_divergence
@@ -233,7 +234,7 @@ class Distillation:
             for key, value in {**inputs, "use_cache": False, "output_hidden_states": bool(self.hidden_weight)}.items()
             if free or key in known
         }
-        with torch.no_grad():
+        with torch.no_grad(), fp32_norms():
             out = teacher(**given)
         if out.logits.shape != logits.shape:
             raise ValueError(

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import ModelOutput
 
 from ..config import LittleBitConfig
+from ..layers.precision import fp32_norms
 from ..load.convert import factor_modules, latents_and_scales, unpack_model, unwrapped
 from .callback import LittleBitCallback
 from .cpu_attention import cpu_attention
@@ -118,6 +119,11 @@ class LittleBitTrainer(Trainer):
         # no engine's wrapper, so autocast reaches it from here.
         with self.accelerator.autocast():
             return super().compute_loss(student, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own. A packed model in fp16 is evaluated under bf16's autocast on a CPU too."""
+        with fp32_norms():
+            return super().prediction_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the session's figures with those of a training step, e.g. `kd_loss` beside `loss`."""
