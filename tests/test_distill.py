@@ -1,7 +1,10 @@
 """The distillation loss: values and gradients against formulas, masking, scaling, chunks, and the teacher on disk."""
 
 import copy
+import math
+import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -298,6 +301,42 @@ def test_topk_gradient_is_that_of_its_loss():
     torch.testing.assert_close(loss, written, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(student.grad, free.grad, rtol=1e-4, atol=1e-6)
     assert loss.item() < plain_kl(student.detach(), teacher, mask).item()
+
+
+def test_a_token_that_the_teacher_rules_out_costs_nothing():
+    student, teacher = pair(1, 4, 20)
+    teacher[..., 5:] = -math.inf
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    top = teacher.log_softmax(-1).flatten(0, 1).topk(8)
+    loss = kl_divergence(student, TopK(top.indices, top.values), mask)
+    loss.backward()
+    torch.testing.assert_close(loss, kl_divergence(student, teacher, mask), rtol=1e-4, atol=1e-5)
+    assert student.grad.isfinite().all()
+
+
+def test_topk_goes_on_after_a_kill(tmp_path):
+    teacher = build("llama")
+    rows = [{"input_ids": torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(n))} for n in range(5)]
+    whole = save_topk(teacher, rows, tmp_path / "whole", k=4)
+    run = []
+
+    def stop(module, args, kwargs):
+        if len(run) == 3:
+            raise KeyboardInterrupt
+        run.append(kwargs["input_ids"])
+
+    with teacher.register_forward_pre_hook(stop, with_kwargs=True), pytest.raises(KeyboardInterrupt):
+        save_topk(teacher, rows, tmp_path / "killed", k=4, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["killed.parts", "whole"]
+    again = []
+    with teacher.register_forward_pre_hook(lambda *call: again.append(call[2]["input_ids"]), with_kwargs=True):
+        save_topk(teacher, rows, tmp_path / "killed", k=4, keep=2)
+    # Of three that were done the first two were kept.
+    assert [part.tolist() for part in again] == [row["input_ids"].tolist() for row in rows[2:]]
+    assert sorted(os.listdir(tmp_path)) == ["killed", "whole"] and whole.meta == TopKTeacher(tmp_path / "killed").meta
+    for name in ("keys", "tokens", "logprobs"):
+        first, second = (np.load(tmp_path / folder / f"{name}.npy") for folder in ("whole", "killed"))
+        assert first.dtype == second.dtype and (first == second).all()
 
 
 def test_topk_on_disk(tmp_path):

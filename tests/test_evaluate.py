@@ -38,6 +38,23 @@ def test_blocks_equal_transformers_loss(story_model, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_long_text_is_tokenized_as_far_as_it_is_read(story_model, monkeypatch):
+    model, tokenizer = story_model
+    long = TEXT * 200
+    expected = perplexity(model, tokenizer, TEXT * 3, length=32, max_blocks=3, progress=False)
+    read = []
+
+    def tokenize(text, **options):
+        read.append(len(text))
+        return tokenizer(text, **options)
+
+    found = perplexity(model, tokenize, long, length=32, max_blocks=3, progress=False)
+    assert found == expected and sum(read) < 4000 < len(long)
+    # Where a token has more characters than usual, more is read.
+    monkeypatch.setattr("hf_littlebit.report.evaluate.CHARACTERS", 1)
+    assert perplexity(model, tokenize, long, length=32, max_blocks=3, progress=False) == expected
+
+
 def test_sliding_windows_count_their_last_tokens(story_model):
     model, tokenizer = story_model
     ids = torch.tensor(tokenizer(TEXT).input_ids)[:100]

@@ -1,6 +1,7 @@
 """Where a model goes while it is converted or read: shards, devices, disk, workers, memory."""
 
 import gc
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from torch import nn
 
 from hf_littlebit import LittleBitLinear
 from hf_littlebit.load import conversion
+from hf_littlebit.placement import container_room, free_memory
 
 
 def test_sharded_and_shard_sizes(family_dir, tmp_path):
@@ -19,6 +21,25 @@ def test_sharded_and_shard_sizes(family_dir, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     equal_states(model, load(tmp_path))
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
+    free = free_memory(torch.device("cpu"))
+    group = tmp_path / "memory"
+    group.mkdir()
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 300\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    assert container_room(str(tmp_path)) == math.inf
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert container_room(str(tmp_path)) == 400
+    (group / "memory.limit_in_bytes").write_text("600\n")
+    (group / "memory.usage_in_bytes").write_text("500\n")
+    (group / "memory.stat").write_text("cache 1\n")
+    assert container_room(str(tmp_path)) == 100
+    assert container_room(str(tmp_path / "none")) == math.inf
+    monkeypatch.setattr("hf_littlebit.placement.container_room", lambda: 100.0)
+    assert free_memory(torch.device("cpu")) == 100 < free
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "mixtral"])

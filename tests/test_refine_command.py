@@ -19,6 +19,7 @@ from hf_littlebit.command.cli import main
 from hf_littlebit.command.refine_command import BLOCK_TOKENS
 from hf_littlebit.load.replacement import replacement
 from hf_littlebit.refinement import distillation
+from hf_littlebit.refinement.journal import foreign_names
 from hf_littlebit.refinement.recipe import Recipe, block_rows
 from hf_littlebit.report.size import size_report
 
@@ -203,6 +204,7 @@ def test_bits_are_shared_out_unless_that_is_left_out(more, stories, text, tmp_pa
         (["--data", "missing.txt"], "missing.txt does not exist"),
         (["--resume"], "no unfinished refinement"),
         (["--weights-only"], "leave one out"),
+        (["--workers", "7"], "--workers is 7, for weights that are factorized as they are read"),
     ],
 )
 def test_what_cannot_work_is_refused(more, message, stories, text, tmp_path, capsys):
@@ -221,6 +223,23 @@ def test_a_folder_of_the_user_s_stays(stories, text, tmp_path, capsys):
     alone = ["quantize", stories, *METHOD, "--weights-only", "--no-check", "--out", str(out), "--overwrite"]
     assert main(alone) == 0
     assert (out / "refinement" / "notes.txt").read_text() == "mine" and (out / "config.json").exists()
+
+
+def test_begun_work_is_kept_until_what_replaces_it_can_be_done(stories, text, tmp_path):
+    options = tmp_path / "out" / "refinement" / "options.json"
+    options.parent.mkdir(parents=True)
+    options.write_text("{}")
+    for more in (["--length", "4096"], ["--tokens", "40"]):
+        assert main(words(stories, text, tmp_path / "out", "--overwrite", *more)) == 2
+        assert options.exists()
+
+
+def test_what_a_kill_left_of_the_teacher_is_no_file_of_the_user_s(tmp_path):
+    for name in ("teacher", "teacher.parts", ".teacher.saving", "options.json.part"):
+        (tmp_path / name).mkdir()
+    assert foreign_names(str(tmp_path)) == []
+    (tmp_path / "teacher.txt").touch()
+    assert foreign_names(str(tmp_path)) == ["teacher.txt"]
 
 
 def test_work_under_way_is_not_discarded_by_another(stories, text, tmp_path, capsys):

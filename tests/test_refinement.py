@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import build, config, load
+from families import build, config, equal_states, load
 from hf_littlebit.kernels import quantize_table
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_littlebit import LittleBitConfig, Recipe, TopKTeacher, head_moment, refine
 from hf_littlebit.command.refine_command import TOKENS as TOKENS_READ
@@ -223,6 +223,9 @@ def test_saved_and_read_back(dtype, tmp_path):
         progress=False,
     )
     assert model.dtype == dtype and model.get_input_embeddings().weight.dtype == dtype
+    kept = dict(build("llama").named_parameters())
+    floats = {name: value for name, value in model.named_parameters() if name in kept and value.is_floating_point()}
+    assert len(floats) == 7 and all(value.requires_grad for value in floats.values())
     model.save_pretrained(tmp_path / "packed")
     again = load(tmp_path / "packed", dtype=dtype)
     with torch.no_grad():
@@ -251,6 +254,8 @@ def test_what_cannot_be_refined_is_refused(tmp_path):
         (TOKENS + 100, "128; use the model's own"),
         (TOKENS.long() + 2**32, "which no vocabulary has"),
         (TOKENS.bool(), "must be tokens"),
+        ({"input_ids": TOKENS, "attention_mask": TOKENS.ne(5)}, "data has padding"),
+        ([{"input_ids": [5] * 8, "attention_mask": [1] * 7 + [0]}] * 4, "data has padding"),
         (["Once upon a time"] * 2, "no list of tokens"),
         ([{"text": "Once"}] * 2, "no input_ids"),
         (None, "NoneType"),
@@ -346,6 +351,36 @@ def test_a_refinement_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert len(calls) == 3  # the first block was not tuned again
     for name, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_a_refinement_goes_on_without_the_distillation(tmp_path, monkeypatch):
+    """For which there is no memory, as turns out when all blocks are done."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("of CUDA")
+
+    begun = {"recipe": Recipe(epochs=1), "folder": tmp_path, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(refinement, "distil", full)
+        with pytest.raises(torch.OutOfMemoryError, match=r"of CUDA\. All blocks are kept.*--distill-epochs 0"):
+            refine(build("llama"), config(), TOKENS, **begun)
+    done = (tmp_path / "done.json").read_text()
+    with pytest.raises(ValueError, match="started with the distillation"):
+        refine(build("llama"), config(), TOKENS, **{**begun, "recipe": Recipe(epochs=1, distillation=Schedule(2.0))})
+    with pytest.raises(ValueError, match="the shape of the text"):
+        refine(build("llama"), config(), TOKENS.view(10, 48), **begun)
+    model = refine(build("llama"), config(), TOKENS, **{**begun, "recipe": BLOCKS_ALONE})
+    assert (tmp_path / "done.json").read_text() == done
+    equal_states(model, refine(build("llama"), config(), TOKENS, recipe=BLOCKS_ALONE, progress=False))
+
+
+def test_one_gpu_of_several_is_used(monkeypatch):
+    """Trainer would take them all, unless it is told that there is one."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 1 if self.__dict__.get("_n_gpu") == 1 else 2))
+    recipe = Recipe(epochs=1, distillation=Schedule(0.2))
+    refine(build("llama"), config(), TOKENS, recipe=recipe, progress=False)
+    with pytest.raises(ValueError, match=r"device is cuda:1.*CUDA_VISIBLE_DEVICES=1"):
+        refine(build("llama"), config(), TOKENS, recipe=recipe, device="cuda:1", progress=False)
 
 
 def test_long_texts_are_read_once_and_short_ones_four_times():

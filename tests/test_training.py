@@ -9,9 +9,9 @@ import weakref
 import pytest
 import torch
 import transformers
-from families import build, load, logits
+from families import SMALL, build, load, logits
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainerCallback, TrainingArguments
 
 from hf_littlebit import LatentLittleBitLinear, LittleBitConfig, LittleBitLinear
 from hf_littlebit.layers.parts import part_name
@@ -210,6 +210,8 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path, caplog):
     again.train(resume_from_checkpoint=True)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6") and equal(whole.model, again.model)
     assert caplog.text.count("is passed over") == 2
+    (tmp_path / "checkpoint-6" / "merges.txt").touch()  # of a tokenizer that has none
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
 
 def test_what_stays_dense_is_packed_in_another_dtype(tmp_path):
@@ -221,6 +223,26 @@ def test_what_stays_dense_is_packed_in_another_dtype(tmp_path):
     logged = logits(model)
     model.save_pretrained(tmp_path / "packed")
     assert torch.equal(logits(load(str(tmp_path / "packed"))), logged)
+
+
+def test_dtypes_by_name_and_none_at_all(tmp_path):
+    callback = LittleBitCallback(CONFIG, teacher="self", dtype="bfloat16")
+    model = build("llama")
+    LittleBitTrainer(model, arguments(tmp_path), callbacks=[callback], train_dataset=Rows()).train()
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    latent = latent_model(build("llama"), CONFIG, progress=False)
+    for wrong in ("bfloat61", torch.int8, "nn"):
+        with pytest.raises(ValueError, match="give a floating-point one"):
+            LittleBitCallback(CONFIG, dtype=wrong)
+        with pytest.raises(ValueError, match="give a floating-point one"):
+            pack_model(latent, wrong)
+    assert all(module.latent for module in factor_modules(latent).values())
+
+
+def test_a_model_without_logits_is_not_calibrated_on(tmp_path):
+    model = BertForQuestionAnswering(BertConfig(**{**SMALL, "hidden_size": 64}))
+    with pytest.raises(ValueError, match="has no logits to calibrate on; leave it out"):
+        LittleBitTrainer(model, arguments(tmp_path), config=CONFIG, train_dataset=Rows())
 
 
 def test_labelled_padding_is_warned_of(tmp_path, caplog):

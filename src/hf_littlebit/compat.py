@@ -124,3 +124,15 @@ def resolve_dtype(dtype: Any) -> torch.dtype:
     if isinstance(dtype, str):
         return getattr(torch, dtype.removeprefix("torch."))
     return torch.float32 if dtype is None else dtype
+
+
+def float_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that weights are to have, from one or from its name; None stays None.
+
+    Raises:
+        ValueError: for what is no floating-point dtype.
+    """
+    known = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; give a floating-point one, such as torch.bfloat16")
+    return known

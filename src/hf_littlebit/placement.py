@@ -10,6 +10,7 @@ it. So `parameter.device` does not say where the input belongs, and the values c
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,11 @@ __all__ = ["input_device", "stored_parameters"]
 
 
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "arm_bf16")  # of torch.cpu.get_capabilities: a CPU that multiplies bf16
+CONTROL_GROUP = "/sys/fs/cgroup"  # within a container its own
+VERSIONS = (
+    ("", "memory.max", "memory.current"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)  # 2 and 1
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -48,13 +54,32 @@ def free_memory(device: torch.device) -> float | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             found = {line.split(":")[0]: line.split()[1] for line in file}
-        return float(found["MemAvailable"]) * 1024
+        return min(float(found["MemAvailable"]) * 1024, container_room())
     except (OSError, KeyError, IndexError, ValueError):
         pass
     try:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def container_room(root: str = CONTROL_GROUP) -> float:
+    """Bytes that the container of this process may still take, by its control group; infinity where nothing limits it."""
+    room = math.inf
+    for folder, limit, usage in VERSIONS:
+        try:
+            with open(os.path.join(root, folder, limit), encoding="ascii") as file:
+                most = file.read().strip()
+            with open(os.path.join(root, folder, usage), encoding="ascii") as file:
+                used = int(file.read())
+            with open(os.path.join(root, folder, "memory.stat"), encoding="ascii") as file:
+                stat = dict(line.split() for line in file)
+        except (OSError, ValueError):
+            continue
+        if most != "max":
+            # Files that the system only keeps in case they are read again count as used.
+            room = min(room, max(0.0, int(most) - used + float(stat.get("inactive_file", 0))))
+    return room
 
 
 def input_device(model: Any, default: torch.device | str = "cpu") -> torch.device:

@@ -65,7 +65,11 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     _add_method(quantize, required=True)
     refine_command.add_refine_options(quantize)
     work = quantize.add_argument_group("how the work is done")
-    work.add_argument("--device", metavar="NAME", help="device that factorizes, e.g. cuda (default: cpu)")
+    work.add_argument(
+        "--device",
+        metavar="NAME",
+        help="device that computes, e.g. cuda (default: the accelerator if there is one; with --weights-only cpu)",
+    )
     work.add_argument("--dtype", choices=DTYPES, default="auto", help="of what stays dense (default: as in the model)")
     work.add_argument(
         "--workers", metavar="N", type=int, help="layers factorized at a time with --weights-only (default: 1)"
@@ -83,7 +87,7 @@ def build_parser(prog: str = "littlebit") -> argparse.ArgumentParser:
     pack = add(
         "pack",
         "pack a training's latent checkpoint: plain, or the shards of FSDP2 or DeepSpeed",
-        "pack packed/checkpoints/checkpoint-1000 --tokenizer org/model --out packed",
+        "pack trained/checkpoints/checkpoint-1000 --tokenizer org/model --out packed",
     )
     pack.add_argument(
         "checkpoint",

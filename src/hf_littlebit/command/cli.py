@@ -21,7 +21,7 @@ from .arguments import build_parser, quantization_config
 from .chosen_model import find_device, find_tokenizer, load_model
 from .memory import keep_freed_memory
 from .out_folder import check_empty
-from .refine_command import check_refine_options, check_refine_out, discard_work, quantize_on_text, remove_work
+from .refine_command import check_refine_options, check_refine_out, quantize_on_text, remove_work
 from .terminal import guarded, one_line
 from .text import head_text
 from .train_command import run_train
@@ -95,7 +95,6 @@ def run_quantize(args: argparse.Namespace) -> int:
     tokenizer = find_tokenizer(args.model, required=args.data is not None)
     quantized = quantize_without_text if args.data is None else quantize_on_text
     with replacement(out) as folder:
-        discard_work(args)
         _note_tables(source, config, 8 if args.weights_only else 4, args.dtype)
         model, check = quantized(args, config, source, tokenizer)
         model.save_pretrained(folder)
@@ -199,11 +198,13 @@ def run_eval(args: argparse.Namespace) -> int:
 
     from ..report.evaluate import perplexity
 
-    with open(args.text, encoding="utf-8") as file:
-        try:
+    try:
+        with open(args.text, encoding="utf-8") as file:
             text = file.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--text {args.text} is not UTF-8 text: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {args.text} is not UTF-8 text: {error}") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"--text {args.text} is no file ({error.strerror}); give a text file") from error
     model, tokenizer = load_model(args)
     options = {
         "length": args.length,

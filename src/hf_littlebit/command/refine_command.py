@@ -18,6 +18,7 @@ from .out_folder import check_empty, check_folder
 from .text import DATA_HELP, Text, check_names, text_length, written_at_a_time
 
 __all__ = [
+    "WEIGHTS_ALONE",
     "add_refine_options",
     "check_refine_options",
     "check_refine_out",
@@ -34,6 +35,7 @@ FEWEST = 4  # blocks of text: to tune on, to choose by, and to check on
 CHECK_ROWS = 8  # blocks that the result is compared with the dense model on, at most a tenth of the text
 # Blocks at a time from which the model writes unasked: they share the reading of its weights, one token each.
 SHARED = 16
+WEIGHTS_ALONE = "weights that are factorized as they are read (--weights-only), and not for refinement"  # --workers
 # That need --data.
 OPTIONS = (
     "column",
@@ -123,6 +125,8 @@ def check_refine_options(args: argparse.Namespace) -> None:
         if args.resume and args.weights_only:
             raise ValueError("--resume goes on with a refinement, and --weights-only makes none; leave one out")
         return
+    if args.workers is not None:
+        raise ValueError(f"--workers is {args.workers}, for {WEIGHTS_ALONE}; leave it out")
     check_names(args.data)
     if args.own_text is False and "self" in args.data:
         raise ValueError("--data names self and --no-own-text forbids the model to write; leave one out")
@@ -207,7 +211,8 @@ def quantize_on_text(
     plan_tables(empty, config)
     recipe = _recipe(args, embeddings)
     model = model_class(source.config).from_pretrained(args.model, dtype=args.dtype)
-    refuse_unfit(model, config, length)
+    refuse_unfit(model, config, length, recipe, args.device)
+    discard_work(args)
     fits = affordable(recipe.distillation, empty, plan, default_device(args.device), warn=False) is not None
     check = None
     with on_gpu(model, args.device):

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from .chosen_model import HEADROOM, WORKSPACE, on_gpu
-from .refine_command import quantize_on_text, remove_work
+from .refine_command import WEIGHTS_ALONE, quantize_on_text, remove_work
 from .text import context_of
 
 __all__ = ["add_options", "quantize_without_text"]
@@ -55,6 +55,8 @@ def quantize_without_text(args: argparse.Namespace, config: Any, source: Any, to
             f"{': ' + obstacle if obstacle else ''}; give --overwrite in its place to discard what was begun"
         )
     if not (obstacle or alone):
+        if args.workers is not None:
+            raise ValueError(f"--workers is {args.workers}, for {WEIGHTS_ALONE}; add --weights-only, or leave it out")
         try:
             short = argparse.Namespace(**{**vars(args), **SHORT})
             # So few tokens do not teach an embedding: moved, it cost 0.1 nats.

@@ -51,7 +51,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
         seed: of the tokens drawn. Same seed, batches and model: same figures.
 
     Raises:
-        ValueError: if there is no batch.
+        ValueError: if there is no batch, or the model has no logits, whose likelihood this is about.
     """
     generator = torch.Generator().manual_seed(seed)
     # By name: an offloaded module has other parameters after its forward.
@@ -68,7 +68,12 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
             for batch in batches:
                 inputs = model_inputs(model, batch)
                 recorder.mask = token_mask(inputs.get("attention_mask"))
-                logits = model(**inputs).logits
+                logits = getattr(model(**inputs), "logits", None)
+                if logits is None:
+                    raise ValueError(
+                        f"{type(model).__name__} has no logits to calibrate on; leave it out (calibration=0 of "
+                        "LittleBitTrainer)"
+                    )
                 _log_likelihood(logits, recorder.mask, generator).backward()
                 count += 1
     finally:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..compat import float_dtype
 from ..config import LittleBitConfig
 from ..initialize.calibration import Importance
 from ..internals.deepspeed import is_partitioned
@@ -126,7 +127,7 @@ def put_latents(
         latent.fill(weight.weight, _parts_of(weight, parts))
 
 
-def pack_model(model: Model, dtype: torch.dtype | None = None, moment: Tensor | None = None) -> Model:
+def pack_model(model: Model, dtype: torch.dtype | str | None = None, moment: Tensor | None = None) -> Model:
     """Pack every latent layer of `model` in place, one after the other; returns the model, ready to save and share.
 
     Args:
@@ -135,9 +136,11 @@ def pack_model(model: Model, dtype: torch.dtype | None = None, moment: Tensor | 
             fraction of what rounding it for its weights alone does.
 
     Raises:
-        ValueError: if it has no latent layers, or if they are partitioned over devices; and, naming the first, for latents and
-            scales that are not finite, or too large for the stored dtype. Then nothing has changed.
+        ValueError: if it has no latent layers, or if they are partitioned over devices; for a dtype that is not floating-point;
+            and, naming the first, for latents and scales that are not finite, or too large for the stored dtype. Then nothing
+            has changed.
     """
+    dtype = float_dtype(dtype)
     config = quantization_of(model.config)
     modules = {name: module for name, module in factor_modules(model).items() if module.latent}
     if config is None or not modules:

@@ -48,7 +48,7 @@ ROWS = 4  # at a time for the teacher
 WORKSPACE = 2e9  # bytes for a step's activations and logits
 # Tokens of the default; a text that is read again teaches less (docs/refinement.md, which has the time for SmolLM2-135M).
 SEEN, MOST_EPOCHS = 786_432, 4.0
-SAVES = 8  # checkpoints of a distillation, of which the last is kept
+SAVES = 8  # checkpoints of a distillation, of which the last is kept, and parts of what the teacher says
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def teacher_of(model: PreTrainedModel, tokens: Tensor, folder: str, dtype: torch
     # A list: its length makes the time foreseeable.
     batches = [{"input_ids": part} for part in tokens.long().split(ROWS)]
     with mixed(input_device(model), dtype):
-        return save_topk(model, batches, folder, k)
+        return save_topk(model, batches, folder, k, keep=max(1, len(batches) // SAVES))
 
 
 def settle_latents(model: nn.Module) -> None:
@@ -214,6 +214,8 @@ def distil(
         report_to=[],
         disable_tqdm=not progress,
     )
+    # One device is all that refinement uses, and where there are more Trainer would take them all, and be refused.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     callback = LittleBitCallback(None, teacher, hidden_weight=0.0, dtype=dtype)
     trainer = LittleBitTrainer(
         model,

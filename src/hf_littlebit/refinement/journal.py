@@ -8,7 +8,7 @@
     block-3.safetensors         the latents, scales and norms of a block that is done
     done.json                   how many blocks are done, and their figures
     dense-4.f32, student-4.f32  the two streams of hidden states in front of the next block (streams.py)
-    teacher/, checkpoints/      of the distillation at the end
+    teacher/, checkpoints/      of the distillation at the end; teacher.parts/ of what is said so far
 
 Every file takes its name only when it is complete. done.json is written when a block's file and both streams are there, so what it
 counts is whole; what a kill left behind beyond it is overwritten.
@@ -33,7 +33,7 @@ ALLOCATION, DISTILLED, EMBEDDINGS = "allocation.json", "distilled.json", "embedd
 # What a refinement calls its files, complete or not.
 NAMES = re.compile(
     r"((options|done|allocation|distilled|embeddings)\.json|block-\d+\.safetensors|(dense|student)-\d+\.f32"
-    r"|self-[0-9a-f]+(-\d+)?(\.safetensors)?)(\.part)?|teacher|checkpoints"
+    r"|self-[0-9a-f]+(-\d+)?(\.safetensors)?)(\.part)?|teacher(\.parts)?|\.teacher\.(saving|replaced)|checkpoints"
 )
 
 

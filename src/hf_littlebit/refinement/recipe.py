@@ -65,7 +65,7 @@ def as_tokens(data: Any) -> Tensor:
             f"data is {data!r:.60}; give tokens, as text_blocks(texts, tokenizer, length) makes them of text"
         )
     if isinstance(data, Mapping) and torch.is_tensor(data.get("input_ids")):
-        data = data["input_ids"]  # as a tokenizer makes them
+        data = _row(data)  # as a tokenizer makes them
     if not torch.is_tensor(data):
         if not is_listed(data) or isinstance(data, Mapping):
             raise ValueError(
@@ -90,10 +90,11 @@ def as_tokens(data: Any) -> Tensor:
 
 
 def _row(row: Any) -> Tensor:
-    """One row's tokens, of what a dataset gives for it."""
+    """The tokens of what a dataset gives for one row, or a tokenizer for all."""
     if isinstance(row, Mapping):
         if "input_ids" not in row:
             raise ValueError(f"a row of data has {', '.join(map(str, row))} and no input_ids; make them by text_blocks")
+        _refuse_padding(row.get("attention_mask"))
         row = row["input_ids"]
     try:
         return torch.as_tensor(row)
@@ -101,6 +102,14 @@ def _row(row: Any) -> Tensor:
         raise ValueError(
             f"a row of data is {row!r:.60}, and no list of tokens ({error}); make them by text_blocks"
         ) from None
+
+
+def _refuse_padding(mask: Any) -> None:
+    """Refuse an attention mask with zeros: what it hides would be learnt like text."""
+    if mask is not None and not bool(torch.as_tensor(mask).bool().all()):
+        raise ValueError(
+            "data has padding (zeros in attention_mask); pack the texts into full rows instead, e.g. by text_blocks"
+        )
 
 
 def check_vocabulary(tokens: Tensor, size: int) -> None:

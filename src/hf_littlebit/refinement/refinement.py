@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -76,28 +76,35 @@ def refine(
         progress: show progress bars.
 
     Raises:
-        ValueError: for a model that is no dense causal one, or whose blocks are no chain, text that is too short, and a folder
-            of another refinement.
+        ValueError: for a model that is no dense causal one, or whose blocks are no chain, text that is too short, a device that the
+            distillation cannot have, and a folder of another refinement.
+        torch.OutOfMemoryError: with what to do, if the distillation takes more memory than there is; the blocks are kept.
     """
     recipe = Recipe() if recipe is None else recipe
     tokens = as_tokens(data)
     work = _Refinement(model, config, tokens, recipe, device, progress)
+    trained = {name: value.requires_grad for name, value in model.named_parameters()}
     with torch.enable_grad(), cpu_attention(model):  # whatever the caller has switched off
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="littlebit-refine-") as temporary:
                 work.run(temporary)
         else:
             work.run(os.fspath(folder))
+    for name, value in model.named_parameters():
+        if name in trained and value.is_floating_point():  # and was perhaps held still
+            value.requires_grad_(trained[name])
     return model
 
 
-def refuse_unfit(model: PreTrainedModel, config: LittleBitConfig, length: int) -> None:
+def refuse_unfit(
+    model: PreTrainedModel, config: LittleBitConfig, length: int, recipe: Recipe, device: torch.device | str | None
+) -> None:
     """Refuse a dense model that `refine` would, before there is text in rows of `length` tokens.
 
     Raises:
         ValueError: as `refine`.
     """
-    work = _Refinement(model, config, torch.zeros(2, length, dtype=torch.int32), Recipe(), model.device, False)
+    work = _Refinement(model, config, torch.zeros(2, length, dtype=torch.int32), recipe, device, False)
     work.blocks.check(work.rows[:2].long())
 
 
@@ -120,6 +127,11 @@ class _Refinement:
                 f"{type(model).__name__} is no causal language model, which refinement is for; use littlebit train"
             )
         embeddings: Any = model.get_input_embeddings()
+        if not isinstance(embeddings, nn.Embedding):
+            raise ValueError(
+                f"{type(model).__name__} reads its tokens by a {type(embeddings).__name__}, and refinement by one embedding; train "
+                "it instead (littlebit train)"
+            )
         check_vocabulary(tokens, embeddings.num_embeddings)
         self.model = model.eval()
         self.tokens = tokens
@@ -130,6 +142,11 @@ class _Refinement:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.device = torch.device(device) if device is not None else accelerator or torch.device("cpu")
         self.config.svd_device = self.config.svd_device or (None if self.device.type == "cpu" else str(self.device))
+        if recipe.distillation is not None and self.device.type == "cuda" and self.device.index:
+            raise ValueError(
+                f"device is {self.device}, and the distillation at the end is on the first GPU; set CUDA_VISIBLE_DEVICES="
+                f"{self.device.index} and give cuda, or leave the distillation out"
+            )
         self.compute = compute_dtype(self.device)
         refuse_float64(model)
         self.plan = plan_model(model, self.config)
@@ -144,7 +161,8 @@ class _Refinement:
         """All of it, with the work in `folder`."""
         os.makedirs(folder, exist_ok=True)
         self.journal = Journal(folder)
-        keep_options(folder, self._made_of(), resumed=os.path.isfile(self.journal.path(OPTIONS)))
+        resumed = os.path.isfile(self.journal.path(OPTIONS))
+        keep_options(folder, self._made_of(resumed), resumed)
         self.blocks.check(self.rows[:2].long())
         if self.recipe.allocation_rows and can_share(self.config, self.plan, self.blocks):
             self._allocate()
@@ -186,13 +204,17 @@ class _Refinement:
             cast_dense(self.model, self.dtype)
             finish(self.model, LittleBitHfQuantizer(packed))
 
-    def _made_of(self) -> dict[str, Any]:
+    def _made_of(self, resumed: bool) -> dict[str, Any]:
         """What must be the same in a refinement that goes on."""
+        schedule = self.recipe.distillation
         return {
             "the model": model_fingerprint(self.model).hex(),
             "the method": {key: value for key, value in self.config.to_dict().items() if key != "base_model"},
             "the text": fingerprint(self.tokens),
-            "the recipe": asdict(self.recipe),
+            "the shape of the text": list(self.tokens.shape),
+            "the recipe": asdict(replace(self.recipe, distillation=None)),
+            # A refinement that has no memory for it goes on without.
+            **({} if schedule is None and resumed else {"the distillation": schedule and asdict(schedule)}),
         }
 
     def _allocate(self) -> None:
@@ -251,15 +273,21 @@ class _Refinement:
         cast_dense(self.model, torch.float32)
         self.model.to(self.device)  # type: ignore[arg-type]
         finish(self.model, LittleBitHfQuantizer(self.config))
-        distil(
-            self.model,
-            self.distilled,
-            teacher,
-            schedule,
-            self.journal.path("checkpoints"),
-            dtype=self.dtype,
-            bf16=self.compute == torch.bfloat16,
-            device=self.device,
-            seed=self.config.seed % 2**31,  # Trainer takes no larger one
-            progress=self.progress,
-        )
+        try:
+            distil(
+                self.model,
+                self.distilled,
+                teacher,
+                schedule,
+                self.journal.path("checkpoints"),
+                dtype=self.dtype,
+                bf16=self.compute == torch.bfloat16,
+                device=self.device,
+                seed=self.config.seed % 2**31,  # Trainer takes no larger one
+                progress=self.progress,
+            )
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"there is too little memory for the distillation of the whole model: {error}. All blocks are kept: go on without "
+                "it by distillation=None (littlebit quantize: --resume --distill-epochs 0)"
+            ) from error

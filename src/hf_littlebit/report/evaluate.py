@@ -28,6 +28,8 @@ from ..placement import input_device
 __all__ = ["Perplexity", "exp", "loss_sum", "perplexity"]
 
 MAX_LENGTH = 2048  # of the default window; the papers' choice for WikiText-2
+# Of a text that is cut off behind so many characters for a token that is needed, this many tokens at the end may be others.
+CHARACTERS, MARGIN = 8, 64
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def perplexity(
     for name, value in (("max_blocks", max_blocks), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    tokens = _tokens(model, tokenizer, text)
+    needed = None if max_blocks is None else length + (max_blocks - 1) * stride
+    tokens = _tokens(model, tokenizer, text, needed)
     if len(tokens) < length:
         raise ValueError(
             f"the text has {len(tokens)} tokens, fewer than one window of {length}; give more text or less length"
@@ -113,9 +116,16 @@ def loss_sum(logits: Tensor, targets: Tensor) -> float:
     return sum(F.cross_entropy(part.float(), target, reduction="sum").item() for part, target in pairs)
 
 
-def _tokens(model: Any, tokenizer: Any, text: str) -> Tensor:
-    # verbose=False: a text is meant to be longer than the context here.
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+def _tokens(model: Any, tokenizer: Any, text: str, needed: int | None) -> Tensor:
+    """The tokens of `text`, or the first `needed` of them, for which a long text is not tokenized to its end."""
+    size = len(text) if needed is None else CHARACTERS * (needed + MARGIN)
+    while True:
+        # verbose=False: a text is meant to be longer than the context here.
+        ids = torch.tensor(tokenizer(text[:size], verbose=False)["input_ids"], dtype=torch.long)
+        if size >= len(text) or len(ids) >= (needed or 0) + MARGIN:
+            break
+        size *= 4
+    ids = ids[:needed]
     embeddings = model.get_input_embeddings()
     known = getattr(embeddings, "num_embeddings", None)
     if known is not None and len(ids) and int(ids.max()) >= known:

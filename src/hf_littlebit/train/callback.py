@@ -81,7 +81,7 @@ class LittleBitCallback(TrainerCallback):
         sign_gradient: str = "smooth",
         alpha: float = ALPHA,
         pack: bool = True,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         calibration: Iterable[Mapping[str, Any]] | None = None,
     ) -> None:
         self.session = TrainingSession(

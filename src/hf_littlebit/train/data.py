@@ -64,7 +64,8 @@ def spread_batches(
     rows: Any, collate: Callable[[list[Any]], Mapping[str, Any]], examples: int, size: int = 1
 ) -> Iterator[Mapping[str, Any]]:
     """`examples` of a listed dataset, at equal distances, collated `size` at a time: the same ones on every process."""
-    chosen = range(0, len(rows), max(1, len(rows) // examples))[:examples]
+    count = min(examples, len(rows))
+    chosen = [index * len(rows) // count for index in range(count)]
     for at in range(0, len(chosen), size):
         yield collate([rows[index] for index in chosen[at : at + size]])
 

@@ -40,14 +40,17 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _is_complete(checkpoint: str) -> bool:
-    """True if the last file that Trainer writes can be read, and no file is empty, as a kill or a full disk leaves one."""
+    """True if the last file that Trainer writes can be read, and no file is empty, as a kill or a full disk leaves one.
+
+    Texts may be: a tokenizer without merges has a merges.txt of nothing.
+    """
     try:
         with open(os.path.join(checkpoint, STATE), encoding="utf-8") as file:
             json.load(file)
     except (OSError, ValueError):
         return False
-    sizes = [os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(checkpoint) for name in names]
-    return all(size > 0 for size in sizes)
+    files = [os.path.join(root, name) for root, _, names in os.walk(checkpoint) for name in names]
+    return all(os.path.getsize(file) > 0 for file in files if not file.endswith(".txt"))
 
 
 def keep_options(folder: str, options: Mapping[str, Any], resumed: bool, main: bool = True) -> None:
@@ -60,8 +63,9 @@ def keep_options(folder: str, options: Mapping[str, Any], resumed: bool, main: b
     if not resumed:
         if main:
             os.makedirs(folder, exist_ok=True)
-            with open(file, "w", encoding="utf-8") as stream:
+            with open(file + ".part", "w", encoding="utf-8") as stream:
                 json.dump(dict(options), stream, indent=1)
+            os.replace(file + ".part", file)
         return
     first = kept_options(folder)
     for option, value in json.loads(json.dumps(dict(options))).items():

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
+from ..compat import float_dtype
 from ..config import LittleBitConfig
 from ..initialize.calibration import calibrate
 from ..initialize.head_inputs import head_moment
@@ -90,7 +91,7 @@ class TrainingSession:
         sign_gradient: str,
         alpha: float,
         pack: bool,
-        dtype: torch.dtype | None,
+        dtype: torch.dtype | str | None,
         calibration: Iterable[Mapping[str, Any]] | None,
     ) -> None:
         if isinstance(teacher, str) and teacher != "self":
@@ -105,7 +106,7 @@ class TrainingSession:
         self.sign_gradient = sign_gradient
         self.alpha = alpha
         self.pack = pack
-        self.dtype = dtype
+        self.dtype = float_dtype(dtype)
         self.calibration = calibration
         self.distillation: Distillation | None = None
         self.flips: SignFlips | None = None

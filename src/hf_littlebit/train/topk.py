@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ class TopK:
         p, log_q_top = log_p.exp(), log_q.gather(-1, tokens)
         rest_p = (1 - p.sum(-1, keepdim=True)).clamp_min(FLOOR)
         rest_q = (1 - log_q_top.exp().sum(-1, keepdim=True)).clamp_min(FLOOR)
-        loss = (p * (log_p - log_q_top)).sum(-1, keepdim=True) + rest_p * (rest_p / rest_q).log()
+        # Where the teacher rules a token out, its p (log p - log q) is 0, and not 0 times infinity.
+        loss = torch.where(p > 0, p * (log_p - log_q_top), 0.0).sum(-1, keepdim=True) + rest_p * (rest_p / rest_q).log()
         target = (log_q.exp() * (rest_p / rest_q)).scatter(-1, tokens, p)
         return loss, target
 
@@ -99,16 +101,25 @@ class TopKTeacher:
 
 
 def save_topk(
-    teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]], folder: str | os.PathLike[str], k: int = 64
+    teacher: PreTrainedModel,
+    batches: Iterable[dict[str, Tensor]],
+    folder: str | os.PathLike[str],
+    k: int = 64,
+    keep: int | None = None,
 ) -> TopKTeacher:
     """Run `teacher` over `batches` (input_ids [batch, seq], attention_mask if any; one seq for all) and save its top k.
 
     Returns the teacher that reads them back. `folder` is made, and its data replaced as a whole if it has any.
 
+    Args:
+        keep: after so many batches what there is of them goes to `folder`.parts, which a call for the same teacher and k reads
+            after a kill. By default a kill loses all.
+
     Raises:
         ValueError: for an impossible k, or rows of different lengths.
     """
     folder = os.fspath(folder)
+    parts = None if keep is None else _Parts(f"{folder}.parts", keep)
     keys: list[int] = []
     tokens: list[np.ndarray[Any, Any]] = []
     logprobs: list[np.ndarray[Any, Any]] = []
@@ -116,6 +127,13 @@ def save_topk(
     device = input_device(teacher)
     teacher.eval()
     for batch in tqdm(batches, desc="teacher logits", unit="batch"):
+        own = _keys(batch["input_ids"], batch.get("attention_mask"))
+        if parts is not None and (known := parts.rows(own)) is not None:
+            vocabulary, length = parts.vocabulary, batch["input_ids"].shape[1]
+            keys += own
+            tokens += [row for row, _ in known]
+            logprobs += [row for _, row in known]
+            continue
         given = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if batch.get(key) is not None}
         with torch.no_grad():
             logits = teacher(**given, use_cache=False).logits
@@ -129,7 +147,9 @@ def save_topk(
             top = row.float().log_softmax(-1).topk(k)
             tokens.append(top.indices.cpu().numpy().astype(np.uint16 if vocabulary <= SMALL_VOCABULARY else np.int32))
             logprobs.append(top.values.cpu().numpy().astype(np.float16))
-        keys += _keys(batch["input_ids"], batch.get("attention_mask"))
+        keys += own
+        if parts is not None:
+            parts.add(own, tokens[-len(own) :], logprobs[-len(own) :], vocabulary)
     if not keys:
         raise ValueError("there are no batches to compute teacher logits for")
     with replacement(folder) as new:
@@ -137,7 +157,50 @@ def save_topk(
             np.save(os.path.join(new, f"{name}.npy"), np.stack(value) if isinstance(value, list) else value)
         with open(os.path.join(new, "meta.json"), "w", encoding="utf-8") as file:
             json.dump({"vocabulary": vocabulary, "seq": length, "k": k, "rows": len(keys)}, file)
+    if parts is not None:
+        parts.remove()
     return TopKTeacher(folder)
+
+
+class _Parts:
+    """What a teacher has said so far, in `folder`: a file 0.npz, 1.npz, ... for every `keep` batches, found by the rows' keys."""
+
+    def __init__(self, folder: str, keep: int):
+        self.folder, self.keep = folder, keep
+        self.vocabulary = 0
+        self._known: dict[int, tuple[Any, Any]] = {}
+        self._new: list[tuple[int, Any, Any]] = []
+        self._batches = self._files = 0
+        while os.path.isfile(file := os.path.join(folder, f"{self._files}.npz")):
+            with np.load(file) as part:
+                self.vocabulary = int(part["vocabulary"])
+                self._known |= dict(
+                    zip(map(int, part["keys"]), zip(part["tokens"], part["logprobs"], strict=True), strict=True)
+                )
+            self._files += 1
+
+    def rows(self, keys: list[int]) -> list[tuple[Any, Any]] | None:
+        """Tokens and log-probabilities of rows, None unless all of them are there."""
+        return [self._known[key] for key in keys] if all(key in self._known for key in keys) else None
+
+    def add(self, keys: list[int], tokens: list[Any], logprobs: list[Any], vocabulary: int) -> None:
+        """Keep one batch; a file takes its name when it is complete."""
+        self._new += zip(keys, tokens, logprobs, strict=True)
+        self._batches += 1
+        if self._batches % self.keep:
+            return
+        own, said, how = zip(*self._new, strict=True)
+        os.makedirs(self.folder, exist_ok=True)
+        file = os.path.join(self.folder, f"{self._files}.npz")
+        with open(file + ".part", "wb") as stream:
+            np.savez(stream, vocabulary=vocabulary, keys=np.array(own, np.uint64), tokens=said, logprobs=how)
+        os.replace(file + ".part", file)
+        self._files += 1
+        self._new = []
+
+    def remove(self) -> None:
+        """Delete them all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
