@@ -1,6 +1,8 @@
 """bits.py: what `layer.weight` of a packed layer lets itself be used for."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -33,7 +35,19 @@ TAKEN_FOR_DENSE = {
     "like it": lambda layer: torch.zeros_like(layer.weight, dtype=torch.bfloat16),
     "copied over": lambda layer: layer.weight.copy_(torch.randn(2, 48)),
     "sizes": lambda layer: layer.weight.view(48, 64),
+    "zeros": lambda layer: nn.init.zeros_(layer.weight),
+    "zeros in the data": lambda layer: layer.weight.data.zero_(),
+    "negated": lambda layer: layer.weight.data.neg_(),
+    "clamped": lambda layer: layer.weight.data.clamp_(-1, 1),
+    "doubled": lambda layer: layer.weight.data.mul_(2),
+    "masked": lambda layer: layer.weight.data.__iand__(1),
+    "a row set": lambda layer: layer.weight.data.__setitem__(0, 0),
+    "into it": lambda layer: torch.neg(other_words(layer), out=layer.weight.data),
 }
+
+
+def other_words(layer):
+    return layer._parameters["weight"].detach().clone()
 
 
 @pytest.mark.parametrize("use", TAKEN_FOR_DENSE)
@@ -61,12 +75,32 @@ def test_bits_are_the_layers_own_words(layer):
     assert torch.equal(layer.weight ^ 1, words ^ 1)
 
 
+def test_reading_a_weight_holds_nothing(layer):
+    """Not the frames of who reads, and what these hold."""
+
+    def read():
+        held = torch.zeros(3)
+        assert layer.weight.dtype == torch.int32
+        return weakref.ref(held)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert read()() is None
+    finally:
+        gc.enable()
+
+
 def test_words_can_be_replaced_by_words(layer):
     x = torch.randn(3, 64)
     other = pair(48, 64, (64,))[0]
     layer.weight = nn.Parameter(~layer._parameters["weight"], requires_grad=False)
     bias = layer.bias
     torch.testing.assert_close(layer(x) - bias, -(other(x) - other.bias), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.clone())
+    layer.weight.requires_grad = False
+    layer.weight.requires_grad_(False)
     layer.weight = layer.weight  # read, and put back
     assert type(layer._parameters["weight"]) is nn.Parameter
     layer.weight = other.weight

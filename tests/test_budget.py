@@ -1,13 +1,17 @@
 """Bits per weight are a promise about the model: ranks together take what was asked, and the config says which they are."""
 
 import pytest
+import torch
 import transformers
-from families import FAMILIES, ROOT, SMALL, build, config, equal_states, load
+from families import FAMILIES, ROOT, SMALL, build, config, equal_states, load, logits
 
 from hf_littlebit import LittleBitConfig, size_report
 from hf_littlebit.budget import Share, meet_budget
+from hf_littlebit.config import LayerConfig
 from hf_littlebit.load.meta_model import empty_model
-from hf_littlebit.plan import plan_model
+from hf_littlebit.module_names import matches
+from hf_littlebit.plan import Plan, plan_model
+from hf_littlebit.weight_plan import WeightPlan
 
 # As wide as models of a hundred million parameters; the families of the other tests have layers of 64 x 32.
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "head_dim": 64, "num_attention_heads": 8, "num_hidden_layers": 3}
@@ -93,6 +97,49 @@ def test_ranks_are_what_a_model_gets(family_dir, tmp_path):
     assert first.mlp.experts.path_ranks == {"gate_up_proj": [16], "down_proj": [32]}
     model.save_pretrained(tmp_path)
     equal_states(model, load(tmp_path))
+
+
+@pytest.mark.parametrize("format", ["packed", "latent"])
+def test_paths_of_unequal_ranks_are_saved_by_name(format, family_dir, tmp_path):
+    """Shapes do not tell 24 + 8 from 16 + 16, and a file keeps its names in another order than the user wrote."""
+    ranks = {"*.mlp.*": [24, 8], "*.self_attn.*": [24, 8], "*.layers.0.*": [16, 16]}
+    model = load(family_dir("llama"), quantization_config=config(ranks=ranks, format=format))
+    assert model.model.layers[0].mlp.up_proj.ranks == [16, 16] and model.model.layers[1].mlp.up_proj.ranks == [24, 8]
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+    # Layers that change places, and one that goes, take their ranks along.
+    layers = model.model.layers
+    model.model.layers = torch.nn.ModuleList([layers[1], layers[0]])
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    model.save_pretrained(tmp_path / "swapped")
+    assert torch.equal(logits(load(tmp_path / "swapped")), logits(model))
+    model.model.layers = model.model.layers[1:]
+    model.model.layers[0].self_attn.layer_idx = 0
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "pruned")
+    assert torch.equal(logits(load(tmp_path / "pruned")), logits(model))
+
+
+def test_recorded_ranks_hold_in_the_order_of_their_names():
+    """As a file has them; a pattern may be for the names of another one too."""
+    sizes = (
+        ("b.0.mlp.proj", 3),
+        ("b.0.proj", 5),
+        ("b.1.mlp.proj", 3),
+        ("b.1.proj", 5),
+        ("b.2.mlp.proj", 4),
+        ("b.2.proj", 5),
+    )
+    weights = [
+        WeightPlan(name, "weight", 64, 64, (8 * size,), LayerConfig(bpw=1.0, init="admm", residual=False, factor=1.0))
+        for name, size in sizes
+    ]
+    found = Plan(weights).ranks()
+    assert list(found) == sorted(found) and len(found) < len(weights)
+    for name, size in sizes:
+        assert [ranks for pattern, ranks in found.items() if matches(pattern, name)][-1] == [8 * size]
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,28 @@ def test_what_is_not_finite_is_not_packed(family):
             with pytest.raises(ValueError, match=f"{name}.{part} holds NaN or Inf, so the model cannot be packed"):
                 pack_model(broken)
             assert all(one.latent for one in factor_modules(broken).values())
+    broken = copy.deepcopy(latent)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[2, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight holds NaN or Inf, so the model cannot be packed"):
+        pack_model(broken)
     assert pack_model(latent) is latent
+
+
+def test_a_model_that_is_begun_is_to_be_loaded_again():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+    options = LittleBitConfig(bpw=3.0, init="dual_svid", scale_dtype="float16")
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight: scales.*load the model again"):
+        latent_model(model, options, progress=False)
+
+
+def test_a_device_that_is_not_there_is_refused_first():
+    model = build("llama")
+    with pytest.raises(ValueError, match="svd_device is 'mpps', which this machine does not offer"):
+        latent_model(model, LittleBitConfig(bpw=3.0, init="dual_svid"), device="mpps", progress=False)
+    assert not factor_modules(model)
 
 
 def test_scales_beyond_the_stored_dtype_are_not_packed(family_dir):

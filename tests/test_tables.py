@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import pickle
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 from hf_littlebit import LittleBitConfig, latent_model, pack_model, size_report, unpack_model
 from hf_littlebit.layers.table import PackedEmbedding, PackedHead, TableWeight
+from hf_littlebit.load.convert import factor_modules
 from hf_littlebit.load.tables import pack_tables, plan_tables, table_modules
 from hf_littlebit.refinement.refinement import Recipe, refine
 
@@ -379,10 +382,55 @@ def test_the_weight_of_a_table_is_no_tensor(folder):
     model = load(folder("llama_tied"), quantization_config=packed(8), dtype=torch.bfloat16)
     weight = model.lm_head.weight
     assert isinstance(weight, TableWeight) and weight.dtype == torch.bfloat16 and weight.size(0) == 131
-    with pytest.raises(TypeError):
-        nn.functional.linear(torch.zeros(1, 64, dtype=torch.bfloat16), weight)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    assert len(weight) == 131 and weight
+    for use in (
+        lambda: nn.functional.linear(x, weight),
+        lambda: weight[0],
+        lambda: 2 * weight,
+        lambda: x @ weight,
+        lambda: weight @ x,
+        lambda: list(weight),
+    ):
+        with pytest.raises(ValueError, match=r"no weight to .*take its dense\(\)"):
+            use()
     with pytest.raises(AttributeError, match=r"take its dense\(\)"):
         weight.t()
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gemma3"])
+def test_pickled_whole(name, folder):
+    """Gemma's embedding is of a class that is made when it is packed, and not to be found by its name."""
+    model = load(folder(name), quantization_config=packed(8))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again), logits(model)) and type(again.model.embed_tokens) is type(
+        model.model.embed_tokens
+    )
+
+
+def test_a_table_that_no_file_would_hold_is_not_saved(folder, tmp_path):
+    model = load(folder("llama_tied"), quantization_config=packed(8))
+    model.set_input_embeddings(nn.Embedding(131, 64))
+    with pytest.raises(
+        ValueError, match=r"lm_head reads the table of an embedding that was replaced.*model.dequantize"
+    ):
+        model.save_pretrained(tmp_path)
+    assert not os.path.exists(tmp_path / "config.json")
+
+
+def test_nothing_is_packed_where_a_table_cannot_be(folder):
+    model = latent_model(load(folder("llama_tied")), packed(4), progress=False)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="moment"):
+        pack_model(model, moment=torch.eye(3))
+    equal_states(model, before)
+    model.model.embed_tokens.weight.data[5, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight holds NaN or Inf"):
+        pack_model(model)
+    assert all(module.latent for module in factor_modules(model).values())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5, 5] = 0
+    assert not any(module.latent for module in factor_modules(pack_model(model)).values())
 
 
 def test_casts_and_devices(folder):

@@ -47,6 +47,23 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def check_device(name: str | None) -> None:
+    """Refuse a device to factorize on that this machine does not have; None is each weight's own.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if name is None:
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"svd_device is {name!r}, which this machine does not offer ({reason}); use 'cpu' or None"
+        ) from None
+
+
 def free_memory(device: torch.device) -> float | None:
     """Bytes of memory on `device` that can be had without swapping; None where the system does not say."""
     if device.type == "cuda":

@@ -87,18 +87,23 @@ class Plan:
             config.ranks = self.ranks()
 
     def ranks(self) -> dict[str, list[int]]:
-        """{name pattern: ranks} as LittleBitConfig takes them: an entry for what is alike in all blocks, then those that differ."""
+        """{name pattern: ranks} as LittleBitConfig takes them: an entry for what is alike in all blocks, and those that differ.
+
+        In the order of the names, which a config has when it is read from a file: later entries win. A pattern has "*" where a
+        name has something else, and so stands before all names that it is for.
+        """
         kinds: dict[str, list[WeightPlan]] = {}
         for weight in self.weights:
             kinds.setdefault(INDEX.sub(".*", weight.spoken), []).append(weight)
         found = {}
         for kind, weights in kinds.items():
             found[kind] = list(Counter(weight.ranks for weight in weights).most_common(1)[0][0])
+        found = dict(sorted(found.items()))
         for weight in self.weights:
             patterns = [ranks for kind, ranks in found.items() if matches(kind, weight.spoken)]
             if not patterns or tuple(patterns[-1]) != weight.ranks:
                 found[weight.spoken] = list(weight.ranks)
-        return found
+        return dict(sorted(found.items()))
 
     def warnings(self) -> list[str]:
         """What a user must know before trusting the asked bits per weight; empty if every layer is as asked."""

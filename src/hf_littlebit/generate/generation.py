@@ -18,8 +18,9 @@ off again:
 Why there, and not `generation_config.cache_implementation = "static"`: that would be saved with the model, would hold on a
 CPU too, would fail for models without static caches, would collide with a cache that the user passes, and would allocate
 whatever `max_length` says. Wrapping `generate` itself would have to work out the length a second time. The functions are
-attributes of the model's instance: no class is patched, nothing is saved, and they refer to the model weakly, so that a
-deleted model is freed at once. A copied, pickled or moved model has its own.
+attributes of the model's instance: no class is patched, nothing is saved, and they refer to the model weakly, so that their
+graphs go with it. (Its `save_pretrained` is an attribute too, and refers to it: Python frees a deleted model at its next
+collection, gc.collect().) A copied, pickled or moved model has its own.
 """
 
 from __future__ import annotations

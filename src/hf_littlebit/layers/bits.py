@@ -14,7 +14,7 @@ that mean nothing where they do not. So the attribute gives
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,14 +38,32 @@ _SHAPE = (
     *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__),  # type: ignore[attr-defined]
     *(Tensor.requires_grad.__get__, Tensor.grad.__get__, Tensor.layout.__get__),  # type: ignore[attr-defined, union-attr]
 )
-_IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__imatmul__", "__setitem__")
+_IN_PLACE = (
+    *(
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__itruediv__",
+        "__ifloordiv__",
+        "__imod__",
+        "__idiv__",
+        "__imatmul__",
+        "__ipow__",
+    ),
+    *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__"),
+)
+# In place, but not with other values: those that loading puts there are bits too.
+_KEEPS_BITS = ("copy_", "requires_grad_", "detach_", "share_memory_", "rename_")
 
 
 def asked_by_peft() -> bool:
     """Whether the caller of the function that asks this is code of PEFT, which tells a layer by no other sign what it wants."""
-    here = inspect.currentframe()
-    asker = None if here is None or here.f_back is None else here.f_back.f_back
-    return asker is not None and str(asker.f_globals.get("__name__")).partition(".")[0] == "peft"
+    try:
+        # No frame in a variable: this function's own would hold itself, and all that its callers hold, until a collection.
+        asker = str(sys._getframe(2).f_globals.get("__name__"))
+    except ValueError:  # nothing of Python called
+        return False
+    return asker.partition(".")[0] == "peft"
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
@@ -94,7 +112,9 @@ class Bits(Tensor):
         with without_overrides():
             if str(func).startswith("hf_littlebit."):  # our own operators, which take words for words
                 return func(*args, **(kwargs or {}))
-            if func == _SET_DATA or any(map(_is_float, _leaves((args, kwargs)))):
+            name = getattr(func, "__name__", "")
+            kept = name in _KEEPS_BITS or (name == "__set__" and func != _SET_DATA)
+            if (not kept and _writes(func, args, kwargs or {}, cls)) or any(map(_is_float, _leaves((args, kwargs)))):
                 raise ValueError(WAY_OUT)
             try:
                 result = func(*args, **(kwargs or {}))
@@ -160,7 +180,7 @@ class DenseWeight(Tensor):
                     return first
                 if func == _SET_REQUIRES_GRAD and not args[1]:
                     return None  # frozen as it is
-            if _writes(func, args, kwargs):
+            if _writes(func, args, kwargs, cls):
                 raise ValueError(WAY_OUT)
             args, kwargs = _changed((tuple(args), kwargs), _dense)
         return func(*args, **kwargs)
@@ -170,8 +190,8 @@ def _dense(value: Any) -> Any:
     return value._layer.dense() if isinstance(value, DenseWeight) else value
 
 
-def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call changes a DenseWeight, by torch's names: those that end in one underscore work in place."""
+def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type[Tensor]) -> bool:
+    """Whether a call changes a tensor of a `kind`, by torch's names: those that end in one underscore work in place."""
     name = getattr(func, "__name__", "")
     in_place = name in _IN_PLACE or name == "__set__" or (name.endswith("_") and not name.endswith("__"))
-    return (in_place and bool(args) and isinstance(args[0], DenseWeight)) or isinstance(kwargs.get("out"), DenseWeight)
+    return (in_place and bool(args) and isinstance(args[0], kind)) or isinstance(kwargs.get("out"), kind)

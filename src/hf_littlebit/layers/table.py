@@ -46,6 +46,10 @@ UNTRAINED = (
     "a packed table cannot be trained, as PEFT's modules_to_save or otherwise; train adapters, freeze it "
     "(requires_grad_(False)), or load the model with embedding_bits=16 and head_bits=16"
 )
+NO_VALUES = (
+    "a packed table has no weight to {}; call the module, take its dense(), load the model with embedding_bits=16 and "
+    "head_bits=16, or make it dense with model.dequantize()"
+)
 SLAB = 1 << 22  # weights unpacked to fp32 at a time
 
 
@@ -68,10 +72,22 @@ class TableWeight:
         return self.ndim
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"a packed table has no weight to take .{name} of; call the module, take its dense(), load the model with "
-            "embedding_bits=16 and head_bits=16, or make it dense with model.dequantize()"
-        )
+        raise AttributeError(NO_VALUES.format(f"take .{name} of"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise ValueError(NO_VALUES.format(f"give to {getattr(func, '__name__', func)}"))
+
+    def _no_values(self, *args: Any) -> Any:
+        raise ValueError(NO_VALUES.format("compute with"))
+
+    # Python looks these up in the class, past __getattr__.
+    __getitem__ = __setitem__ = __iter__ = __neg__ = __abs__ = _no_values
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_values
+    __matmul__ = __rmatmul__ = __pow__ = _no_values
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
 
 
 class PackedTableModule(nn.Module):
@@ -213,7 +229,18 @@ def _embedding_class(source: type[nn.Embedding]) -> type[PackedEmbedding]:
     """PackedEmbedding, with the forward of `source` in front of it where that has its own."""
     if source.forward is nn.Embedding.forward:
         return PackedEmbedding
-    return type(f"Packed{source.__name__}", (source, PackedEmbedding), {"weight": PackedEmbedding.weight})
+    own = {"weight": PackedEmbedding.weight, "__reduce_ex__": _reduced}
+    return type(f"Packed{source.__name__}", (source, PackedEmbedding), own)
+
+
+def _reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """As `object.__reduce_ex__`, but a class that is made here is found by what it is made of."""
+    return _blank, (self.source_class,), vars(self)
+
+
+def _blank(source: Any) -> Any:
+    kind: Any = _embedding_class(source)
+    return kind.__new__(kind)
 
 
 def pack_module(

@@ -30,6 +30,7 @@ from ..layers.experts import LittleBitExperts
 from ..layers.linear import FactorModule, LatentLittleBitLinear, LittleBitLinear
 from ..layers.parts import LATENT_PARTS, part_name
 from ..module_names import needs_fp32
+from ..placement import check_device
 from ..plan import Plan, plan_model
 from ..weight_plan import WeightPlan
 from .conversion import factor_weight
@@ -86,6 +87,7 @@ def latent_model(
         raise ValueError("the model has LittleBit layers already; only a dense model can be factorized")
     config = with_format(config, "latent")
     config.svd_device = config.svd_device or (None if device is None else str(device))
+    check_device(config.svd_device)
     refuse_float64(model)
     plan, tables, known = plan_model(model, config), plan_tables(model, config), dict(importance or {})
     record(config, plan, model)
@@ -100,7 +102,12 @@ def latent_model(
             with torch.no_grad():
                 for weight in weights:
                     value = getattr(dense, weight.weight).detach()
-                    parts |= factor_weight(value, weight, config, known.get(weight.name))
+                    try:
+                        parts |= factor_weight(value, weight, config, known.get(weight.name))
+                    except ValueError as error:
+                        begun = bool(factor_modules(model))
+                        again = "; the layers before it are factorized already: load the model again" if begun else ""
+                        raise ValueError(f"{error}{again}") from error
                     bar.update()
             put_latents(model, weights, config, parts)
             del dense
@@ -146,8 +153,8 @@ def pack_model(model: Model, dtype: torch.dtype | str | None = None, moment: Ten
     if config is None or not modules:
         raise ValueError("the model has no latent LittleBit layers, so there is nothing to pack")
     refuse_diverged(model)
+    pack_tables(model, with_format(config, "packed"), moment)  # first, because it can be refused
     pack_modules(model)
-    pack_tables(model, with_format(config, "packed"), moment)
     if dtype is not None:
         cast_dense(model, dtype)
     finish(model, LittleBitHfQuantizer(with_format(config, "packed")))

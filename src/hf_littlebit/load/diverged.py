@@ -18,7 +18,7 @@ __all__ = ["refuse_diverged"]
 
 
 def refuse_diverged(model: nn.Module) -> None:
-    """Refuse to pack latent layers whose latents or scales are not finite, or whose scales leave the range that is stored.
+    """Refuse to pack a model with parameters that are not finite, or whose latent layers have scales that leave the stored range.
 
     Raises:
         ValueError: naming the first of them.
@@ -37,8 +37,11 @@ def refuse_diverged(model: nn.Module) -> None:
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype | None]]:
-    """(name, value, the dtype that packing gives it: None where it keeps its own) of all parameters of LittleBit layers."""
-    for name, module in factor_modules(model).items():
+    """(name, value, the dtype that packing gives it: None where it keeps its own) of all parameters that are in memory."""
+    ours = factor_modules(model)
+    for name, module in model.named_modules():
         for part, value in module.named_parameters(recurse=False):
-            stored = module.scale_dtype if part in module.part_dtypes and "scale_" in part else None
-            yield f"{name}.{part}", value.detach(), stored
+            if value.is_meta or not value.is_floating_point():
+                continue
+            scale = name in ours and part in ours[name].part_dtypes and "scale_" in part
+            yield f"{name}.{part}".removeprefix("."), value.detach(), ours[name].scale_dtype if scale else None

@@ -25,6 +25,7 @@ from .. import compat
 from ..config import FORMAT_VERSION, LittleBitConfig
 from ..internals.transformers import before_random_fill
 from ..kernels.packing import factor_shape
+from ..placement import check_device
 from ..plan import Plan, plan_model
 from ..weight_plan import WeightPlan
 from .conversion import LittleBitConversion, part_shapes
@@ -89,14 +90,7 @@ class LittleBitHfQuantizer(HfQuantizer):
                 f"share_inputs is for packed models, but format is {config.format!r}; leave it out, and load the packed model "
                 "with it once it is trained"
             )
-        if config.svd_device is not None:
-            try:
-                torch.empty(0, device=config.svd_device)
-            except (RuntimeError, AssertionError, NotImplementedError) as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(
-                    f"svd_device is {config.svd_device!r}, which this machine does not offer ({reason}); use 'cpu' or None"
-                ) from None
+        check_device(config.svd_device)
         # transformers calls this method twice; the second call has the places that device_map="auto" came to.
         if self._conversion is not None:
             self._conversion.place(kwargs.get("device_map"))

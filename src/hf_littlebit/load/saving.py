@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from ..config import LittleBitConfig
 from ..internals.transformers import has_adapters, plain_save
+from ..plan import plan_model
 from . import save_id
 from .replacement import holds_model, refused_writes, replacement
+from .tables import table_modules
 
 __all__ = ["save_whole", "stamped"]
 
@@ -47,12 +49,33 @@ def save_whole(model: PreTrainedModel, save_directory: str | os.PathLike[str], *
             config.save_id = None
 
 
+def _refuse_lost_tables(model: PreTrainedModel) -> None:
+    tables = table_modules(model)
+    there = {id(table) for table in tables.values()}
+    for name, table in tables.items():
+        if id(table.holder()) not in there:
+            raise ValueError(
+                f"{name} reads the table of an embedding that was replaced, which is no part of the model any more and would not "
+                "be saved; call model.dequantize() before embeddings are replaced"
+            )
+
+
 def stamped(model: PreTrainedModel, config: LittleBitConfig) -> dict[str, str]:
     """A new save id for `config`, which is about to be saved with `model`, as the files' metadata say it.
 
+    The config then has the ranks of the layers that there are, where shapes do not say them: those of paths that differ, perhaps
+    in a layer that was moved, under patterns that a file's order of names reads otherwise.
+
     A model with adapters saves them alone, and no config.
+
+    Raises:
+        ValueError: if a module reads a table that is not in the model any more, and so in no file.
     """
     if has_adapters(model):
         return {}
+    _refuse_lost_tables(model)
+    plan = plan_model(model, config, stored=model.state_dict().keys())
+    if config.ranks or any(len(set(weight.ranks)) > 1 for weight in plan.weights):
+        config.ranks = plan.ranks()
     config.save_id = save_id.draw()
     return {save_id.METADATA: config.save_id}

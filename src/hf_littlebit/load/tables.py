@@ -296,7 +296,8 @@ def pack_tables(model: PreTrainedModel, config: LittleBitConfig, moment: Tensor 
             one they are for their weights alone, with a warning.
 
     Raises:
-        ValueError: as `plan_tables` and `quantized_parts`, and for tables that are packed already in other bits.
+        ValueError: as `plan_tables` and `quantized_parts`, and for tables that are packed already in other bits. Then nothing has
+            changed.
     """
     held = table_modules(model)
     if held:
@@ -318,13 +319,16 @@ def pack_tables(model: PreTrainedModel, config: LittleBitConfig, moment: Tensor 
             "pack_model(model, moment=head_moment(model, batches)), or littlebit pack CHECKPOINT --data TEXT",
             fitted[0].owner,
         )
+    made = []
     for table in tables:
         weight = model.get_parameter(f"{table.owner}.weight")
         if weight.is_meta:
             raise ValueError(
                 f"{table.owner} is offloaded, so it cannot be quantized in place; load the model with device_map='cpu'"
             )
-        place(model, table, quantized_parts(weight, table, config, moment if table in fitted else None))
+        made.append((table, quantized_parts(weight, table, config, moment if table in fitted else None)))
+    for table, parts in made:
+        place(model, table, parts)
 
 
 def unpack_tables(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:

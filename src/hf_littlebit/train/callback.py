@@ -211,12 +211,15 @@ def _caller(kind: type[Found]) -> Found | None:
     of its handler. Their frames, which every event comes from, are where they can be found.
     """
     frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, kind):
-            return caller
-        frame = frame.f_back
-    return None
+    try:
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, kind):
+                return caller
+            frame = frame.f_back
+        return None
+    finally:
+        del frame  # it holds itself, and all that its callers hold
 
 
 SHARDED = (
