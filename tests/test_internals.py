@@ -31,6 +31,15 @@ def forbidden(*args, **kwargs):
 # -- transformers: registering and what a model says ------------------------------------------------------------------------
 
 
+def test_a_trainer_uses_one_gpu_of_several(tmp_path):
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    for found in (3, 1, 0):
+        arguments._n_gpu = found
+        assert arguments.n_gpu == found
+        doors.train_on_one_gpu(arguments)
+        assert arguments.n_gpu == min(1, found)
+
+
 def test_register_makes_a_method_and_lets_it_override_loading_options(monkeypatch):
     for name in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
         monkeypatch.setattr(auto, name, dict(getattr(auto, name)))

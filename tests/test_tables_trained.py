@@ -40,7 +40,8 @@ class Weights(TrainerCallback):
             module.weight.detach().clone() for module in (model.get_input_embeddings(), model.lm_head)
         )
         rows = Rows(140)
-        self.moment = head_moment(model, [{"input_ids": rows[index]["input_ids"][None]} for index in range(0, 128, 2)])
+        spread = [index * 140 // 64 for index in range(64)]
+        self.moment = head_moment(model, [{"input_ids": rows[index]["input_ids"][None]} for index in spread])
 
 
 def trainer_of(

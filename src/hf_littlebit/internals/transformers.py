@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
 __all__ = [
     "apply_gate",
@@ -40,6 +40,7 @@ __all__ = [
     "save_under_held_names",
     "tie_again",
     "tied_weights",
+    "train_on_one_gpu",
     "unmark_quantized",
     "untie",
     "upload_through",
@@ -260,6 +261,17 @@ def plain_saving(model: PreTrainedModel) -> None:
     """Undo `save_under_held_names`, `save_through` and `upload_through`: the model is saved and shared as its class does it."""
     for attribute in ("_weight_conversions", "save_pretrained", "_upload_modified_files"):
         vars(model).pop(attribute, None)
+
+
+# -- training -----------------------------------------------------------------------------------------------------------------
+
+
+def train_on_one_gpu(arguments: TrainingArguments) -> None:
+    """Have a Trainer of `arguments` use the first GPU alone, where it would copy the model to all in every step (DataParallel).
+
+    Public way: CUDA_VISIBLE_DEVICES, which has to be set before the process begins.
+    """
+    arguments._n_gpu = min(1, arguments.n_gpu)
 
 
 # -- layers -------------------------------------------------------------------------------------------------------------------

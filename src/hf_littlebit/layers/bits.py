@@ -14,7 +14,7 @@ that mean nothing where they do not. So the attribute gives
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -58,12 +58,12 @@ _KEEPS_BITS = ("copy_", "requires_grad_", "detach_", "share_memory_", "rename_")
 
 def asked_by_peft() -> bool:
     """Whether the caller of the function that asks this is code of PEFT, which tells a layer by no other sign what it wants."""
+    here = inspect.currentframe()
     try:
-        # No frame in a variable: this function's own would hold itself, and all that its callers hold, until a collection.
-        asker = str(sys._getframe(2).f_globals.get("__name__"))
-    except ValueError:  # nothing of Python called
-        return False
-    return asker.partition(".")[0] == "peft"
+        asker = None if here is None or here.f_back is None else here.f_back.f_back
+        return asker is not None and str(asker.f_globals.get("__name__")).partition(".")[0] == "peft"
+    finally:
+        del here  # it holds itself, and through its callers all that these hold, until a collection
 
 
 def _leaves(tree: Any) -> Iterator[Any]:

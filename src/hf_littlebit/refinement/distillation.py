@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from ..initialize.admm import LATENT_RANGE
+from ..internals.transformers import train_on_one_gpu
 from ..layers.precision import mixed
 from ..layers.sign import sign
 from ..load.convert import factor_modules, latents_and_scales
@@ -214,8 +215,7 @@ def distil(
         report_to=[],
         disable_tqdm=not progress,
     )
-    # One device is all that refinement uses, and where there are more Trainer would take them all, and be refused.
-    arguments._n_gpu = min(1, arguments.n_gpu)
+    train_on_one_gpu(arguments)  # of several Trainer would take all, and be refused
     callback = LittleBitCallback(None, teacher, hidden_weight=0.0, dtype=dtype)
     trainer = LittleBitTrainer(
         model,
