@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import build, config, equal_states, load
+import transformers
+from families import SMALL, build, config, equal_states, load
 from hf_littlebit.kernels import quantize_table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -71,6 +72,20 @@ def test_arguments_that_depend_on_tokens_are_asked_for_every_batch():
     for rows in (slice(0, 2), torch.tensor([5, 1])):
         expected = model.get_input_embeddings()(TOKENS.clamp(max=126)[rows] + 1)
         assert torch.equal(calls(rows).kwargs["extra"], expected)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GraniteMoeForCausalLM"])
+def test_what_all_rows_share_is_asked_of_the_model_once(kind):
+    """Also of a model whose forward takes use_cache among **kwargs: a cache would be another object in every call."""
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2} if "Moe" in kind else {}
+    model_class = getattr(transformers, kind)
+    model = model_class(model_class.config_class(**{**SMALL, **options})).eval()
+    calls = Calls(blocks_of(model), 1, TOKENS, torch.device("cpu"))
+    asked = []
+    with model.register_forward_pre_hook(lambda *_: asked.append(1)):
+        for at in range(0, 20, 4):
+            calls(slice(at, at + 4))
+    assert len(asked) == 1
 
 
 def test_models_that_are_no_chain_are_refused():

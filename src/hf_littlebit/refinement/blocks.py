@@ -68,7 +68,9 @@ class BlockList:
         self.model, self.names = model, tuple(names)
         self._rest: dict[str, tuple[Any, ...]] = {}  # what a block returns behind the hidden states
         known = inspect.signature(model.forward).parameters
-        self._options = {"use_cache": False} if "use_cache" in known else {}
+        # Through **kwargs too: a cache is another object in every call, so that no call would be the same for all rows.
+        free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        self._options = {"use_cache": False} if free or "use_cache" in known else {}
         self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def __len__(self) -> int:
