@@ -156,8 +156,7 @@ def test_memory_table_of_the_paper(config, dense, packed):
         # The paper's dense figures are above the models' parameters at 16 bits, by 13, 28 and 87 MB.
         excess = dense * 1e9 - report.original_bytes
         assert 0 < excess < 0.0012 * report.original_bytes
-        # The same excess explains its quantized figures, within 3 %. Without it ours are smaller, by 3 to 6 %: the rest is
-        # the ranks, which are floored to multiples of 8.
+        # The same excess explains its quantized figures, within 3 %. Without it ours are smaller, by 3 to 5 %.
         assert report.total_bytes + excess == pytest.approx(published * 1e9, rel=0.03)
         assert 0.94 * published * 1e9 < report.total_bytes < published * 1e9
         assert 0.95 * bpw < report.bpw <= bpw
