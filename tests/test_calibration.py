@@ -8,7 +8,13 @@ from families import build
 from test_training import CONFIG, Rows, arguments, equal
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import T5Config, T5ForConditionalGeneration, Trainer
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
 
 from hf_littlebit import LittleBitConfig, calibrate, head_moment
 from hf_littlebit.initialize.calibration import _log_likelihood
@@ -87,6 +93,32 @@ def test_the_moment_of_a_decoder_behind_an_encoder():
     cut = head_moment(model, [{**batch, "decoder_attention_mask": short}])
     torch.testing.assert_close(cut, head_moment(model, [{**batch, "decoder_input_ids": tokens[:, :4]}]))
     assert not torch.allclose(whole, cut)
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_an_encoder_and_a_decoder_each_have_their_own_padding(kind):
+    """Both read the shared table by embeddings of their own, where gradients begin."""
+    if kind == "T5":
+        config = T5Config(
+            vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
+        )
+        model, layers = T5ForConditionalGeneration(config), ("encoder.block.0.layer.0.SelfAttention.q.weight",)
+        layers += ("decoder.block.0.layer.0.SelfAttention.q.weight",)
+    else:
+        sizes = {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+        config = BartConfig(vocab_size=128, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, **sizes)
+        model = BartForConditionalGeneration(config)
+        layers = tuple(f"model.{part}.layers.0.self_attn.q_proj.weight" for part in ("encoder", "decoder"))
+    tokens, short = TOKENS[:4], (torch.arange(12) < 4).long().expand(4, 12)
+    batch = {"input_ids": tokens, "attention_mask": short, "decoder_input_ids": tokens}
+    cut = {"input_ids": tokens[:, :4], "decoder_input_ids": tokens}
+    found, expected = calibrate(model, [batch]), calibrate(model, [cut])
+    for name in layers:
+        assert found[name].rows.any() and found[name].cols.any()
+        torch.testing.assert_close(found[name].cols, expected[name].cols, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name].rows, expected[name].rows, rtol=1e-3, atol=1e-5)
+    other = calibrate(model, [{**batch, "decoder_attention_mask": short}])
+    assert not torch.allclose(other[layers[1]].cols, found[layers[1]].cols)
 
 
 def test_padding_labels_and_unknown_inputs_count_nothing():

@@ -1,5 +1,6 @@
 """Model cards, and pushes of models against a stub of the Hub's client."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,11 +8,12 @@ import huggingface_hub
 import pytest
 import transformers
 from families import equal_states, load
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitOperationDelete, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
 from hf_littlebit import LittleBitConfig, size_report
-from hf_littlebit.report.card import merge, model_card
+from hf_littlebit.report.card import evaluation_of, merge, model_card, write_card
+from hf_littlebit.report.size_report import format_bytes
 
 AUTOMATIC = "This is the model card of a transformers model. This model card has been automatically generated."
 
@@ -28,9 +30,15 @@ class StubApi:
 
     def create_commit(self, repo_id, operations, **unused):
         for operation in operations:
+            if isinstance(operation, CommitOperationDelete):
+                del self.files[operation.path_in_repo]
+                continue
             with operation.as_file() as file:
                 self.files[operation.path_in_repo] = file.read()
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    def list_repo_files(self, repo_id):
+        return sorted(self.files)
 
 
 def stub_hub(monkeypatch, tmp_path):
@@ -173,6 +181,38 @@ def test_push_keeps_a_written_card(model, hub):
     assert pushed.data.library_name == "transformers" and pushed.data.pipeline_tag == "text-generation"
     # "quantized" is our base's relation, not that of the base which the author names.
     assert pushed.data.to_dict().get("base_model_relation") is None
+
+
+def test_figures_with_bars_in_their_names(model):
+    card = model_card(model, "me/small", {"perplexity a|b": 12.1, "n": 3})
+    assert evaluation_of(card) == {"perplexity a|b": "12.1", "n": "3"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"---\ntitle: my model: v2\n---\nnotes\n",
+        "---\ntitle: café\n---\n".encode("latin-1"),
+        b"---\n- a\n- b\n---\n",
+        b"---\nmodel-index:\n- results: []\n---\n",
+    ],
+    ids=["yaml", "latin-1", "list", "model-index"],
+)
+def test_a_card_that_cannot_be_read_stays_as_it_is(model, tmp_path, caplog, text):
+    """The model, which took hours perhaps, is saved all the same."""
+    model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_bytes(text)
+    write_card(str(tmp_path))
+    assert (tmp_path / "README.md").read_bytes() == text
+    assert "README.md stays as it is: it cannot be read as a model card" in caplog.text
+
+
+def test_the_files_size_is_that_of_this_save(model, hub, tmp_path):
+    model.save_pretrained(tmp_path)
+    alone = size_report(str(tmp_path)).file_bytes
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "adapter_model.safetensors")
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/small")
+    assert format_bytes(alone) in hub.files["README.md"].decode()
 
 
 def test_a_second_push_renews_our_own_card_only(model, hub):

@@ -568,6 +568,7 @@ def test_tensors_that_do_not_fit_are_named(nanoquant, change, match):
         ({"vocab_size": 2**31 - 1}, r"embed_tokens.weight is BF16 \[128, 56\]|lm_head.weight is BF16 \[128, 56\]"),
         ({"intermediate_size": 2**31 - 1}, "proj.* is I32 .* but .* signs|has rank"),
         ({"hidden_size": "many"}, "config.json"),
+        ({"num_labels": 2**31 - 1}, "'num_labels' is 2,147,483,647; no model is that large"),
         ({"num_hidden_layers": 1e9}, "config.json"),
         ({"num_hidden_layers": -1}, "has no such linear layer"),
         ({"num_attention_heads": 0}, "config.json"),

@@ -265,6 +265,8 @@ HUGE = 10**400
         ({"vocab_size": -HUGE}, "'vocab_size' is a number of 401 digits"),
         ({"num_hidden_layers": HUGE}, "no model is that large"),
         ({"num_hidden_layers": 10**9}, "'num_hidden_layers' is 1,000,000,000"),
+        ({"num_labels": 2**31 - 1}, "'num_labels' is 2,147,483,647; no model is that large"),
+        ({"vision_config": {"depth": 10**7}}, "'depth' is 10,000,000; no model is that large"),
         ({"hidden_act": "foo"}, "describes no LlamaForCausalLM that can be made (KeyError: 'foo')"),
         ({"hidden_act": "x" * 10**6}, "KeyError"),
         ({"model_type": "y" * 10**6}, "yyy..."),

@@ -387,6 +387,15 @@ def test_overwrite_keeps_other_files(stories, tmp_path):
     assert load(tmp_path).config.hidden_size == 64 and load(tmp_path).config.num_hidden_layers == 5
 
 
+def test_a_card_that_is_no_yaml_costs_no_model(stories, tmp_path, caplog):
+    (tmp_path / "README.md").write_text("---\ntitle: my model: v2\n---\nnotes\n")
+    words = ["--bpw", "4", "--init", "dual_svid", "--weights-only", "--no-check", "--out", str(tmp_path), "--overwrite"]
+    assert main(["quantize", stories, *words]) == 0
+    assert (
+        load(tmp_path).config.num_hidden_layers == 5 and "title: my model: v2" in (tmp_path / "README.md").read_text()
+    )
+
+
 def test_out_that_is_a_link_to_nothing(stories, tmp_path, capfd):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert main(["quantize", stories, "--bpw", "4", "--out", str(tmp_path / "link")]) == 2

@@ -95,6 +95,27 @@ def test_sharded_and_variant_folders_take_their_index_along(model, hub, tmp_path
     assert b'from_pretrained("me/small", variant="v2")' in hub.files["README.md"]
 
 
+def test_weights_of_the_model_before_go(model, folder, hub, tmp_path):
+    """transformers would read them first, and the config is another one's; other variants and files stay."""
+    push_folder(str(folder), "me/small")
+    hub.files |= {"model.v2.safetensors": b"other", "notes.md": b"mine", "adapter_model.safetensors": b"adapters"}
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    push_folder(str(tmp_path / "sharded"), "me/small")
+    kept = {"model.v2.safetensors", "notes.md", "adapter_model.safetensors", "README.md"}
+    assert set(hub.files) == {*os.listdir(tmp_path / "sharded"), *kept}
+    push_folder(str(folder), "me/small")
+    assert set(hub.files) == SAVED | kept
+
+
+def test_what_only_begins_like_a_licence_stays(folder, hub):
+    legal = {"LICENSE-2.0.txt", "License.txt", "NOTICE", "COPYING", "USE_POLICY.md", "LICENSE_LLAMA"}
+    other = {"license_key.txt", "LICENSE-secret", "NOTICE_internal.md", "licence_server_token"}
+    for name in legal | other:
+        (folder / name).write_text("")
+    push_folder(str(folder), "me/small")
+    assert set(hub.files) == SAVED | legal
+
+
 def test_links_out_of_the_folder_are_not_followed(folder, hub, tmp_path, caplog):
     (tmp_path / "secret").write_text("s3cret")
     (folder / "mine.json").write_text("{}")
@@ -197,6 +218,10 @@ class HubStub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def do_GET(self):
+        if "/tree/main" in self.path:
+            return self.answer(
+                [{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in self.server.files.items()]
+            )
         name = self.path.partition("/resolve/main/")[2]
         if name not in self.server.files:
             return self.answer({"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
@@ -227,6 +252,8 @@ class HubStub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"] == "deletedFile":
+                    del self.server.files[line["value"]["path"]]
             return self.answer({"commitUrl": f"{self.server.url}/me/tiny/commit/1", "commitOid": "1" * 40})
         if self.path.endswith("/paths-info/main"):
             sizes = {name: len(content) for name, content in self.server.files.items()}
@@ -241,7 +268,7 @@ def test_push_and_info_through_the_protocol(folder, tmp_path):
     packed = str(folder)
     (folder / "notes.txt").write_text("mine")
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubStub)
-    server.files, server.read, server.created = {}, [], None
+    server.files, server.read, server.created = {"model-00001-of-00002.safetensors": b"of the model before"}, [], None
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {
@@ -271,6 +298,7 @@ sys.exit(codes != (0, 0))
     assert "not uploaded, since it is no file of a saved model: notes.txt" in result.stderr.splitlines()
     assert server.files["model.safetensors"] == Path(packed, "model.safetensors").read_bytes()
     assert b'from_pretrained("me/tiny")' in server.files["README.md"]
+    assert "model-00001-of-00002.safetensors" not in server.files
     assert shown == size_report(packed).table() + "\n"
     # Of the weights, ranges at the start were read, where the header is.
     reads = [asked for command, name, asked in server.read if name == "model.safetensors" and command == "GET"]

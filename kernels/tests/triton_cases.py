@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 from calls import linear, linear_grad, linears
-from hf_littlebit.kernels import bound, candidates, gpu, launch, reference, trial, tuner, tuning
+from hf_littlebit.kernels import PackedLayer, bound, candidates, gpu, launch, reference, trial, tuner, tuning
 from hf_littlebit.kernels.device import abilities
 from test_cpu import layer, worst
 from wrong_layers import CASES, fields, good
@@ -57,6 +57,9 @@ def test_products_are_exact_in_fp32(shape, tokens):
     assert worst(y.cpu(), x, dense.T, size.T, bias) < 1e-6
     dx = linear_grad(gpu, *put(grad, *parts), shape[2])
     assert dx.shape == x.shape and worst(dx.cpu(), grad, dense, size) < 1e-6
+    # A bias has no part in it, and may be shorter than what is written.
+    biased = PackedLayer(*put(*parts, bias), shape[2])
+    assert torch.equal(gpu.products(*put(grad), [biased], True)[0], dx)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

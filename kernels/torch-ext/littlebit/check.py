@@ -25,7 +25,7 @@ def checked(x: torch.Tensor, layer: PackedLayer, transposed: bool) -> PackedLaye
     A tail of no rows becomes None; words of no rows become u's, which are then never read.
 
     Args:
-        x: [..., in_features], or the gradient [..., out_features] (transposed).
+        x: [..., in_features], or the gradient [..., out_features] (transposed), for which the bias is left out.
 
     Raises:
         RuntimeError: a part is missing, or has another shape, dtype, layout or device than the ranks and x ask for, or no
@@ -61,6 +61,8 @@ def checked(x: torch.Tensor, layer: PackedLayer, transposed: bool) -> PackedLaye
     if bias is not None:
         _check_part("bias", bias, (scale_out.shape[1],), torch.float32, x)
         bias = _plain(bias)
+    if transposed:
+        bias = None  # of which the gradient with respect to the input has no part
     for index in (0, 2):
         ready[index] = layer.u if ready[index] is None else ready[index]
     return PackedLayer._make([*ready, bias, ranks])

@@ -68,7 +68,7 @@ def _ready(x: torch.Tensor) -> None:
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x as [tokens, features] whose rows are contiguous."""
     x = x.resolve_neg() if x.is_neg() else x
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 

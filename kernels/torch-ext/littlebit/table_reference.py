@@ -27,7 +27,7 @@ def head(
         RuntimeError: a part has another shape, dtype or device than the others and x ask for.
     """
     codes, scale, bias = checked(x, codes, scale, bias)
-    values = x.reshape(-1, x.shape[-1]).float()
+    values = x.reshape(x.shape[:-1].numel(), x.shape[-1]).float()
     result = x.new_empty(*x.shape[:-1], codes.shape[0])
     out = result.view(values.shape[0], codes.shape[0])
     for first, rows in _slabs(codes, scale, x.shape[-1]):
@@ -40,7 +40,7 @@ def head(
 def head_grad(grad: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, columns: int) -> torch.Tensor:
     """The gradient of `head` with respect to x: grad [..., rows] -> [..., columns] of grad's dtype. Errors as `head`."""
     codes, scale = checked_grad(grad, codes, scale, columns)
-    values = grad.reshape(-1, grad.shape[-1]).float()
+    values = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).float()
     out = values.new_zeros(values.shape[0], columns)
     for first, rows in _slabs(codes, scale, columns):
         out.addmm_(values[:, first : first + rows.shape[0]], rows)

@@ -46,8 +46,8 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
 
     Args:
         batches: inputs of the model, as a data collator makes them: `input_ids` [batch, seq] and, where there is padding,
-            `attention_mask`, whose zeros do not count. Labels, and what its forward does not take, are left out. A few
-            thousand tokens are enough.
+            `attention_mask`, whose zeros do not count (in a decoder that an encoder feeds, `decoder_attention_mask`). Labels, and
+            what its forward does not take, are left out. A few thousand tokens are enough.
         seed: of the tokens drawn. Same seed, batches and model: same figures.
 
     Raises:
@@ -58,8 +58,15 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
     head = model.get_output_embeddings()
     recorder = Recorder({name: module for name, module in model.named_modules() if module is not head})
-    # With all weights frozen, the embeddings' output is where gradients begin.
-    begin = model.get_input_embeddings().register_forward_hook(_begin)
+    # With all weights frozen, the embeddings' output is where gradients begin: of each one that there is, as encoder and decoder
+    # read the table that they share by embeddings of their own.
+    embeddings = {module for module in model.modules() if isinstance(module, nn.Embedding)} | {
+        model.get_input_embeddings()
+    }
+    begin = [module.register_forward_hook(_begin) for module in embeddings]
+    decoder = model.get_decoder() if getattr(model.config, "is_encoder_decoder", False) else None
+    if decoder is not None:
+        recorder.decoder = next(f"{name}." for name, module in model.named_modules() if module is decoder)
     count = 0
     try:
         for name in trained:
@@ -68,17 +75,20 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], seed: int = 0) -
             for batch in batches:
                 inputs = model_inputs(model, batch)
                 recorder.mask = token_mask(inputs.get("attention_mask"))
+                recorder.decoder_mask = token_mask(inputs.get("decoder_attention_mask"))
                 logits = getattr(model(**inputs), "logits", None)
                 if logits is None:
                     raise ValueError(
                         f"{type(model).__name__} has no logits to calibrate on; leave it out (calibration=0 of "
                         "LittleBitTrainer)"
                     )
-                _log_likelihood(logits, recorder.mask, generator).backward()
+                mask = recorder.mask if decoder is None else recorder.decoder_mask
+                _log_likelihood(logits, mask, generator).backward()
                 count += 1
     finally:
         recorder.remove()
-        begin.remove()
+        for handle in begin:
+            handle.remove()
         for name in trained:
             model.get_parameter(name).requires_grad_(True)
     if not count:
@@ -141,6 +151,8 @@ class Recorder:
 
     def __init__(self, modules: Mapping[str, nn.Module]):
         self.mask: Tensor | None = None  # of the tokens that count [batch, seq]
+        self.decoder: str | None = None  # what the names of modules begin with whose tokens are counted by another mask
+        self.decoder_mask: Tensor | None = None
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # of squares, per row and per column
         self._tokens: dict[str, int] = {}
         self._handles = [
@@ -156,7 +168,8 @@ class Recorder:
         def forward(module: nn.Linear, args: tuple[Any, ...], output: Any) -> None:
             if not torch.is_tensor(output):  # some routers are linear layers that return what they chose as well
                 return
-            x, mask = args[0].detach(), self.mask
+            x = args[0].detach()
+            mask = self.decoder_mask if self.decoder is not None and name.startswith(self.decoder) else self.mask
             if name not in self._sums:
                 self._sums[name] = (
                     torch.zeros(output.shape[-1], device=output.device),

@@ -15,8 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..internals.transformers import empty_of_class, whole_models
 
-LARGEST, MOST_LAYERS = 2**63 - 1, 10_000  # of the numbers in a config
-COUNTED = re.compile("layer|expert")  # what a model has one module each of
+LARGEST = 2**63 - 1  # of the numbers in a config
+# What a model has one module each of, or its config one name each, and the most of them.
+COUNTED = ((re.compile(r"layer|expert|^depth|(^|_)blocks$"), 10_000), (re.compile(r"^num_labels$"), 200_000))
 LONGEST_NAME = 128  # characters of a class's name
 
 __all__ = ["check_sizes", "class_names", "empty_model", "model_class", "saved_class", "saved_names"]
@@ -99,7 +100,7 @@ def check_sizes(options: Any, name: str = "config.json") -> None:
     elif isinstance(options, list | tuple):
         for value in options:
             check_sizes(value, name)
-    elif isinstance(options, int) and abs(options) > (MOST_LAYERS if COUNTED.search(name) else LARGEST):
+    elif isinstance(options, int) and abs(options) > next((most for key, most in COUNTED if key.search(name)), LARGEST):
         size = f"{options:,}" if abs(options) < 10**18 else f"a number of {int(math.log10(abs(options))) + 1} digits"
         raise ValueError(
             f"the config's {reprlib.repr(name)} is {size}; no model is that large: restore or download it again"

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from .replacement import weight_variant
 
-__all__ = ["METADATA", "check_save", "draw", "id_of", "recorded_id", "refuse_mixed"]
+__all__ = ["METADATA", "check_save", "draw", "id_of", "read_id", "recorded_id", "refuse_mixed"]
 
 METADATA = "save_id"  # its name in a file's metadata and in the quantization config
 FORM = re.compile(r"[0-9a-f]{16}")
@@ -58,7 +58,7 @@ def check_save(folder: str, files: Sequence[str], alone: bool = False) -> None:
     Raises:
         ValueError: naming two files whose ids differ.
     """
-    ids = {os.path.basename(file): _read_id(file) for file in files}
+    ids = {os.path.basename(file): read_id(file) for file in files}
     recorded = _read_config(folder)
     refuse_mixed(folder, ids, None)
     try:
@@ -86,7 +86,8 @@ def refuse_mixed(where: str, ids: Mapping[str, str | None], recorded: str | None
             )
 
 
-def _read_id(file: str) -> str | None:
+def read_id(file: str) -> str | None:
+    """The id in the metadata of a safetensors `file`, as `id_of` gives it."""
     with safe_open(file, framework="pt") as tensors:
         return id_of(tensors.metadata())
 
@@ -108,7 +109,7 @@ def _other_saves(folder: str, files: set[str]) -> set[str]:
         variant = weight_variant(name)
         path = os.path.join(folder, name)
         if variant is not None and variant not in own and name.endswith(".safetensors") and os.path.isfile(path):
-            by_variant.setdefault(variant, {})[name] = _read_id(path)
+            by_variant.setdefault(variant, {})[name] = read_id(path)
     found = set()
     for ids in by_variant.values():
         total = SHARDS.search(next(iter(ids)))

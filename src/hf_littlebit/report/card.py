@@ -8,6 +8,7 @@ text, and only metadata it lacks is added. No path of this machine goes into a c
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import zlib
@@ -24,17 +25,21 @@ from ..initialize.factorize import INITIALISERS
 from ..internals.transformers import plain_upload
 from ..load.foreign.layouts import LAYOUTS
 from ..load.form import is_hub_id
+from ..load.replacement import weight_variant
+from ..load.save_id import read_id
 from ..load.source import find_source, quantization_of
 from .size import size_report
 from .size_report import SizeReport, format_bytes
 
 __all__ = ["CARD", "evaluation_of", "merge", "model_card", "upload_with_card", "write_card"]
 
+logger = logging.getLogger("hf_littlebit")
 CARD = "README.md"
 PAPER = "https://huggingface.co/papers/2506.13771"
 TAGS = ("littlebit", "quantized", "sub-1-bit", "binary")
 AUTOMATIC = "has been automatically generated"  # in the card that transformers writes
 SLOT = "[More Information Needed]"  # in huggingface_hub's template, wherever nothing was filled in
+BAR = re.compile(r"(?<!\\)\|")  # of a table, and not in a cell
 MARK = re.compile(r"<!-- written by hf-littlebit, (\w+) -->")
 # Ending of the architecture's name -> task on the Hub, where it follows.
 TASKS = {
@@ -110,11 +115,18 @@ def write_card(folder: str, evaluation: Mapping[str, float | str] | None = None,
         evaluation: as of `model_card`.
         former: the folder whose place `folder` will take, where that card is; by default `folder` itself.
 
+    One that cannot be read stays as it is, with a warning.
+
     Raises:
         ValueError: as of `model_card`.
     """
     own = os.path.join(former or folder, CARD)
-    card = merge(ModelCard.load(own) if os.path.isfile(own) else None, model_card(folder, evaluation=evaluation))
+    ours = model_card(folder, evaluation=evaluation)
+    try:
+        card = merge(ModelCard.load(own) if os.path.isfile(own) else None, ours)
+    except Exception as error:  # whatever YAML, UTF-8 and huggingface_hub make of what a person wrote
+        logger.warning("%s stays as it is: it cannot be read as a model card (%s)", own, " ".join(str(error).split()))
+        return
     card.save(os.path.join(folder, CARD))
 
 
@@ -123,8 +135,11 @@ def evaluation_of(card: ModelCard | None) -> dict[str, float | str] | None:
     if card is None or not MARK.search(card.text) or not _is_automatic(card.text):
         return None
     _, found, rest = card.text.partition("\n## Evaluation\n")
-    rows = [line.strip("|").split("|") for line in rest.partition("\n## ")[0].splitlines() if line.startswith("|")]
-    return {row[0].strip(): row[1].strip() for row in rows[2:] if len(row) == 2} or None if found else None
+    rows = [BAR.split(line.strip("|")) for line in rest.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    figures: dict[str, float | str] = {
+        row[0].strip().replace("\\|", "|"): row[1].strip() for row in rows[2:] if len(row) == 2
+    }
+    return figures or None if found else None
 
 
 def _is_automatic(text: str) -> bool:
@@ -150,8 +165,11 @@ def upload_with_card(model: Any, working_dir: str | os.PathLike[str], repo_id: s
     """
     folder = os.fspath(working_dir)
     path = os.path.join(folder, CARD)
-    weights = [os.path.join(folder, file) for file in os.listdir(folder) if file.endswith(".safetensors")]
-    size = sum(os.path.getsize(file) for file in weights)
+    # Of the present save alone: adapters or other variants may lie beside it.
+    files = [os.path.join(folder, file) for file in sorted(os.listdir(folder)) if weight_variant(file) is not None]
+    files = [file for file in files if file.endswith(".safetensors")]
+    present = getattr(quantization_of(model.config), "save_id", None)
+    size = sum(os.path.getsize(file) for file in files if present in (None, read_id(file)))
     ours = model_card(model, repo_id, report=replace(size_report(model), file_bytes=size or None))
     merge(ModelCard.load(path) if os.path.isfile(path) else None, ours).save(path)
     return plain_upload(model, working_dir, repo_id, *args, **kwargs)
@@ -198,7 +216,9 @@ def _body(
         "Without the plugin, transformers refuses this checkpoint with an error about tensor shapes.",
     ]
     if evaluation:
-        figures = [(what, f"{x:.4g}" if isinstance(x, float) else str(x)) for what, x in evaluation.items()]
+        figures = [
+            (what.replace("|", "\\|"), f"{x:.4g}" if isinstance(x, float) else str(x)) for what, x in evaluation.items()
+        ]
         sections += ["## Evaluation", tabulate(figures, ["measured", "figure"], "github", disable_numparse=True)]
     original = f"[{base}](https://huggingface.co/{base})" if base else "the original model"
     sections += [

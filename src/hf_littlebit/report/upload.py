@@ -15,10 +15,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..load.replacement import weight_variant
 from ..load.save_id import check_save
 from ..load.source import Source, find_source
 from .card import CARD, evaluation_of, merge, model_card
@@ -48,7 +49,10 @@ VOCABULARIES = {
     *("entity_vocab.json", "normalizer.json", "byte_maps.json", "prophetnet.tokenizer", "source.spm", "target.spm"),
     *("target_vocab.json", "vocab-src.json", "vocab-tgt.json", "word_shape.json", "word_pronunciation.json"),
 }
-LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([-_][\w-]+)?(\.md|\.txt)?", re.IGNORECASE)
+# As they are called: in capitals, or the bare word; not a license_key.txt, or LICENSE-secret.
+LEGAL = re.compile(
+    r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([-_][A-Z0-9][A-Z0-9._-]*)?(\.md|\.txt)?|([Ll]icen[cs]e|[Nn]otice|[Cc]opying)(\.md|\.txt)?"
+)
 TEMPLATES = "additional_chat_templates"  # a folder of .jinja files, for a tokenizer with several templates
 NAMED = 12  # of the files that stay, in the warning
 
@@ -80,8 +84,14 @@ def push_folder(folder: str, repo_id: str, private: bool | None = None, token: A
     # The repository's figures are those of the model that it held so far.
     ours = model_card(source, repo_id, evaluation_of(own), report)
     card = merge(own or _repository_card(repo_id, token), ours)
-    operations = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names if name != CARD]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, os.path.join(folder, name)) for name in names if name != CARD
+    ]
     operations.append(CommitOperationAdd(CARD, str(card).encode()))
+    # Weights of the model before, which from_pretrained would find first, or that are in nobody's index any more.
+    variant = source.variant or ""
+    former = [name for name in api.list_repo_files(repo_id) if weight_variant(name) == variant and name not in names]
+    operations += [CommitOperationDelete(name) for name in former]
     done = api.create_commit(repo_id, operations, commit_message="Upload model quantized with hf-littlebit")
     for reason, kept in left_out.items():
         more = f" and {len(kept) - NAMED} more" if len(kept) > NAMED else ""

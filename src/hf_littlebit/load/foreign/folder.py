@@ -21,6 +21,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..form import is_hub_id
+from ..meta_model import check_sizes
 from ..source import UNFIT
 from ..verify import Header, read_headers, refuse_special, regular_file
 
@@ -114,6 +115,7 @@ def model_config(folder: str, tensors: int) -> tuple[PretrainedConfig, dict[str,
         ValueError: for a config that describes no model, or sizes that no model has.
     """
     options = checked_json(os.path.join(folder, "config.json"), tensors)
+    check_sizes(options)
     quantization = options.get("quantization_config")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
