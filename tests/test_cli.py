@@ -180,7 +180,7 @@ def test_generate_greedy_and_sampled(stories, packed, capfd):
         (["info", "PACKED", "--bpw", "1"], 2, "leave the options out"),
         (["info", "nowhere/config.json", "--bpw", "1"], 2, "does not exist"),
         (["info", "TEXT", "--bpw", "1"], 1, "not a valid JSON file"),
-        (["eval", "STORIES", "--text", "nothing.txt"], 1, "nothing.txt: No such file or directory"),
+        (["eval", "STORIES", "--text", "nothing.txt"], 2, "--text nothing.txt is no file (No such file or directory)"),
         (["eval", "STORIES", "--text", "STORIES/model.safetensors"], 2, "is not UTF-8 text"),
         (["eval", "STORIES", "--text", "TEXT", "--length", "9999"], 2, "length is 9999"),
         (["eval", "STORIES", "--text", "TEXT", "--device", "abacus"], 2, "--device is 'abacus'"),

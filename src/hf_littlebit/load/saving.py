@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ..config import LittleBitConfig
 from ..internals.transformers import has_adapters, plain_save
-from ..plan import plan_model
+from ..plan import Plan, plan_model
+from ..ranks import RANK_MULTIPLE
 from . import save_id
 from .replacement import holds_model, refused_writes, replacement
 from .tables import table_modules
@@ -74,8 +75,10 @@ def stamped(model: PreTrainedModel, config: LittleBitConfig) -> dict[str, str]:
     if has_adapters(model):
         return {}
     _refuse_lost_tables(model)
-    plan = plan_model(model, config, stored=model.state_dict().keys())
-    if config.ranks or any(len(set(weight.ranks)) > 1 for weight in plan.weights):
-        config.ranks = plan.ranks()
+    weights = plan_model(model, config, stored=model.state_dict().keys()).weights
+    if config.ranks or any(len(set(weight.ranks)) > 1 for weight in weights):
+        # Other ranks than a config may say are of another program, and alike in all paths of a layer.
+        said = [weight for weight in weights if all(rank % RANK_MULTIPLE == 0 for rank in weight.ranks)]
+        config.ranks = Plan(said).ranks() or None
     config.save_id = save_id.draw()
     return {save_id.METADATA: config.save_id}
