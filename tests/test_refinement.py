@@ -306,6 +306,15 @@ def test_impossible_numbers_are_refused(made, message):
         made()
 
 
+def test_a_model_with_several_embeddings_for_its_tokens_is_refused(monkeypatch):
+    """As Musicgen's decoder has: one for each of its codebooks."""
+    model = build("llama")
+    several = nn.ModuleList([model.model.embed_tokens])
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: several, raising=False)
+    with pytest.raises(ValueError, match="reads its tokens by a ModuleList, and refinement by one embedding"):
+        refine(model, config(), TOKENS, progress=False)
+
+
 def test_rows_of_any_length_are_cut_into_long_pieces():
     for length, shape in ((512, (200, 256)), (257, (200, 128)), (509, (200, 254)), (300, (200, 150)), (97, (100, 97))):
         tokens = torch.arange(100 * length, dtype=torch.int32).view(100, length)

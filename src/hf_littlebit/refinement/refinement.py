@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -127,7 +127,7 @@ class _Refinement:
                 f"{type(model).__name__} is no causal language model, which refinement is for; use littlebit train"
             )
         embeddings: Any = model.get_input_embeddings()
-        if not isinstance(embeddings, nn.Embedding):
+        if not isinstance(getattr(embeddings, "num_embeddings", None), int):
             raise ValueError(
                 f"{type(model).__name__} reads its tokens by a {type(embeddings).__name__}, and refinement by one embedding; train "
                 "it instead (littlebit train)"
