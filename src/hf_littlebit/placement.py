@@ -47,8 +47,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def check_device(name: str | None) -> None:
-    """Refuse a device to factorize on that this machine does not have; None is each weight's own.
+def check_device(name: str | None, option: str = "svd_device", remedy: str = "'cpu' or None") -> None:
+    """Refuse a device, which `option` names, that this machine does not have; None is each weight's own.
 
     Raises:
         ValueError: with the reason.
@@ -59,9 +59,7 @@ def check_device(name: str | None) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"svd_device is {name!r}, which this machine does not offer ({reason}); use 'cpu' or None"
-        ) from None
+        raise ValueError(f"{option} is {name!r}, which this machine does not offer ({reason}); use {remedy}") from None
 
 
 def free_memory(device: torch.device) -> float | None:

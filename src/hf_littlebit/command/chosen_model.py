@@ -30,14 +30,10 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def find_device(args: argparse.Namespace) -> str:
     """--device, checked: that is, whether this machine has it."""
-    import torch
+    from ..placement import check_device
 
-    device = args.device or default_device(None).type
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device is {device!r}, which this machine does not offer ({reason}); use cpu") from None
+    device: str = args.device or default_device(None).type
+    check_device(device, "--device", "cpu")
     return device
 
 

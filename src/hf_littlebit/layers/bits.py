@@ -38,20 +38,8 @@ _SHAPE = (
     *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__),  # type: ignore[attr-defined]
     *(Tensor.requires_grad.__get__, Tensor.grad.__get__, Tensor.layout.__get__),  # type: ignore[attr-defined, union-attr]
 )
-_IN_PLACE = (
-    *(
-        "__iadd__",
-        "__isub__",
-        "__imul__",
-        "__itruediv__",
-        "__ifloordiv__",
-        "__imod__",
-        "__idiv__",
-        "__imatmul__",
-        "__ipow__",
-    ),
-    *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__"),
-)
+_OPERATORS = "add sub mul truediv floordiv mod div matmul pow and or xor lshift rshift"
+_IN_PLACE = (*(f"__i{name}__" for name in _OPERATORS.split()), "__setitem__")
 # In place, but not with other values: those that loading puts there are bits too.
 _KEEPS_BITS = ("copy_", "requires_grad_", "detach_", "share_memory_", "rename_")
 

@@ -69,7 +69,7 @@ def exact_fp32(device: torch.device) -> Iterator[None]:
         _Precision.leave()
 
 
-class fp32_norms(TorchFunctionMode):
+class _Fp32Norms(TorchFunctionMode):
     """Compute norms whose arguments differ in dtype in fp32, as autocast does on CUDA.
 
     On a CPU it hands them on as they are, and torch refuses there what a model in fp16 gives its LayerNorms under autocast to
@@ -86,8 +86,13 @@ class fp32_norms(TorchFunctionMode):
         return func(*args, **named)
 
 
+def fp32_norms(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Norms as `_Fp32Norms` computes them on a CPU; nothing elsewhere, where watching every call would cost a GPU's host time."""
+    return _Fp32Norms() if device.type == "cpu" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def mixed(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Autocast to `dtype` on `device`, also of models in fp16 on a CPU; nothing for fp32."""
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), fp32_norms():
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), fp32_norms(device):
         yield

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 
 from ..config import LittleBitConfig
 from ..initialize.calibration import Importance
-from ..layers.precision import mixed
 from ..load.convert import pack_modules
 from ..plan import Plan
 from ..weight_plan import WeightPlan
@@ -161,7 +160,7 @@ class BlockWork:
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return mixed(self.device, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _start(self) -> LittleBitConfig:
         """The options that weights are factored with. Saved ones are the user's; these steps are this start's own."""

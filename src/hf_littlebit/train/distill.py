@@ -234,7 +234,7 @@ class Distillation:
             for key, value in {**inputs, "use_cache": False, "output_hidden_states": bool(self.hidden_weight)}.items()
             if free or key in known
         }
-        with torch.no_grad(), fp32_norms():
+        with torch.no_grad(), fp32_norms(device):
             out = teacher(**given)
         if out.logits.shape != logits.shape:
             raise ValueError(

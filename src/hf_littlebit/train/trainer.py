@@ -122,7 +122,7 @@ class LittleBitTrainer(Trainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own. A packed model in fp16 is evaluated under bf16's autocast on a CPU too."""
-        with fp32_norms():
+        with fp32_norms(self.args.device):
             return super().prediction_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
